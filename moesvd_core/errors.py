@@ -1,0 +1,33 @@
+"""Every error that a person can cause or must act on. Each message names the value, the bound and the fix."""
+
+
+class MoesvdError(Exception):
+    """Base of all errors raised on purpose; the command line prints its message in one line, the pages show it as it is."""
+
+
+class InputError(MoesvdError, ValueError):
+    """A parameter, a name or a text that cannot be used (exit status 2)."""
+
+
+class UnsupportedModelError(InputError):
+    """The model has no routed experts, or keeps them in a form that this project cannot factor."""
+
+
+class CheckpointError(InputError):
+    """A model file that is missing, damaged, unsafe or inconsistent; the message names the file and, where known, the tensor."""
+
+
+class StatisticsError(MoesvdError):
+    """Calibration produced or met something that cannot be used; the message names the layer and the expert."""
+
+
+class ResourceError(MoesvdError):
+    """Not enough memory or disk; the message says how much is needed and how much there is."""
+
+
+class RunError(MoesvdError):
+    """A run folder that cannot be used as asked: unknown, busy, damaged or of another model."""
+
+
+class Cancelled(MoesvdError):  # noqa: N818 - it is not a fault
+    """The person asked to stop; what was finished is kept."""
