@@ -1,0 +1,37 @@
+"""A file is whole or not there, whatever happens while it is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moesvd_core import atomic
+
+
+def test_a_written_file_is_read_back_and_leaves_nothing_else(tmp_path: Path) -> None:
+    atomic.write_json(tmp_path / "a.json", {"é": 1})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_error_in_the_middle_keeps_the_old_content_and_no_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    atomic.write_text(path, "old")
+    with pytest.raises(OSError, match="disk"), atomic.replacing(path) as temporary:
+        temporary.write_text("ne")
+        raise OSError("disk full")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_refuses_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        atomic.write_json(tmp_path / "a.json", float("nan"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
+    (tmp_path / f".a.txt.123{atomic.TEMPORARY}").write_text("half")
+    (tmp_path / "a.txt").write_text("whole")
+    atomic.sweep(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
