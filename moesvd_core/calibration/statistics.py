@@ -17,6 +17,7 @@ class LayerStatistics:
         layer: index of the decoder layer.
         tokens: calibration tokens that passed the layer.
         count_E: tokens routed to each expert (n_e), int64.
+        weight_square_E: Σ p², what a sum over p² has to be divided by to become a mean.
         input_gram_EDD: C_e = Σ p² x xᵀ.
         output_gram_EDD: O_e = Σ p² y yᵀ (y without its bias: it is what the output matrix makes).
         intermediate_gram_EMM: H_e = Σ p² h hᵀ, or None when calibration did not collect it (wide experts).
@@ -34,6 +35,7 @@ class LayerStatistics:
     layer: int
     tokens: int
     count_E: torch.Tensor
+    weight_square_E: torch.Tensor
     input_gram_EDD: torch.Tensor
     output_gram_EDD: torch.Tensor
     input_mean_ED: torch.Tensor
