@@ -1,0 +1,180 @@
+"""What a compressed layer stores: small matrices in place of large ones, in the four forms that the methods make.
+
+Shapes: E experts, N rows and M columns of a side's matrices (input: n × d, output: d × m), R rank, K stored left factors.
+
+All tensors are on the host. Slots that stay dense keep the original tensor, bit for bit; factors are float32 (float64 when the weights
+are). The rank R of a matrix is always the length of a tensor's dimension: nothing is padded.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moesvd_core.planning import DENSE
+
+
+class SideFactors(ABC):
+    """One side (input or output matrices) of one layer's experts."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """Stored parameters."""
+
+    @abstractmethod
+    def reconstruct(self) -> torch.Tensor:
+        """The dense matrices that the factors stand for, [E, N, M]."""
+
+
+@dataclass(frozen=True)
+class DenseFactors(SideFactors):
+    """The original matrices.
+
+    Attributes:
+        weight_ENM: the original tensor (a view of it, where possible).
+    """
+
+    weight_ENM: torch.Tensor
+
+    @property
+    def parameters(self) -> int:
+        return self.weight_ENM.numel()
+
+    def reconstruct(self) -> torch.Tensor:
+        return self.weight_ENM
+
+
+@dataclass(frozen=True)
+class PerExpertFactors(SideFactors):
+    """Every expert has its own `left @ right`, of its own rank, or stays dense.
+
+    Attributes:
+        ranks: rank of each expert; 0: the expert's matrix is zero; DENSE (-1): kept as it was.
+        left: [N, R_e] of each expert; [N, 0] where dense.
+        right: [R_e, M] of each expert; [0, M] where dense.
+        dense: [N, M] of the experts that are kept as they were, by expert.
+    """
+
+    ranks: tuple[int, ...]
+    left: tuple[torch.Tensor, ...]
+    right: tuple[torch.Tensor, ...]
+    dense: Mapping[int, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        for expert, (rank, left_NR, right_RM) in enumerate(zip(self.ranks, self.left, self.right, strict=True)):
+            stored = 0 if rank == DENSE else rank
+            if (rank == DENSE) != (expert in self.dense) or left_NR.shape[1] != stored or right_RM.shape[0] != stored:
+                raise ValueError(f"expert {expert}: rank {rank} does not fit factors {tuple(left_NR.shape)} and {tuple(right_RM.shape)}")
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in (*self.left, *self.right, *self.dense.values()))
+
+    def reconstruct(self) -> torch.Tensor:
+        return torch.stack(
+            [
+                self.dense[expert].to(left_NR.dtype) if expert in self.dense else left_NR @ right_RM
+                for expert, (left_NR, right_RM) in enumerate(zip(self.left, self.right, strict=True))
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class RightGroup:
+    """Experts that share one right factor.
+
+    Attributes:
+        experts: which experts, ascending.
+        right_RM: the shared factor V.
+        left_KNR: the stored left factors U.
+        sums: for each of `experts`, the left factors whose sum it uses (Eq. 8); a single one when U is its own.
+    """
+
+    experts: tuple[int, ...]
+    right_RM: torch.Tensor
+    left_KNR: torch.Tensor
+    sums: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        count = self.left_KNR.shape[0]
+        if len(self.sums) != len(self.experts) or any(not 0 <= index < count for used in self.sums for index in used):
+            raise ValueError(f"sums {self.sums} must name, for each of {len(self.experts)} experts, some of {count} left factors")
+        if self.left_KNR.shape[2] != self.right_RM.shape[0]:
+            raise ValueError(f"left factors of rank {self.left_KNR.shape[2]} do not fit a right factor of rank {self.right_RM.shape[0]}")
+
+
+@dataclass(frozen=True)
+class SharedRightFactors(SideFactors):
+    """Right factors shared by groups of experts (the paper's V), or by all (the latent input basis).
+
+    Attributes:
+        groups: a partition of the layer's experts; each group has its own rank.
+    """
+
+    groups: tuple[RightGroup, ...]
+
+    def __post_init__(self) -> None:
+        experts = sorted(expert for group in self.groups for expert in group.experts)
+        if experts != list(range(len(experts))):
+            raise ValueError(f"groups must hold every expert once, got {experts}")
+
+    @property
+    def parameters(self) -> int:
+        return sum(group.right_RM.numel() + group.left_KNR.numel() for group in self.groups)
+
+    def reconstruct(self) -> torch.Tensor:
+        weights: dict[int, torch.Tensor] = {}
+        for group in self.groups:
+            for expert, used in zip(group.experts, group.sums, strict=True):
+                weights[expert] = group.left_KNR[list(used)].sum(0) @ group.right_RM
+        return torch.stack([weights[expert] for expert in range(len(weights))])
+
+
+@dataclass(frozen=True)
+class SharedLeftFactors(SideFactors):
+    """One left factor for all experts (the latent output basis): W_e = P B_e.
+
+    Attributes:
+        left_NR: P.
+        right_ERM: B_e.
+    """
+
+    left_NR: torch.Tensor
+    right_ERM: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.left_NR.shape[1] != self.right_ERM.shape[1]:
+            raise ValueError(f"a left factor of rank {self.left_NR.shape[1]} does not fit right factors of rank {self.right_ERM.shape[1]}")
+
+    @property
+    def parameters(self) -> int:
+        return self.left_NR.numel() + self.right_ERM.numel()
+
+    def reconstruct(self) -> torch.Tensor:
+        return self.left_NR @ self.right_ERM
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Both sides of one layer, and the biases, which no method touches.
+
+    Attributes:
+        layer: index of the decoder layer.
+        input: factors of gate and up, stacked, n × d.
+        output: factors of down, d × m.
+        input_bias_EN, output_bias_ED: the original biases, or None.
+    """
+
+    layer: int
+    input: SideFactors
+    output: SideFactors
+    input_bias_EN: torch.Tensor | None = None
+    output_bias_ED: torch.Tensor | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Stored parameters, biases included."""
+        biases = sum(bias.numel() for bias in (self.input_bias_EN, self.output_bias_ED) if bias is not None)
+        return self.input.parameters + self.output.parameters + biases

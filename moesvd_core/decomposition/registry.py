@@ -1,0 +1,120 @@
+"""Named methods: points in the space metric × structure × allocation. Code follows the three axes; only this table knows the names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, get_args
+
+from moesvd_core.errors import InputError
+
+if TYPE_CHECKING:
+    from moesvd_core.planning import Structure
+
+Metric = Literal["plain", "scaled", "input", "output"]
+"""What counts as error of ΔW: ‖ΔW‖² · ‖ΔW diag(mean|x|)^½‖² (ASVD) · tr ΔW C ΔWᵀ (Eq. 11-12) · tr Γ ΔW C ΔWᵀ (what it does to the loss)."""
+
+Allocation = Literal["uniform", "selective", "owl", "greedy"]
+"""Where the parameters go: same rank everywhere · layers under a threshold of S_L (3.2) · by OWL's outlier ratio · best gain per cost."""
+
+STRUCTURES: tuple["Structure", ...] = ("per-expert", "shared-v", "latent")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose metric, structure and allocation.
+
+    Attributes:
+        name: what recipes, pages and the command line call it.
+        metric: what the factors minimise.
+        structures: what is on offer for each side of a layer; with several, the plan takes whichever wins.
+        allocation: how ranks are given out.
+        refit: "shared-v" only: least-squares U for the shared V instead of the sums of Eq. 8.
+        reference: where it comes from.
+        description: one sentence for a person who has to choose.
+    """
+
+    name: str
+    metric: Metric
+    structures: tuple["Structure", ...]
+    allocation: Allocation
+    refit: bool
+    reference: str
+    description: str
+
+    def __post_init__(self) -> None:
+        _check("metric", self.metric, get_args(Metric))
+        _check("allocation", self.allocation, get_args(Allocation))
+        if not self.structures:
+            raise InputError(f"structures must name at least one of {', '.join(STRUCTURES)}, got none")
+        for structure in self.structures:
+            _check("structure", structure, STRUCTURES)
+
+    def customised(
+        self, *, metric: Metric | None = None, structures: tuple["Structure", ...] | None = None, allocation: Allocation | None = None
+    ) -> "Method":
+        """The same method with some axes chosen by hand; what is None stays.
+
+        Raises:
+            InputError: a name that no axis knows.
+        """
+        return replace(
+            self, metric=metric or self.metric, structures=structures or self.structures, allocation=allocation or self.allocation
+        )
+
+
+def method(name: str) -> Method:
+    """The named method.
+
+    Raises:
+        InputError: no such name; the message lists those there are.
+    """
+    if name not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
+
+
+def _check(axis: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{axis} must be one of {', '.join(known)}, got {value!r}")
+
+
+_ALL = (
+    Method(
+        "auto", "output", ("per-expert", "latent"), "greedy", True, "this project",
+        "For each layer and matrix whichever of dense, per-expert and latent factors costs the loss least: the recommended choice.",
+    ),
+    Method(
+        "fisher", "output", ("per-expert",), "greedy", False, "this project",
+        "Each expert's own factors, weighted by what an error does to the loss: best quality for its size.",
+    ),
+    Method(
+        "latent", "output", ("latent",), "greedy", True, "this project",
+        "One input and one output basis a layer, small experts in between: best quality for its speed.",
+    ),
+    Method(
+        "moe-svd", "input", ("shared-v",), "selective", False, "MoE-SVD 3.1-3.3, Algorithms 1-5, D.4",
+        "The paper as written: V of the most frequent expert for all, U's of the most frequent summed, sensitive layers left dense.",
+    ),
+    Method(
+        "moe-svd-refit", "input", ("shared-v",), "selective", True, "MoE-SVD 3.1-3.2 with least-squares U",
+        "The paper's shared V, but every expert gets the U that fits it best.",
+    ),
+    Method(
+        "svd-llm", "input", ("per-expert",), "uniform", False, "MoE-SVD Table 2; SVD-LLM",
+        "Each expert's own factors, weighted by the activations it reads, the same share everywhere.",
+    ),
+    Method(
+        "owl", "input", ("per-expert",), "owl", False, "MoE-SVD Table 3; OWL",
+        "As svd-llm, with more parameters for layers of many outliers.",
+    ),
+    Method(
+        "asvd", "scaled", ("per-expert",), "uniform", False, "MoE-SVD Table 2; ASVD",
+        "Each expert's own factors, weighted by the mean size of each input channel.",
+    ),
+    Method(
+        "svd", "plain", ("per-expert",), "uniform", False, "MoE-SVD Table 2",
+        "Plain truncated SVD of the weights; looks at no text.",
+    ),
+)
+METHODS: Mapping[str, Method] = MappingProxyType({each.name: each for each in _ALL})
+"""Every named method, the recommended one first."""
