@@ -1,0 +1,73 @@
+"""A model without weights: the structure that a checked folder's configuration describes, on the meta device."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from moesvd_core.architectures.files import CONFIG, ModelFiles
+from moesvd_core.architectures.headers import damaged, shortened
+from moesvd_core.errors import CheckpointError, MoesvdError, UnsupportedModelError
+
+OWN_FORMAT = "moesvd"
+"""`quant_method` of factored checkpoints; their plug-in is registered by `import moesvd_core`."""
+
+
+def skeleton(files: ModelFiles, dtype: torch.dtype | None = None, *, allow_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
+    """Build the model of a folder on the meta device, in evaluation mode, and the plug-in that shaped it (None for ordinary checkpoints).
+
+    Args:
+        dtype: floating type of its parameters; None takes that of the configuration, or else of the first floating tensor on disk.
+
+    Raises:
+        CheckpointError: the configuration makes no model, or the weights are quantised.
+        UnsupportedModelError: transformers does not know the model type.
+    """
+    config_file = files.folder / CONFIG
+    try:
+        config: Any = AutoConfig.from_pretrained(files.folder, trust_remote_code=allow_remote_code)
+        _check_depth(config, files)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or _stored_dtype(config, files), trust_remote_code=allow_remote_code
+            ).eval()
+        quantizer = _plug_in(model, files)
+    except MoesvdError:
+        raise
+    except Exception as error:  # transformers answers a damaged configuration with whatever error comes first
+        kind = UnsupportedModelError if "does not recognize this architecture" in str(error) else CheckpointError
+        reason = f"{type(error).__name__}: {shortened(str(error))}"
+        raise kind(f"{config_file}: describes no model that transformers can build ({reason}); fetch it again") from error
+    return model, quantizer
+
+
+def _check_depth(config: Any, files: ModelFiles) -> None:
+    """A model has no more layers than tensors: a damaged number must not make us build a million modules."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(files.weight_map):
+        raise damaged(files.folder / CONFIG, f"asks for {layers} layers, but there are only {len(files.weight_map)} tensors")
+
+
+def _stored_dtype(config: Any, files: ModelFiles) -> torch.dtype:
+    """What `from_pretrained(dtype="auto")` would choose."""
+    named = config.get_text_config().dtype
+    if isinstance(named, torch.dtype):
+        return named
+    dtypes = (files.header(key)[0] for key in files.weight_map)
+    return next((dtype for dtype in dtypes if dtype in (torch.float16, torch.bfloat16, torch.float32)), torch.float32)
+
+
+def _plug_in(model: Any, files: ModelFiles) -> Any:
+    """Let our own format's plug-in put its modules into the model; other quantised formats are refused."""
+    settings = files.config.get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if method != OWN_FORMAT:
+        raise CheckpointError(
+            f"{files.folder / CONFIG}: weights are quantised with {shortened(method)}, which cannot be read; use a bfloat16 copy of the model"
+        )
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+    quantizer.preprocess_model(model=model, dtype=model.dtype, device_map={"": "meta"})
+    return quantizer
