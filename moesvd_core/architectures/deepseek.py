@@ -3,7 +3,7 @@
 Importing this module registers it, so that a checkpoint of the family loads without running the code that it brings along.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -49,11 +49,11 @@ class DeepseekModel(LlamaModel):
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             if config.n_routed_experts and index >= config.first_k_dense_replace and index % config.moe_layer_freq == 0:
-                layer.mlp = DeepseekV2Moe(config)
-        self.post_init()
+                layer.mlp = DeepseekV2Moe(cast(Any, config))
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         _initialise(module, self.config.initializer_range)
 
 
@@ -65,10 +65,10 @@ class DeepseekForCausalLM(LlamaForCausalLM):
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
         self.model = DeepseekModel(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         _initialise(module, self.config.initializer_range)
 
 
