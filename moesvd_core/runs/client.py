@@ -1,0 +1,240 @@
+"""How pages and the command line ask for work and follow it: submit, status, cancel, resume, wait, tail.
+
+Everything goes through files, so a client may come and go: closing a tab or restarting the server neither stops a run nor loses it.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moesvd_core import atomic
+from moesvd_core.errors import InputError, RunError
+from moesvd_core.runs.events import Event
+from moesvd_core.runs.folder import RunFolder, list_runs, runs_root
+from moesvd_core.runs.jobs import ENDED, INTERRUPTED, Job, JobState, read_jobs
+from moesvd_core.runs.queue import START_SECONDS, Queue
+
+ActionName = Literal["analyze", "sensitivity", "measure", "compress", "export", "evaluate"]
+ACTION_NAMES: tuple[ActionName, ...] = ("analyze", "sensitivity", "measure", "compress", "export", "evaluate")
+Launch = Callable[[RunFolder], None]
+"""Starts a worker for a run and returns at once."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What a page shows of a run.
+
+    Attributes:
+        state: of the latest job; "new" before the first, "damaged" for a folder that cannot be read (see `error`).
+        job: the job that runs, else the first that waits, else the latest.
+        jobs: all of them, oldest first.
+        place: jobs ahead of it in the machine's queue, 0 when it is its turn, None when it does not wait.
+    """
+
+    id: str
+    model: str
+    created: str
+    state: JobState | Literal["new", "damaged"]
+    job: Job | None
+    jobs: tuple[Job, ...]
+    place: int | None = None
+    error: str = ""
+
+    @property
+    def busy(self) -> bool:
+        """Whether something runs or waits."""
+        return self.state in ("queued", "running")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "id": self.id, "model": self.model, "created": self.created, "state": self.state, "place": self.place, "error": self.error,
+            "job": self.job.as_dict() if self.job else None,
+        }
+
+
+def launch(run: RunFolder) -> None:
+    """Start a worker as a process of its own session: no terminal, no parent to die with."""
+    with (run.station("work") / "worker.log").open("ab") as output:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter, and a path of ours
+            [sys.executable, "-m", "moesvd_core", "worker", str(run.path.resolve())],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+        )
+    threading.Thread(target=process.wait, name=f"reaper of {process.pid}", daemon=True).start()  # a dead child must not stay as a zombie
+
+
+class Client:
+    """Works on the runs in one folder. Safe to share between threads; holds nothing that is not also on disk."""
+
+    def __init__(self, root: Path | None = None, launch: Launch = launch) -> None:
+        self.root = root or runs_root()
+        self._launch = launch
+
+    def open(self, run: str) -> RunFolder:
+        """The folder of a run by its id.
+
+        Raises:
+            RunError: no such run.
+        """
+        return RunFolder.named(self.root, run)
+
+    def submit(self, run: RunFolder, action: str, **arguments: Any) -> Job:
+        """Ask for work; it is done by the run's worker, which is started when there is none.
+
+        Raises:
+            InputError: no such action.
+        """
+        job = enqueue(run, action, arguments)
+        if run.worker() is None:
+            self._launch(run)
+        return job
+
+    def status(self, run: RunFolder) -> RunStatus:
+        """Where the run stands. A job whose worker has died is marked interrupted here."""
+        _mark_interrupted(run)
+        jobs = tuple(read_jobs(run.log).values())
+        identity = run.identity
+        if not jobs:
+            return RunStatus(identity.id, identity.model, identity.created, "new", None, ())
+        open_jobs = [job for job in jobs if job.state not in ENDED]
+        job = next((job for job in open_jobs if job.state == "running"), open_jobs[0] if open_jobs else jobs[-1])
+        place = Queue(run.path.parent).place(run, job.id) if job.state == "queued" else None
+        return RunStatus(identity.id, identity.model, identity.created, job.state, job, jobs, place)
+
+    def runs(self) -> list[RunStatus]:
+        """All runs, newest first; damaged ones too, with the reason."""
+        found = []
+        for run in list_runs(self.root):
+            if isinstance(run, RunError):
+                found.append(RunStatus("", "", "", "damaged", None, (), error=str(run)))
+            else:
+                found.append(self.status(run))
+        return found
+
+    def queue(self) -> list[RunStatus]:
+        """Runs with a job that runs or waits, in the order of their turns."""
+        order: list[RunStatus] = []
+        for ticket in Queue(self.root).tickets():
+            run = RunFolder.named(self.root, ticket.run)
+            if run.path.name not in [status.id for status in order]:
+                order.append(self.status(run))
+        return order
+
+    def cancel(self, run: RunFolder) -> None:
+        """Ask the run's work to stop; what was finished is kept. Takes effect within seconds (`status` tells when).
+
+        Raises:
+            RunError: nothing runs or waits.
+        """
+        with run.locked():
+            open_jobs = [job for job in read_jobs(run.log).values() if job.state not in ENDED]
+            if not open_jobs:
+                raise RunError(f"run {run.identity.id} has nothing to cancel: no job runs or waits")
+            worker = run.worker()
+            current = open_jobs[0]
+            for job in open_jobs:
+                if job is not current or worker is None:
+                    run.log.append("cancelled", job.id, error="cancelled")
+                    Queue(run.path.parent).leave(run, job.id)
+            if worker is not None:
+                atomic.write_text(run.cancel_file, current.id)
+
+    def resume(self, run: RunFolder) -> list[Job]:
+        """Ask again for every interrupted job, or else for the latest one if it failed or was cancelled. Finished work is not redone.
+
+        Raises:
+            RunError: there is nothing to resume.
+        """
+        status = self.status(run)
+        again = _unfinished(status.jobs)
+        if status.busy or not again:
+            raise RunError(f"run {status.id} has nothing to resume: it is {status.state}")
+        return [self.submit(run, job.action, **job.arguments) for job in again]
+
+    def wait(self, run: RunFolder, job: str, seconds: float = float("inf")) -> Job:
+        """Wait until a job has ended.
+
+        Raises:
+            RunError: no such job, or it has not ended in time.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            found = next((each for each in self.status(run).jobs if each.id == job), None)
+            if found is None:
+                raise RunError(f"run {run.identity.id} has no job {job!r}")
+            if found.state in ENDED:
+                return found
+            if time.monotonic() > deadline:
+                raise RunError(f"job {job} of run {run.identity.id} is still {found.state} after {seconds:g} s")
+            time.sleep(0.1)
+
+    def tail(self, run: RunFolder, after: int = 0) -> Iterator[tuple[Event, int]]:
+        """Events behind byte `after` as they come, each with the position to go on from, until nothing runs or waits."""
+        while True:
+            busy = self.status(run).busy
+            events, after = run.log.read(after)
+            yield from ((event, after) for event in events)
+            if not busy:
+                return
+            time.sleep(0.1)
+
+    def delete(self, run: RunFolder) -> None:
+        """Remove a run and everything in it.
+
+        Raises:
+            RunError: a job runs or waits.
+        """
+        import shutil
+
+        with run.locked():
+            if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
+                raise RunError(f"run {run.identity.id} is at work: cancel it before it is deleted")
+            (run.path / "run.json").unlink(missing_ok=True)  # first: what is left if this is interrupted is no run any more
+            shutil.rmtree(run.path)
+
+
+def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any]) -> Job:
+    """Write a job into the run's diary and the machine's queue; it is done once a worker looks.
+
+    Raises:
+        InputError: no such action.
+    """
+    if action not in ACTION_NAMES:
+        raise InputError(f"no action {action!r}: there are {', '.join(ACTION_NAMES)}")
+    with run.locked():
+        number = str(len(read_jobs(run.log)) + 1)
+        Queue(run.path.parent).join(run, number)
+        run.log.append("submitted", number, action=action, arguments=dict(arguments))
+        return read_jobs(run.log)[number]
+
+
+def _unfinished(jobs: tuple[Job, ...]) -> list[Job]:
+    """What `resume` asks for again: jobs that were asked for again later are not among them."""
+    latest = {(job.action, repr(sorted(job.arguments.items()))): job for job in jobs}
+    interrupted = [job for job in latest.values() if job.state == "interrupted"]
+    if interrupted:
+        return interrupted
+    return [job for job in jobs[-1:] if job.state in ("failed", "cancelled")]
+
+
+def _mark_interrupted(run: RunFolder) -> None:
+    """Write down that the worker has died, if it has."""
+    if not any(_abandoned(run, job) for job in read_jobs(run.log).values()):
+        return
+    with run.locked():  # look again: another client may have been faster, or a worker may have come
+        for job in read_jobs(run.log).values():
+            if _abandoned(run, job):
+                run.log.append("interrupted", job.id, error=INTERRUPTED)
+                Queue(run.path.parent).leave(run, job.id)
+
+
+def _abandoned(run: RunFolder, job: Job) -> bool:
+    """Whether a job waits for a worker that does not come, or was left by one that died."""
+    if job.state in ENDED or run.worker() is not None:
+        return False
+    return job.state == "running" or time.time() - job.submitted > START_SECONDS

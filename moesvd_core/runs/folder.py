@@ -1,0 +1,200 @@
+"""One folder holds everything about one model under one calibration: what was asked, what was found, what was made.
+
+    run.json        what the run is about: model, calibration; written once
+    source.json     the model's files as they were found: folder, fingerprint, facts; written once
+    events.jsonl    the diary (see `events`)
+    worker.json     who works on it now; touched as a heartbeat
+    recipe.yaml     the last recipe
+    statistics/ curves/ factors/ plans/ evaluations/ exports/   what each station of the pipeline left
+    work/           hidden states and logs: may be deleted when nothing runs
+
+A run's id is made of the model and the calibration, so that asking the same again finds the statistics that are already there.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moesvd_core import atomic
+from moesvd_core.errors import InputError, RunError
+from moesvd_core.runs.events import EventLog
+from moesvd_core.runs.process import ProcessName, is_alive
+
+FORMAT = 1
+"""Version of the layout; a run of another version is refused, not guessed at."""
+ROOT_VARIABLE = "MOESVD_RUNS"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+STATIONS = ("statistics", "curves", "factors", "plans", "evaluations", "exports", "work")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Content of run.json: what a run is about, fixed when it is made.
+
+    Attributes:
+        model: hub id or folder, as it was asked for (folders absolute, unless they lie under the current folder).
+        calibration: fields of `Calibration`.
+        created: UTC time, ISO 8601.
+        remote_code: whether the person allowed code that comes with the model.
+    """
+
+    id: str
+    model: str
+    calibration: Mapping[str, Any]
+    created: str
+    remote_code: bool = False
+    format: int = FORMAT
+
+
+def runs_root() -> Path:
+    """Where runs lie unless said otherwise: `$MOESVD_RUNS`, else ./runs."""
+    return Path(os.environ.get(ROOT_VARIABLE) or "runs")
+
+
+def run_id(model: str, fingerprint: str, calibration: Mapping[str, Any]) -> str:
+    """Readable name of the model, then eight digits that stand for its content and the calibration."""
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-.")[:60] or "model"
+    digest = hashlib.sha256(f"{fingerprint}\n{json.dumps(dict(calibration), sort_keys=True)}".encode()).hexdigest()
+    return f"{name}-{digest[:8]}"
+
+
+class RunFolder:
+    """A run on disk; makes no claim on it (that is the worker's part)."""
+
+    def __init__(self, path: Path, identity: Identity) -> None:
+        self.path = path
+        self.identity = identity
+        self.log = EventLog(path / "events.jsonl")
+
+    @classmethod
+    def create(cls, path: Path, identity: Identity) -> "RunFolder":
+        """Make the folder, or open it when the same run is already there.
+
+        Raises:
+            RunError: the folder holds another run, or something that is not a run.
+        """
+        if (path / "run.json").exists():
+            run = cls.open(path)
+            if run.identity.id != identity.id:
+                held = run.identity
+                raise RunError(f"{path} holds run {held.id} of {held.model} with calibration {dict(held.calibration)}: name another folder")
+            return run
+        if path.is_dir() and any(path.iterdir()):
+            raise RunError(f"{path} is not empty and holds no run: name an empty or a new folder")
+        for station in STATIONS:
+            (path / station).mkdir(parents=True, exist_ok=True)
+        atomic.write_json(path / "run.json", asdict(identity))
+        return cls(path, identity)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run.
+
+        Raises:
+            RunError: there is no run, its run.json is damaged, or another version of this program made it.
+        """
+        try:
+            fields = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            identity = Identity(**fields)
+        except FileNotFoundError:
+            raise RunError(f"no run in {path}: run.json is missing") from None
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{path / 'run.json'} is damaged ({error}): restore it, or delete the run") from None
+        if identity.format != FORMAT:
+            raise RunError(f"{path} has format {identity.format}, this version reads {FORMAT}: analyze the model again")
+        return cls(path, identity)
+
+    @classmethod
+    def named(cls, root: Path, run: str) -> "RunFolder":
+        """Open a run by its id, which may come from a URL: nothing outside `root` can be reached.
+
+        Raises:
+            RunError: no such run.
+        """
+        if not _ID.fullmatch(run) or (root / run).is_symlink():
+            raise RunError(f"no run {run!r}: an id consists of letters, digits, dots, dashes and underscores")
+        return cls.open(root / run)
+
+    def station(self, name: str) -> Path:
+        """Folder of one station, made when it is missing.
+
+        Raises:
+            InputError: no such station.
+        """
+        if name not in STATIONS:
+            raise InputError(f"no station {name!r} in a run: there are {', '.join(STATIONS)}")
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def read_json(self, *parts: str) -> Any | None:
+        """A JSON file of the run, or None when it is not there.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.path.joinpath(*parts)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunError(f"{path} is damaged ({error}): delete it, it will be made again") from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for a moment: between looking at who works on it and changing that. Not for the length of a job."""
+        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @property
+    def worker_file(self) -> Path:
+        """Who works on the run; its time of change is the heartbeat."""
+        return self.path / "worker.json"
+
+    @property
+    def cancel_file(self) -> Path:
+        """Holds the id of the job that is to stop."""
+        return self.path / "cancel"
+
+    def worker(self) -> ProcessName | None:
+        """The live process that works on this run, or None."""
+        try:
+            heartbeat = self.worker_file.stat().st_mtime
+            name = ProcessName(**json.loads(self.worker_file.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        return name if is_alive(name, heartbeat) else None
+
+
+def list_runs(root: Path) -> list[RunFolder | RunError]:
+    """Runs under `root`, newest first; a run that cannot be opened is listed as the error that says why."""
+    found: list[tuple[str, RunFolder | RunError]] = []
+    if not root.is_dir():
+        return []
+    for path in sorted(root.iterdir()):
+        if path.is_symlink() or not (path / "run.json").exists():
+            continue
+        try:
+            run = RunFolder.open(path)
+            found.append((run.identity.created, run))
+        except RunError as error:
+            found.append(("", error))
+    return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def now() -> str:
+    """UTC time to the second, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,105 @@
+"""What the diary adds up to: the jobs of a run, the state each is in, and how long the current one still takes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from moesvd_core.runs.events import Event, EventLog
+
+JobState = Literal["queued", "running", "finished", "failed", "cancelled", "interrupted"]
+ENDED: frozenset[JobState] = frozenset({"finished", "failed", "cancelled", "interrupted"})
+"""States in which nothing more happens to a job by itself."""
+INTERRUPTED = "the worker ended without a word (killed, or the machine restarted): resume to go on from where it was"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing that was asked of a run.
+
+    Attributes:
+        id: number within the run, "1", "2" ...
+        action: name of the action, one of `stages.ACTIONS`.
+        arguments: what the action was given.
+        state: where it is; "interrupted" when its worker died, which loses nothing.
+        submitted, started, ended, updated: seconds since 1970; updated is the last sign of progress.
+        stage: station that it has reached, "" before the first.
+        done, total: units of that stage.
+        message: what was finished last.
+        stage_started, stage_start_done: when this worker entered the stage, and how much of it an earlier one had already done.
+        error, error_kind: message and class of what ended it.
+        result: what the action returned.
+    """
+
+    id: str
+    action: str
+    arguments: Mapping[str, Any]
+    submitted: float
+    state: JobState = "queued"
+    started: float | None = None
+    ended: float | None = None
+    updated: float | None = None
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    message: str = ""
+    stage_started: float = 0.0
+    stage_start_done: int = 0
+    error: str = ""
+    error_kind: str = ""
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until the current stage ends at the pace seen so far; None before a pace is known."""
+        finished = self.done - self.stage_start_done
+        if self.state != "running" or self.updated is None or finished <= 0:
+            return None
+        return (self.updated - self.stage_started) / finished * (self.total - self.done)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, for the command line and the pages."""
+        names = ("id", "action", "state", "stage", "done", "total", "message", "error", "submitted", "started", "ended")
+        return {name: getattr(self, name) for name in names} | {
+            "arguments": dict(self.arguments),
+            "result": dict(self.result),
+            "eta_seconds": self.eta_seconds,
+        }
+
+
+def read_jobs(log: EventLog) -> dict[str, Job]:
+    """The jobs of a run by id, oldest first."""
+    jobs: dict[str, Job] = {}
+    advance(jobs, log.read()[0])
+    return jobs
+
+
+def advance(jobs: dict[str, Job], events: Iterable[Event]) -> None:
+    """Bring `jobs` (by id, in the order of submission) up to date with further events."""
+    for event in events:
+        if event.kind == "submitted":
+            jobs[event.job] = Job(event.job, event.data["action"], event.data.get("arguments", {}), event.time)
+        elif event.job in jobs:
+            jobs[event.job] = _after(jobs[event.job], event)
+
+
+def _after(job: Job, event: Event) -> Job:
+    """The job once `event` has happened to it."""
+    data = event.data
+    match event.kind:
+        case "started":
+            return replace(job, state="running", started=event.time, updated=event.time, ended=None)
+        case "progress":
+            new_stage = data["stage"] != job.stage
+            entered = event.time if job.updated is None else job.updated
+            return replace(
+                job,
+                stage=data["stage"], done=data["done"], total=data["total"], message=data.get("message", ""), updated=event.time,
+                stage_started=entered if new_stage else job.stage_started,
+                stage_start_done=max(0, data["done"] - 1) if new_stage else job.stage_start_done,
+            )
+        case "finished":
+            return replace(job, state="finished", ended=event.time, result=data.get("result", {}))
+        case "failed" | "cancelled" | "interrupted":
+            return replace(job, state=event.kind, ended=event.time, error=data.get("error", ""), error_kind=data.get("error_kind", ""))
+        case _:
+            return job

@@ -1,0 +1,88 @@
+"""A run folder opens as what it was made, and nothing outside the runs can be reached by an id."""
+
+import json
+from pathlib import Path
+
+import pytest
+from run_helpers import new_run
+
+from moesvd_core.errors import InputError, RunError
+from moesvd_core.runs.folder import Identity, RunFolder, list_runs, run_id, runs_root
+
+
+def test_the_same_run_is_opened_again_and_another_is_refused(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    again = RunFolder.create(run.path, run.identity)
+    assert again.identity == run.identity
+    with pytest.raises(RunError, match="holds run tiny-00000001 of tiny"):
+        RunFolder.create(run.path, Identity("other-1", "other", {}, ""))
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunError, match="is not empty"):
+        RunFolder.create(tmp_path, Identity("a", "a", {}, ""))
+
+
+@pytest.mark.parametrize(("content", "words"), [("{", "damaged"), ('{"a": 1}', "damaged"), ("[]", "damaged")])
+def test_a_damaged_run_says_so(tmp_path: Path, content: str, words: str) -> None:
+    run = new_run(tmp_path)
+    (run.path / "run.json").write_text(content)
+    with pytest.raises(RunError, match=words):
+        RunFolder.open(run.path)
+
+
+def test_a_run_of_another_format_is_refused(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    fields = json.loads((run.path / "run.json").read_text())
+    (run.path / "run.json").write_text(json.dumps(fields | {"format": 99}))
+    with pytest.raises(RunError, match="format 99"):
+        RunFolder.open(run.path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc", "..", ".", "a/b", "", "a\\b", "%2e%2e", ".queue", "link"])
+def test_an_id_reaches_no_folder_outside(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "runs"
+    new_run(root)
+    new_run(tmp_path, "secret")
+    (root / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(RunError, match="no run"):
+        RunFolder.named(root, name)
+
+
+def test_only_known_stations_are_made(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no station '\.\./x'"):
+        new_run(tmp_path).station("../x")
+
+
+def test_a_damaged_result_names_its_file(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    assert run.read_json("plans", "a.json") is None
+    (run.path / "plans" / "a.json").write_text("{")
+    with pytest.raises(RunError, match=r"a\.json is damaged"):
+        run.read_json("plans", "a.json")
+
+
+def test_runs_are_listed_newest_first_and_damaged_ones_last(tmp_path: Path) -> None:
+    for name, created in (("old", "2026-01-01"), ("new", "2026-02-01"), ("broken", "2026-03-01")):
+        RunFolder.create(tmp_path / name, Identity(name, name, {}, created))
+    (tmp_path / "broken" / "run.json").write_text("{")
+    (tmp_path / "no-run").mkdir()
+    listed = list_runs(tmp_path)
+    assert [run.identity.id for run in listed if isinstance(run, RunFolder)] == ["new", "old"]
+    assert isinstance(listed[-1], RunError)
+    assert list_runs(tmp_path / "nowhere") == []
+
+
+def test_an_id_stands_for_content_and_calibration() -> None:
+    assert run_id("org/Model-7B", "f", {"samples": 1}).startswith("Model-7B-")
+    assert run_id("m", "f", {"samples": 1}) == run_id("m", "f", {"samples": 1})
+    assert len({run_id("m", "f", {"samples": 1}), run_id("m", "g", {"samples": 1}), run_id("m", "f", {"samples": 2})}) == 3
+    assert run_id("///", "f", {}).startswith("model-")
+
+
+def test_the_root_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOESVD_RUNS", str(tmp_path))
+    assert runs_root() == tmp_path
+    monkeypatch.delenv("MOESVD_RUNS")
+    assert runs_root() == Path("runs")

@@ -1,0 +1,192 @@
+"""Workers in processes of their own: killed, cancelled, queued, and found again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_worker import ACTIONS
+from run_helpers import launch_fake, new_run, until
+
+from moesvd_core.errors import InputError, RunError
+from moesvd_core.progress import Progress
+from moesvd_core.runs.client import Client, enqueue
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.worker import STOP_SECONDS, work
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    return Client(tmp_path, launch=launch_fake)
+
+
+def pid_of(run: RunFolder) -> int:
+    worker = run.worker()
+    assert worker is not None
+    return worker.pid
+
+
+def test_a_submitted_job_is_done_by_another_process(client: Client) -> None:
+    run = new_run(client.root)
+    assert client.status(run).state == "new"
+    job = client.submit(run, "analyze", to=3)
+    assert client.wait(run, job.id, 20).result == {"counted": 3}
+    assert client.status(run).state == "finished"
+    until(lambda: run.worker() is None)
+    assert [event.kind for event, _ in client.tail(run)] == ["submitted", "started", "progress", "progress", "finished"]
+
+
+def test_a_killed_worker_is_noticed_and_the_run_goes_on_from_where_it_was(client: Client) -> None:
+    run = new_run(client.root)
+    client.submit(run, "analyze", to=6, pause=0.3)
+    until(lambda: (run.path / "factors" / "1.txt").exists())
+    os.kill(pid_of(run), signal.SIGKILL)
+    until(lambda: client.status(run).state == "interrupted", 10)
+    first = (run.path / "factors" / "1.txt").read_text()
+    [job] = client.resume(run)
+    assert client.wait(run, job.id, 20).state == "finished"
+    assert (run.path / "factors" / "1.txt").read_text() == first
+    with pytest.raises(RunError, match="nothing to resume"):
+        client.resume(run)
+
+
+def test_the_worker_outlives_the_process_that_asked_for_it(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    script = (
+        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from run_helpers import launch_fake; from moesvd_core.runs.client import Client; from moesvd_core.runs.folder import RunFolder\n"
+        "Client(Path(sys.argv[1]).parent, launch_fake).submit(RunFolder.open(Path(sys.argv[1])), 'analyze', to=8, pause=0.3)\n"
+        "print('asked', flush=True); time.sleep(60)\n"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", script, str(run.path), str(Path(__file__).parent)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"asked\n"
+    until(lambda: (run.path / "factors" / "0.txt").exists())
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+    server.stdout.close()
+    client = Client(tmp_path)
+    assert client.status(run).state == "running"
+    assert client.wait(run, "1", 20).state == "finished"
+
+
+def test_cancelling_takes_effect_within_seconds_and_leaves_a_run_that_resumes(client: Client) -> None:
+    run = new_run(client.root)
+    client.submit(run, "analyze", to=40, pause=0.1)
+    until(lambda: client.status(run).state == "running" and (run.path / "factors" / "1.txt").exists())
+    client.cancel(run)
+    start = time.monotonic()
+    until(lambda: client.status(run).state == "cancelled", 3)
+    assert time.monotonic() - start < 3
+    [job] = client.resume(run)
+    assert job.arguments == {"to": 40, "pause": 0.1}
+    assert client.wait(run, job.id, 20).state == "finished"
+
+
+def test_work_that_does_not_listen_is_ended(client: Client) -> None:
+    run = new_run(client.root)
+    client.submit(run, "evaluate", how="deaf")
+    until(lambda: client.status(run).state == "running")
+    pid = pid_of(run)
+    client.cancel(run)
+    until(lambda: client.status(run).state == "cancelled", STOP_SECONDS + 4)
+    until(lambda: run.worker() is None, 2)
+    with pytest.raises(ProcessLookupError):
+        until(lambda: os.kill(pid, 0) is not None, 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        ("input", "InputError", "samples must be >= 1, got 0"),
+        ("memory", "ResourceError", "GiB are free now"),
+        ("disk", "ResourceError", "disk full while writing layer-003"),
+        ("bug", "RuntimeError", "unexpected ZeroDivisionError: a bug"),
+    ],
+)
+def test_a_failure_is_told_in_words(tmp_path: Path, how: str, kind: str, words: str) -> None:
+    run = new_run(tmp_path)
+    enqueue(run, "evaluate", {"how": how})
+    [job] = work(run, lambda: ACTIONS)
+    assert (job.state, job.error_kind) == ("failed", kind)
+    assert words in job.error
+    assert run.worker() is None
+
+
+def test_the_next_job_is_done_after_one_that_failed(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    enqueue(run, "evaluate", {"how": "bug"})
+    enqueue(run, "analyze", {"to": 1})
+    seen: list[Progress] = []
+    assert [job.state for job in work(run, lambda: ACTIONS, seen.append)] == ["failed", "finished"]
+    assert seen[-1].stage == "count"
+
+
+def test_jobs_of_many_runs_are_done_one_at_a_time_in_order(client: Client) -> None:
+    runs = [new_run(client.root, f"run-{number}") for number in range(5)]
+    for run in runs:
+        client.submit(run, "analyze", to=2, pause=0.05)
+    assert [status.id for status in client.queue()][-1] == "run-4"
+    assert (client.status(runs[-1]).place or 0) >= 1
+    for run in runs:
+        client.wait(run, "1", 40)
+    times = [float((run.path / "factors" / f"{number}.txt").read_text().split()[1]) for run in runs for number in range(2)]
+    assert times == sorted(times)
+    assert client.queue() == []
+
+
+def test_a_killed_worker_does_not_hold_up_the_queue(client: Client) -> None:
+    first, second = new_run(client.root, "first"), new_run(client.root, "second")
+    client.submit(first, "evaluate", how="deaf")
+    until(lambda: client.status(first).state == "running")
+    client.submit(second, "analyze", to=1)
+    until(lambda: client.status(second).place == 1)
+    os.kill(pid_of(first), signal.SIGKILL)
+    assert client.wait(second, "1", 20).state == "finished"
+
+
+def test_a_waiting_job_can_be_cancelled(client: Client) -> None:
+    first, second = new_run(client.root, "first"), new_run(client.root, "second")
+    client.submit(first, "analyze", to=100, pause=0.1)
+    client.submit(second, "analyze", to=1)
+    until(lambda: second.worker() is not None and first.worker() is not None)
+    client.cancel(second)
+    until(lambda: client.status(second).state == "cancelled", 3)
+    assert not (second.path / "factors" / "0.txt").exists()
+    client.cancel(first)
+    until(lambda: client.status(first).state == "cancelled", 3)
+
+
+def test_a_job_that_no_worker_came_for_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesvd_core.runs.client.START_SECONDS", 0.1)
+    client = Client(tmp_path, launch=lambda run: None)
+    run = new_run(tmp_path)
+    client.submit(run, "analyze", to=1)
+    assert client.status(run).state == "queued"
+    until(lambda: client.status(run).state == "interrupted", 2)
+
+
+def test_two_workers_do_not_share_a_run(client: Client) -> None:
+    run = new_run(client.root)
+    client.submit(run, "analyze", to=10, pause=0.1)
+    until(lambda: run.worker() is not None)
+    assert work(run, lambda: ACTIONS) == []
+    with pytest.raises(RunError, match="is at work"):
+        client.delete(run)
+    client.cancel(run)
+    until(lambda: client.status(run).state == "cancelled" and run.worker() is None, 5)
+    client.delete(run)
+    assert client.runs() == []
+
+
+def test_unknown_actions_and_nothing_to_cancel_are_told(client: Client) -> None:
+    run = new_run(client.root)
+    with pytest.raises(InputError, match="no action 'fly': there are analyze"):
+        client.submit(run, "fly")
+    with pytest.raises(RunError, match="nothing to cancel"):
+        client.cancel(run)
