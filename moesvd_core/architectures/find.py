@@ -10,7 +10,7 @@ from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.errors import UnsupportedModelError
 
 EXPERT_LAYER = "expert_layer"
-"""Attribute under which a module that replaces an experts module keeps its `ExpertLayer`: its own tensors no longer tell."""
+"""Attribute under which a module that replaces an experts module keeps the fields of its `ExpertLayer`: its own tensors no longer tell."""
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -69,8 +69,8 @@ def submodule(module: nn.Module, path: str) -> nn.Module | None:
 def _layer(module: nn.Module, index: int, name: str, family: Family, active: int) -> ExpertLayer:
     """Describe one experts module by the shapes of its tensors: configuration fields have other names in every family."""
     replaced = getattr(module, EXPERT_LAYER, None)
-    if isinstance(replaced, ExpertLayer):
-        return replaced
+    if isinstance(replaced, dict):
+        return ExpertLayer(**replaced)
     matrix = getattr(module, family.input_parameter, None)
     down = getattr(module, "down_proj", None)
     if not isinstance(matrix, torch.Tensor) or not isinstance(down, torch.Tensor) or matrix.ndim != 3 or down.ndim != 3:

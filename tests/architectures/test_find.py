@@ -1,5 +1,7 @@
 """Finding experts: the same layers and sizes in a loaded model and in one without weights, and no silent mistake."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from tiny_models import ACTIVE, EXPERTS, HIDDEN, TINY, WIDTH, tiny_config, tiny_model
@@ -71,7 +73,7 @@ def test_a_replaced_module_is_told_by_its_own_description() -> None:
     model = TINY["mixtral"]()
     before = expert_layers(model)
     replacement = nn.Module()
-    setattr(replacement, EXPERT_LAYER, before[1])
+    setattr(replacement, EXPERT_LAYER, asdict(before[1]))
     model.set_submodule(before[1].name, replacement)
     assert expert_layers(model) == before
 

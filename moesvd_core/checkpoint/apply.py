@@ -1,0 +1,60 @@
+"""Putting factors into a loaded model."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.checkpoint.factored import is_dense, layer_spec, layer_tensors
+from moesvd_core.checkpoint.plugin import METHOD, attach, replace_module
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.experts import FactoredExperts
+
+
+def replace_experts(model: nn.Module, layer: ExpertLayer, factors: LayerFactors, dtype: torch.dtype | None = None) -> FactoredExperts:
+    """Put one layer's factors in the place of its experts, on their device and in their dtype (or the given one).
+
+    The model does not yet know that it is factored: `compressed` tells it, for whole models.
+    """
+    native = model.get_submodule(layer.name)
+    example = next(native.parameters())
+    factored = replace_module(model, layer_spec(layer, factors), dtype)
+    tensors = {name: tensor.to(example.device) for name, tensor in layer_tensors(layer, factors, dtype or example.dtype)}
+    factored.load_state_dict(tensors, assign=True)
+    return factored
+
+
+def compressed(model: PreTrainedModel, layers: Iterable[tuple[ExpertLayer, LayerFactors]]) -> PreTrainedModel:
+    """A compressed copy of a loaded model, which generates, trains and saves as the one that `from_pretrained` makes of its export.
+
+    The copy shares every tensor that is not factored with the model it was made from (training one of them changes both); the model
+    itself stays as it is. Layers left out, and those with two dense sides, keep their native experts.
+    """
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    result = copy.deepcopy(model, tensors)
+    for layer, factors in layers:
+        if not is_dense(factors):
+            replace_experts(result, layer, factors)
+    attach(result, [module.spec for module in factored_modules(result).values()])
+    return result
+
+
+def factored_modules(model: nn.Module) -> dict[str, FactoredExperts]:
+    """Module path -> factored experts, in the model's order.
+
+    Told by the name of their class: a checkpoint that was loaded with remote code brings a class of its own, which serves as well.
+    """
+    found: Any = {name: module for name, module in model.named_modules() if type(module).__name__ == FactoredExperts.__name__}
+    return dict(found)
+
+
+def is_factored(config: Any) -> bool:
+    """Whether a configuration (an object, or the content of config.json) is that of a factored checkpoint."""
+    settings = config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return bool(method == METHOD)
+

@@ -1,0 +1,97 @@
+"""From a layer's factors to what a checkpoint stores of them: a description, and tensors under the names that `FactoredExperts` gives them.
+
+Shapes as in `experts.py` and `decomposition/factors.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.decomposition.factors import (
+    DenseFactors,
+    LayerFactors,
+    PerExpertFactors,
+    SharedLeftFactors,
+    SharedRightFactors,
+    SideFactors,
+)
+from moesvd_core.experts import FactoredExperts, segments
+
+Spec = dict[str, Any]
+
+
+def is_dense(factors: LayerFactors) -> bool:
+    """Whether nothing of the layer is factored, so that its native module stays as it is."""
+    return isinstance(factors.input, DenseFactors) and isinstance(factors.output, DenseFactors)
+
+
+def layer_spec(layer: ExpertLayer, factors: LayerFactors) -> Spec:
+    """Plain data that tells `FactoredExperts` which tensors to expect; it goes into the checkpoint's configuration."""
+    return {"layer": asdict(layer), "input": _side_spec(factors.input), "output": _side_spec(factors.output)}
+
+
+def layer_tensors(layer: ExpertLayer, factors: LayerFactors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name under the experts module, contiguous tensor) of everything that the factored module holds, floating tensors cast to `dtype`."""
+    for side, side_factors in (("input", factors.input), ("output", factors.output)):
+        for name, tensor in _side_tensors(side_factors):
+            yield f"{side}.{name}", tensor.to(dtype).contiguous()
+    for name, bias in (("input_bias", factors.input_bias_EN), ("output_bias", factors.output_bias_ED)):
+        if bias is not None:
+            yield name, bias.to(dtype).contiguous()
+    with torch.device("meta"):
+        buffers = dict(FactoredExperts(layer_spec(layer, factors), gate=torch.nn.functional.silu).named_buffers())
+    for name, buffer in buffers.items():
+        yield name, torch.zeros(buffer.shape, dtype=dtype)
+
+
+def _side_spec(factors: SideFactors) -> Spec:
+    match factors:
+        case DenseFactors():
+            return {"structure": "dense"}
+        case PerExpertFactors():
+            return {"structure": "per-expert", "ranks": list(factors.ranks)}
+        case SharedRightFactors():
+            groups = [
+                {
+                    "experts": list(group.experts),
+                    "rank": group.right_RM.shape[0],
+                    "stored": group.left_KNR.shape[0],
+                    "sums": [list(used) for used in group.sums],
+                }
+                for group in factors.groups
+            ]
+            return {"structure": "shared-right", "groups": groups}
+        case SharedLeftFactors():
+            return {"structure": "shared-left", "rank": factors.left_NR.shape[1]}
+    raise TypeError(f"factors of type {type(factors).__name__} have no form in a checkpoint")
+
+
+def _side_tensors(factors: SideFactors) -> Iterator[tuple[str, Tensor]]:
+    match factors:
+        case DenseFactors():
+            yield "weight", factors.weight_ENM
+        case PerExpertFactors():
+            yield from _slabs(factors)
+        case SharedRightFactors():
+            for g, group in enumerate(factors.groups):
+                yield f"right_{g}", group.right_RM
+                yield f"left_{g}", group.left_KNR
+        case SharedLeftFactors():
+            yield "right", factors.right_ERM
+            yield "left", factors.left_NR
+
+
+def _slabs(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:
+    """Cut every expert's factors along the rank, leading ranks into the widest slab that it takes part in."""
+    start_E = [0] * len(factors.ranks)
+    for i, (width, members) in enumerate(segments(factors.ranks)):
+        yield f"left_{i}", torch.stack([factors.left[e][:, start_E[e] : start_E[e] + width] for e in members])
+        yield f"right_{i}", torch.stack([factors.right[e][start_E[e] : start_E[e] + width] for e in members])
+        for expert in members:
+            start_E[expert] += width
+    if factors.dense:
+        yield "dense", torch.stack([factors.dense[expert] for expert in sorted(factors.dense)])

@@ -1,0 +1,90 @@
+"""The plug-in through which `from_pretrained` loads factored checkpoints: transformers asks the quantizer named in the configuration to put
+its modules into the empty model, and fills them from the files.
+
+An export carries a copy of this file, so it must import torch, transformers and `experts.py` only.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moesvd_core.experts import FactoredExperts, gate_of
+
+METHOD = "moesvd"
+FORMAT_VERSION = 1
+
+
+class MoesvdConfig(QuantizationConfigMixin):
+    """`quantization_config` of a factored checkpoint: one description for each layer whose experts are factored (see `FactoredExperts`)."""
+
+    def __init__(self, layers: list[dict[str, Any]] | None = None, format_version: int = FORMAT_VERSION, **ignored: Any) -> None:
+        """Take what the checkpoint's configuration says.
+
+        Raises:
+            ValueError: the checkpoint is of a format that this version does not know.
+        """
+        if format_version != FORMAT_VERSION:
+            raise ValueError(f"format_version must be {FORMAT_VERSION} for this version of moesvd, got {format_version}: update moesvd")
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.layers = layers or []
+        self.format_version = format_version
+
+
+class MoesvdQuantizer(HfQuantizer):
+    """Replaces experts by factored ones before the weights are loaded."""
+
+    requires_calibration = True  # a dense checkpoint cannot be factored while it is loaded
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config: Any = self.quantization_config
+        for spec in config.layers:
+            replace_module(model, spec)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` writes a checkpoint that loads again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def replace_module(model: nn.Module, spec: dict[str, Any], dtype: torch.dtype | None = None) -> FactoredExperts:
+    """Put an empty factored module where `spec` says the native experts are; it has their device and dtype (or the given one).
+
+    Raises:
+        ValueError: the model has no experts there.
+    """
+    name: str = spec["layer"]["name"]
+    base = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")  # loaded without its head
+    modules = dict(model.named_modules())
+    found = name if name in modules else base
+    if found not in modules:
+        raise ValueError(f"the checkpoint has factored experts at {name}, but {type(model).__name__} has no such module")
+    native = modules[found]
+    example = next(native.parameters())
+    factored = FactoredExperts(spec, gate_of(native, spec["layer"]["rows"]), example.device, dtype or example.dtype)
+    model.set_submodule(found, factored.train(native.training))
+    return factored
+
+
+def attach(model: Any, layers: list[dict[str, Any]]) -> None:
+    """Mark a model whose experts were replaced in memory as what loading the same checkpoint would have given."""
+    quantizer = MoesvdQuantizer(MoesvdConfig(layers=layers))
+    model.hf_quantizer = quantizer
+    model.is_quantized, model.quantization_method = True, METHOD
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def register() -> None:
+    """Make transformers know the format; harmless when repeated, and when a checkpoint's own copy of this file came first."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, MoesvdConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(METHOD, MoesvdQuantizer)
+
+
+register()

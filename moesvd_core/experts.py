@@ -1,0 +1,396 @@
+"""The module that takes the place of `experts` in an unmodified transformers block, and computes with factors instead of matrices.
+
+An export carries a copy of this file, so that a checkpoint loads where nothing of this project is installed: it must import torch and
+transformers only.
+
+Shapes: T tokens, k active experts a token, P = T·k pairs of a token and one of its experts (sorted by expert), E experts, d hidden size,
+m expert width, n input rows, G members of a group, R rank, N rows and C columns of one expert's matrix.
+
+A side (input: gate and up stacked; output: down) is one expert's matrix `W_e [N, C]`, stored in one of these structures:
+
+- dense: `W_e`
+- per-expert: `U_e V_e`, a rank for every expert; rank -1 is the matrix itself, rank 0 nothing at all
+- shared-right: `(Σ U_s) V_g`, one V for a group of experts (the paper's form), or for all (latent input: V once a token)
+- shared-left: `P B_e` on the output side (latent output: P once a token)
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers.integrations.moe  # noqa: F401 - registers the grouped product that CPUs use
+from torch import nn
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+
+DISTINCT_RANKS = 8
+"""Up to so many different ranks a side, experts of equal rank are computed together; beyond, ranks are split into powers of two."""
+
+
+def gate_of(module: nn.Module, rows: str) -> Gate:
+    """The family's own step from `input matrix · x` [P, n] to hidden neurons [P, m], without keeping the module's weights alive.
+
+    Args:
+        module: the native experts module.
+        rows: "plain" for families without a gate, else the order of the gate's rows (which only the family's own function looks at).
+    """
+    if rows == "plain":
+        return _activation(module)
+    if hasattr(module, "_apply_gate"):
+        shell = copy.copy(module)
+        shell._parameters, shell._buffers = {}, {}
+        gate: Gate = shell._apply_gate  # type: ignore[assignment]
+        return gate
+    activation = _activation(module)
+
+    def chunked(pre_PN: torch.Tensor) -> torch.Tensor:
+        gate_PM, up_PM = pre_PN.chunk(2, dim=-1)
+        return activation(gate_PM) * up_PM
+
+    return chunked
+
+
+def _activation(module: nn.Module) -> Gate:
+    activation: Gate = module.act_fn  # type: ignore[assignment]
+    return activation
+
+
+def segments(ranks: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """Cut ragged ranks into slabs that a grouped product can take without padding: (width, experts that have it), widest first.
+
+    Few different ranks: one slab for each. Many: every rank is a sum of powers of two, and slab i holds the experts whose rank has bit i,
+    so that 128 experts of ranks up to 2047 need eleven slabs and store not one number more than their ranks say.
+    """
+    distinct = sorted({rank for rank in ranks if rank > 0}, reverse=True)
+    if len(distinct) <= DISTINCT_RANKS:
+        return [(rank, tuple(e for e, own in enumerate(ranks) if own == rank)) for rank in distinct]
+    widths = [1 << bit for bit in reversed(range(distinct[0].bit_length()))]
+    slabs = [(width, tuple(e for e, own in enumerate(ranks) if own > 0 and own & width)) for width in widths]
+    return [(width, members) for width, members in slabs if members]
+
+
+def grouped_linear(x_PC: torch.Tensor, weight_GNC: torch.Tensor, end_G: torch.Tensor) -> torch.Tensor:
+    """Multiply consecutive runs of rows by one matrix each: rows end_G[g-1]..end_G[g]-1 by `weight_GNC[g]`, giving [P, N].
+
+    Rows after the last end are not computed: their content is undefined on GPUs. One kernel on GPUs where strides are multiples of 16
+    bytes (ranks in multiples of 8); elsewhere a loop over the runs inside one operator.
+    """
+    x_PC = x_PC.to(weight_GNC.dtype)
+    if weight_GNC.numel() == 0:
+        return x_PC.new_zeros(len(x_PC), weight_GNC.shape[1])
+    aligned = all(size * weight_GNC.element_size() % 16 == 0 for size in weight_GNC.shape[1:])
+    if x_PC.is_cuda and aligned and torch.cuda.get_device_capability(x_PC.device) >= (8, 0):
+        return torch.nn.functional.grouped_mm(x_PC, weight_GNC.transpose(1, 2), offs=end_G)
+    product: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x_PC, weight_GNC.transpose(1, 2), end_G)
+    return product
+
+
+class Runs:
+    """Rows arranged by group, for one grouped product over some of the groups.
+
+    Attributes:
+        row_Q: which row of the source stands at each place; rows of no group come last (on CPUs: not at all).
+        end_G: where each group's run ends, int32.
+        valid_Q1: False for places after the last run, or None when there are none.
+    """
+
+    def __init__(self, group_P: torch.Tensor, groups: int) -> None:
+        """Arrange rows by `group_P`; a row whose group is `groups` belongs to none."""
+        group_Q, self.row_Q = torch.sort(group_P, stable=True)
+        ids_G = torch.arange(groups, device=group_P.device)
+        self.end_G = torch.searchsorted(group_Q, ids_G, right=True).to(torch.int32)
+        self.valid_Q1: torch.Tensor | None = None
+        if group_P.is_cuda:  # cutting the tail off would make the host wait for the device
+            self.valid_Q1 = (group_Q < groups)[:, None]
+        else:
+            self.row_Q = self.row_Q[: int(self.end_G[-1])]
+
+    def take(self, x_PC: torch.Tensor) -> torch.Tensor:
+        """The source's rows in the order of the runs [Q, C]; zeros beyond the last run, which keeps its gradient clean."""
+        x_QC = x_PC[self.row_Q]
+        return x_QC if self.valid_Q1 is None else x_QC.masked_fill(~self.valid_Q1, 0)
+
+    def clean(self, y_QN: torch.Tensor) -> torch.Tensor:
+        """Zero what a grouped product left undefined."""
+        return y_QN if self.valid_Q1 is None else y_QN.masked_fill(~self.valid_Q1, 0)
+
+
+class Pairs:
+    """Which experts answer which tokens, as pairs sorted by expert.
+
+    Attributes:
+        expert_P, token_P: the two ends of each pair.
+        end_E: where each expert's run of pairs ends, int32.
+    """
+
+    def __init__(self, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None, experts: int) -> None:
+        """Take the router's choice: experts, and the weights of their answers (None: every answer counts fully)."""
+        self._shape = index_Tk.shape
+        self.expert_P, self._order_P = torch.sort(index_Tk.reshape(-1), stable=True)
+        self.token_P = self._order_P // index_Tk.shape[1]
+        self._weight_P1 = None if weight_Tk is None else weight_Tk.reshape(-1)[self._order_P, None]
+        ids_E = torch.arange(experts, device=index_Tk.device)
+        self.end_E = torch.searchsorted(self.expert_P, ids_E, right=True).to(torch.int32)
+
+    def spread(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """Each token's row for each of its pairs [P, C]."""
+        return x_TC[self.token_P]
+
+    def combine(self, y_PN: torch.Tensor) -> torch.Tensor:
+        """Each token's weighted sum of its experts' answers [T, N], always added in the order of the router's choice."""
+        weighted_PN = y_PN if self._weight_P1 is None else y_PN * self._weight_P1
+        chosen_PN = torch.empty_like(weighted_PN).index_copy(0, self._order_P, weighted_PN)
+        return chosen_PN.view(*self._shape, -1).sum(1)
+
+
+class Side(nn.Module):
+    """One side of a layer's experts. On the input side it maps tokens to pairs [P, n], on the output side pairs to tokens [T, d]."""
+
+    def __init__(self, reads_tokens: bool) -> None:
+        super().__init__()
+        self.reads_tokens = reads_tokens
+        self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Multiply by every pair's own matrix."""
+        if self.reads_tokens:
+            return self.multiply(pairs.spread(x), pairs)
+        return pairs.combine(self.multiply(x, pairs))
+
+    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """`W_e x` for every pair [P, N]."""
+        raise NotImplementedError
+
+    def matrices(self) -> torch.Tensor:
+        """Every expert's matrix, multiplied out [E, N, C]."""
+        raise NotImplementedError
+
+    def table(self, name: str, values: Sequence[Any], device: torch.device) -> torch.Tensor:
+        """A constant of the structure on the device of the data.
+
+        Not a buffer: those that are not saved come back from a checkpoint uninitialised, and those that are would be cast and offloaded.
+        """
+        key = (name, device)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(values, device=device)
+        return self._tables[key]
+
+
+class DenseSide(Side):
+    """The original matrices `weight` [E, N, C]."""
+
+    def __init__(self, experts: int, rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        super().__init__(reads_tokens)
+        self.weight = nn.Parameter(torch.empty(experts, rows, columns, **kind))
+
+    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        return grouped_linear(x_PC, self.weight, pairs.end_E)
+
+    def matrices(self) -> torch.Tensor:
+        return self.weight
+
+
+class PerExpertSide(Side):
+    """`U_e V_e` with a rank for every expert, stored unpadded in slabs (see `segments`).
+
+    Slab i is `left_i` [G, N, width] and `right_i` [G, width, C]; an expert's columns of U stand in its slabs from the widest down.
+    Experts of rank -1 keep their matrix in `dense` [G, N, C].
+    """
+
+    def __init__(self, ranks: Sequence[int], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        super().__init__(reads_tokens)
+        self.ranks, self.rows, self.columns = tuple(ranks), rows, columns
+        self.slabs = segments(ranks)
+        self.whole = tuple(e for e, rank in enumerate(ranks) if rank < 0)
+        for i, (width, members) in enumerate(self.slabs):
+            self.register_parameter(f"left_{i}", nn.Parameter(torch.empty(len(members), rows, width, **kind)))
+            self.register_parameter(f"right_{i}", nn.Parameter(torch.empty(len(members), width, columns, **kind)))
+        if self.whole:
+            self.dense = nn.Parameter(torch.empty(len(self.whole), rows, columns, **kind))
+
+    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        products = [
+            (members, [getattr(self, f"right_{i}"), getattr(self, f"left_{i}")]) for i, (_, members) in enumerate(self.slabs)
+        ]
+        if self.whole:
+            products.append((self.whole, [self.dense]))
+        if len(products) == 1 and len(products[0][0]) == len(self.ranks):  # one rank for all: the pairs already stand as needed
+            for weight in products[0][1]:
+                x_PC = grouped_linear(x_PC, weight, pairs.end_E)
+            return x_PC
+        exact = torch.promote_types(x_PC.dtype, torch.float32)  # parts of one matrix are added up
+        y_PN = torch.zeros(len(x_PC), self.rows, dtype=exact, device=x_PC.device)
+        for i, (members, weights) in enumerate(products):
+            runs = Runs(self._places(i, members, x_PC.device)[pairs.expert_P], len(members))
+            if len(runs.row_Q) == 0:
+                continue
+            y_QC = runs.take(x_PC)
+            for weight in weights:
+                y_QC = runs.clean(grouped_linear(y_QC, weight, runs.end_G))
+            y_PN = y_PN.index_add(0, runs.row_Q, y_QC.to(exact))
+        return y_PN.to(x_PC.dtype)
+
+    def matrices(self) -> torch.Tensor:
+        example = next(self.parameters(), torch.empty(0))
+        full_ENC = example.new_zeros(len(self.ranks), self.rows, self.columns)
+        for i, (_, members) in enumerate(self.slabs):
+            full_ENC[list(members)] += getattr(self, f"left_{i}") @ getattr(self, f"right_{i}")
+        if self.whole:
+            full_ENC[list(self.whole)] = self.dense
+        return full_ENC
+
+    def _places(self, slab: int, members: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Where each expert stands in the slab; its length for experts that are not in it."""
+        places = {expert: place for place, expert in enumerate(members)}
+        return self.table(f"slab {slab}", [places.get(e, len(members)) for e in range(len(self.ranks))], device)
+
+
+class SharedRightSide(Side):
+    """One V for each group of experts; an expert's matrix is the sum of one or several stored U's of its group, times V.
+
+    Group g is `right_g` [R, C] and `left_g` [K, N, R]. With one group on the input side, V is applied once a token.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        """Make empty factors.
+
+        Args:
+            groups: for each group: experts, rank, stored (how many U's), and sums (for each of its experts the U's that are added up).
+        """
+        super().__init__(reads_tokens)
+        self.groups, self.rows = groups, rows
+        self.experts = sum(len(group["experts"]) for group in groups)
+        for g, group in enumerate(groups):
+            self.register_parameter(f"right_{g}", nn.Parameter(torch.empty(group["rank"], columns, **kind)))
+            self.register_parameter(f"left_{g}", nn.Parameter(torch.empty(group["stored"], rows, group["rank"], **kind)))
+        own = [[e] for e in range(self.experts)]
+        self.latent = len(groups) == 1 and groups[0]["experts"] == list(range(self.experts)) and groups[0]["sums"] == own
+
+    def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        if not self.reads_tokens or len(self.groups) > 1:
+            return super().forward(x, pairs)
+        return self._expand(0, pairs.spread(self._narrow(x)), pairs.expert_P, pairs)
+
+    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        if len(self.groups) == 1:
+            return self._expand(0, self._narrow(x_PC), pairs.expert_P, pairs)
+        group_P = self.table("groups", self._group_of_expert(), x_PC.device)[pairs.expert_P]
+        y_PN = x_PC.new_zeros(len(x_PC), self.rows)
+        for g in range(len(self.groups)):
+            runs = Runs(torch.where(group_P == g, 0, 1), 1)
+            if len(runs.row_Q) > 0:
+                z_QR = runs.clean(grouped_linear(runs.take(x_PC), getattr(self, f"right_{g}")[None], runs.end_G))
+                y_QN = self._expand(g, z_QR, pairs.expert_P[runs.row_Q], pairs)
+                y_PN = y_PN.index_add(0, runs.row_Q, y_QN.to(y_PN.dtype))
+        return y_PN
+
+    def matrices(self) -> torch.Tensor:
+        full: dict[int, torch.Tensor] = {}
+        for g, group in enumerate(self.groups):
+            left_KNR, right_RC = getattr(self, f"left_{g}"), getattr(self, f"right_{g}")
+            full |= {expert: left_KNR[used].sum(0) @ right_RC for expert, used in zip(group["experts"], group["sums"], strict=True)}
+        return torch.stack([full[expert] for expert in range(self.experts)])
+
+    def _narrow(self, x_PC: torch.Tensor) -> torch.Tensor:
+        right_RC = self.get_parameter("right_0")
+        return x_PC.to(right_RC.dtype) @ right_RC.T
+
+    def _expand(self, g: int, z_QR: torch.Tensor, expert_Q: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """`Σ U_s z` over the U's of each row's expert [Q, N]; zero for rows whose expert is of another group."""
+        left_KNR = getattr(self, f"left_{g}")
+        if self.latent:
+            return grouped_linear(z_QR, left_KNR, pairs.end_E)
+        uses = dict(zip(self.groups[g]["experts"], self.groups[g]["sums"], strict=True))
+        depth, none = max(len(used) for used in uses.values()), len(left_KNR)
+        padded = [[*uses.get(expert, ()), *[none] * depth][:depth] for expert in range(self.experts)]
+        runs = Runs(self.table(f"sums {g}", padded, z_QR.device)[expert_Q].reshape(-1), none)
+        runs.row_Q = runs.row_Q // depth
+        y_XN = runs.clean(grouped_linear(runs.take(z_QR), left_KNR, runs.end_G))
+        return y_XN.new_zeros(len(z_QR), self.rows).index_add(0, runs.row_Q, y_XN)
+
+    def _group_of_expert(self) -> list[int]:
+        group_of = {expert: g for g, group in enumerate(self.groups) for expert in group["experts"]}
+        return [group_of[expert] for expert in range(self.experts)]
+
+
+class SharedLeftSide(Side):
+    """`P B_e` on the output side: own small matrices `right` [E, R, C], and one `left` [N, R] that maps every token back once."""
+
+    def __init__(self, rank: int, experts: int, rows: int, columns: int, **kind: Any) -> None:
+        super().__init__(reads_tokens=False)
+        self.right = nn.Parameter(torch.empty(experts, rank, columns, **kind))
+        self.left = nn.Parameter(torch.empty(rows, rank, **kind))
+
+    def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        z_TR = pairs.combine(grouped_linear(x, self.right, pairs.end_E))
+        return z_TR.to(self.left.dtype) @ self.left.T
+
+    def matrices(self) -> torch.Tensor:
+        return self.left @ self.right
+
+
+def make_side(spec: dict[str, Any], experts: int, rows: int, columns: int, reads_tokens: bool, **kind: Any) -> Side:
+    """The empty side that its description asks for.
+
+    Raises:
+        ValueError: the structure is unknown.
+    """
+    structure = spec["structure"]
+    if structure == "dense":
+        return DenseSide(experts, rows, columns, reads_tokens, **kind)
+    if structure == "per-expert":
+        return PerExpertSide(spec["ranks"], rows, columns, reads_tokens, **kind)
+    if structure == "shared-right":
+        return SharedRightSide(spec["groups"], rows, columns, reads_tokens, **kind)
+    if structure == "shared-left" and not reads_tokens:
+        return SharedLeftSide(spec["rank"], experts, rows, columns, **kind)
+    raise ValueError(f"structure {structure!r} is not known for this side: a newer version of moesvd must have made the checkpoint")
+
+
+class FactoredExperts(nn.Module):
+    """All routed experts of one layer, each side in the structure that `spec` describes.
+
+    `spec` is plain data, kept in the checkpoint's configuration: `layer` (index, name, experts, hidden, width, active, rows, transposed,
+    biased, routing of the native module), and for `input` and `output` the structure with its ranks.
+    """
+
+    def __init__(self, spec: dict[str, Any], gate: Gate, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        """Make empty factors; `gate` is the family's own function from pre-activations to neurons (`gate_of`)."""
+        super().__init__()
+        kind = {"device": device, "dtype": dtype}
+        layer = self.expert_layer = spec["layer"]
+        experts, hidden, width = layer["experts"], layer["hidden"], layer["width"]
+        rows = width if layer["rows"] == "plain" else 2 * width
+        self.spec, self.gate, self.num_experts = spec, gate, experts
+        self.input = make_side(spec["input"], experts, rows, hidden, True, **kind)
+        self.output = make_side(spec["output"], experts, hidden, width, False, **kind)
+        self.input_bias = nn.Parameter(torch.empty(experts, rows, **kind)) if layer["biased"] else None
+        self.output_bias = nn.Parameter(torch.empty(experts, hidden, **kind)) if layer["biased"] else None
+        # A tripwire without content: where the plug-in is missing, transformers would warn and go on with random experts, but it stops at
+        # a shape that does not fit. This shape survives the conversion to one tensor an expert and back.
+        self.register_buffer("up_proj" if layer["rows"] == "plain" else "gate_up_proj", torch.zeros(1, 2, 0, **kind))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor | None = None, top_k_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The experts' weighted answers [T, d] to tokens [T, d] and the router's choice [T, k].
+
+        Families with scaled inputs (llama4) pass hidden states [E·T, d] alone, one block of all tokens for each expert, zero where the
+        router did not choose it, and get the unsummed answers [E·T, d].
+        """
+        if top_k_index is not None:
+            return self._answer(hidden_states, Pairs(top_k_index, top_k_weights, self.num_experts))
+        row_Q = hidden_states.any(-1).nonzero()[:, 0]
+        expert_Q1 = row_Q[:, None] // (len(hidden_states) // self.num_experts)
+        answer_QD = self._answer(hidden_states[row_Q], Pairs(expert_Q1, None, self.num_experts))
+        return torch.zeros_like(hidden_states).index_copy(0, row_Q, answer_QD)
+
+    def _answer(self, hidden_TD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        pre_PN = self.input(hidden_TD, pairs)
+        if self.input_bias is not None:
+            pre_PN = pre_PN + self.input_bias[pairs.expert_P]
+        out_TD: torch.Tensor = self.output(self.gate(pre_PN), pairs)
+        if self.output_bias is not None:
+            out_TD = out_TD + pairs.combine(self.output_bias[pairs.expert_P])
+        return out_TD.to(hidden_TD.dtype)

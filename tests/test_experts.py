@@ -1,0 +1,156 @@
+"""Factored experts against the same model with the multiplied-out matrices, in every family and structure."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from tiny_factors import INPUT_FORMS, OUTPUT_FORMS, layer_factors, model_factors, side_factors
+from tiny_models import TINY, tiny_batch, tiny_model
+from transformers import PreTrainedModel
+
+from moesvd_core.architectures.experts_io import read_experts, write_experts
+from moesvd_core.architectures.find import expert_layers
+from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.checkpoint.apply import compressed, factored_modules, replace_experts
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.experts import Runs, make_side, segments
+
+torch.set_num_threads(1)
+
+
+def multiplied_out(model: PreTrainedModel, layers: list[tuple[ExpertLayer, LayerFactors]]) -> PreTrainedModel:
+    """The native model whose experts are what the factors stand for."""
+    dense = copy.deepcopy(model)
+    for layer, factors in layers:
+        weights = ExpertWeights(factors.input.reconstruct(), factors.output.reconstruct(), factors.input_bias_EN, factors.output_bias_ED)
+        write_experts(dense.get_submodule(layer.name), layer, weights)
+    return dense
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_answers_as_the_multiplied_out_experts_in_every_family(name: str) -> None:
+    model = TINY[name]()
+    layers = model_factors(model)
+    with torch.no_grad():
+        expected = multiplied_out(model, layers)(**tiny_batch()).logits
+        answer = compressed(model, layers)(**tiny_batch()).logits
+        original = model(**tiny_batch()).logits
+    assert torch.allclose(answer, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(answer, original, atol=1e-2)
+
+
+@pytest.mark.parametrize(("input_form", "output_form"), [*product(INPUT_FORMS, ["dense"]), *product(["latent"], OUTPUT_FORMS)])
+@pytest.mark.parametrize("experts", [4, 12])
+def test_every_structure_equals_its_matrices(input_form: str, output_form: str, experts: int) -> None:
+    model = tiny_model("mixtral", num_local_experts=experts)
+    layer = expert_layers(model)[0]
+    factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), input_form, output_form)
+    dense = multiplied_out(model, [(layer, factors)]).get_submodule(layer.name)
+    factored = replace_experts(model, layer, factors)
+    assert torch.allclose(factored.input.matrices(), factors.input.reconstruct(), atol=1e-6)
+    assert torch.allclose(factored.output.matrices(), factors.output.reconstruct(), atol=1e-6)
+    assert factors.parameters == sum(parameter.numel() for parameter in factored.parameters())
+    hidden_TD, index_Tk = torch.randn(50, layer.hidden), torch.stack([torch.randperm(experts)[:2] for _ in range(50)])
+    weight_Tk = torch.rand(50, 2)
+    for tokens in (50, 1):
+        call = hidden_TD[:tokens], index_Tk[:tokens], weight_Tk[:tokens]
+        with torch.no_grad():
+            assert torch.allclose(factored(*call), dense(*call), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
+def test_bfloat16_stays_within_its_rounding(name: str) -> None:
+    model = TINY[name]()
+    layers = model_factors(model)
+    layer, factors = layers[0]
+    module = replace_experts(model, layer, factors)
+    rounded = replace_experts(TINY[name]().to(torch.bfloat16), layer, factors)
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
+    if layer.routing == "scaled-inputs":
+        hidden = torch.randn(layer.experts, 10, layer.hidden) * (torch.arange(layer.experts)[:, None, None] < 2)
+        call = (hidden.reshape(-1, layer.hidden),)
+    else:
+        call = (torch.randn(10, layer.hidden), torch.randint(layer.experts, (10, 1)), torch.ones(10, 1))
+    short_call = [part.bfloat16() if part.is_floating_point() else part for part in call]
+    with torch.no_grad():
+        for own, short in zip(module.parameters(), rounded.parameters(), strict=True):
+            own.copy_(short)
+        exact, answer = module(*(part.float() if part.is_floating_point() else part for part in short_call)), rounded(*short_call)
+    assert answer.dtype == torch.bfloat16
+    assert (answer.float() - exact).norm() <= 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])
+def test_gradients_reach_every_factor_and_training_lowers_the_loss(name: str) -> None:
+    model = TINY[name]()
+    student = compressed(model, model_factors(model))
+    batch = tiny_batch(rows=8, length=24)
+    factors = [parameter for module in factored_modules(student).values() for parameter in module.parameters()]
+    optimiser = torch.optim.SGD(factors, lr=0.5)
+    losses = []
+    for _ in range(3):
+        loss = student(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in factors)
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_gradients_equal_those_of_the_multiplied_out_experts() -> None:
+    model = TINY["mixtral"]()
+    layers = model_factors(model)
+    pair = [compressed(model, layers), multiplied_out(model, layers)]
+    embeddings = []
+    for each in pair:
+        embedded = each.get_input_embeddings()(tiny_batch()["input_ids"]).detach().requires_grad_()
+        each(inputs_embeds=embedded).logits.square().sum().backward()
+        embeddings.append(embedded.grad)
+    assert torch.allclose(*embeddings, rtol=1e-4, atol=1e-5 * embeddings[0].abs().max().item())
+
+
+def test_a_compressed_copy_shares_what_is_not_factored_and_leaves_the_model_alone() -> None:
+    model = TINY["mixtral"]()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    copied = compressed(model, model_factors(model, leave=1))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert copied.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert list(factored_modules(copied)) == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+    assert not factored_modules(model)
+    assert getattr(model.config, "quantization_config", None) is None
+    assert [layer.parameters for layer in expert_layers(copied)] == [layer.parameters for layer in expert_layers(model)]
+
+
+def test_the_replaced_module_keeps_no_dense_weight_alive() -> None:
+    model = TINY["gpt_oss"]()
+    layer, factors = model_factors(model)[0]
+    replace_experts(model, layer, factors)
+    shell = model.get_submodule(layer.name).gate.__self__
+    assert not shell._parameters
+    assert not shell._buffers
+
+
+@pytest.mark.parametrize("ranks", [[3, 3, 3], [8, -1, 0, 5], list(range(40)), [2047, *range(9)]])
+def test_slabs_hold_every_rank_once_and_nothing_else(ranks: list[int]) -> None:
+    slabs = segments(ranks)
+    assert len(slabs) <= 11
+    for expert, rank in enumerate(ranks):
+        assert sum(width for width, members in slabs if expert in members) == max(rank, 0)
+
+
+def test_rows_of_no_group_are_neither_computed_nor_given_a_gradient() -> None:
+    runs = Runs(torch.tensor([2, 0, 2, 1, 0]), 2)
+    assert runs.row_Q.tolist() == [1, 4, 3]
+    assert runs.end_G.tolist() == [2, 3]
+
+
+def test_an_unknown_structure_says_that_the_checkpoint_is_newer() -> None:
+    with pytest.raises(ValueError, match="'spline' is not known for this side: a newer version"):
+        make_side({"structure": "spline"}, 4, 8, 8, True)
+
+
+def test_factors_of_one_side_are_random_but_repeatable() -> None:
+    weight_ENM = torch.zeros(4, 6, 5)
+    assert torch.equal(side_factors("equal", weight_ENM).reconstruct(), side_factors("equal", weight_ENM).reconstruct())

@@ -1,0 +1,84 @@
+"""Random factors of every structure for a layer's experts: what tests of run time and export put into tiny models."""
+
+import torch
+
+from moesvd_core.architectures.experts_io import read_experts
+from moesvd_core.architectures.find import expert_layers
+from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.decomposition.factors import (
+    DenseFactors,
+    LayerFactors,
+    PerExpertFactors,
+    RightGroup,
+    SharedLeftFactors,
+    SharedRightFactors,
+    SideFactors,
+)
+
+RANK = 8
+INPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "latent")
+OUTPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "basis")
+
+
+def side_factors(form: str, weight_ENM: torch.Tensor, seed: int = 0) -> SideFactors:
+    """Random factors [E, N, M] of one form; those that stay dense keep `weight_ENM`."""
+    experts, rows, columns = weight_ENM.shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    def per_expert(ranks: list[int]) -> PerExpertFactors:
+        return PerExpertFactors(
+            tuple(ranks),
+            tuple(random(rows, max(rank, 0)) for rank in ranks),
+            tuple(random(max(rank, 0), columns) for rank in ranks),
+            {expert: weight_ENM[expert] for expert, rank in enumerate(ranks) if rank < 0},
+        )
+
+    def group(members: list[int], stored: int, sums: list[list[int]], rank: int) -> RightGroup:
+        return RightGroup(tuple(members), random(rank, columns), random(stored, rows, rank), tuple(map(tuple, sums)))
+
+    everyone = list(range(experts))
+    match form:
+        case "dense":
+            return DenseFactors(weight_ENM)
+        case "equal":
+            return per_expert([RANK] * experts)
+        case "ragged":
+            return per_expert([(8, -1, 0, 5)[expert % 4] for expert in everyone])
+        case "many-ranks":
+            return per_expert([1 + 2 * expert for expert in everyone])
+        case "pruned":
+            return per_expert([0] * experts)
+        case "summed":
+            return SharedRightFactors((group(everyone, 2, [[0, 1] if expert else [1] for expert in everyone], RANK),))
+        case "groups":
+            half = experts // 2
+            first = group(everyone[half:], experts - half, [[slot] for slot in range(experts - half)], 6)
+            return SharedRightFactors((first, group(everyone[:half], 1, [[0]] * half, RANK)))
+        case "latent":
+            return SharedRightFactors((group(everyone, experts, [[expert] for expert in everyone], RANK),))
+        case "basis":
+            return SharedLeftFactors(random(rows, RANK), random(experts, RANK, columns))
+    raise ValueError(form)
+
+
+def layer_factors(layer: ExpertLayer, weights: ExpertWeights, input_form: str = "latent", output_form: str = "ragged") -> LayerFactors:
+    """Random factors of one layer, with its own biases."""
+    return LayerFactors(
+        layer.index,
+        side_factors(input_form, weights.input_END, seed=layer.index),
+        side_factors(output_form, weights.output_EDM, seed=100 + layer.index),
+        weights.input_bias_EN,
+        weights.output_bias_ED,
+    )
+
+
+def model_factors(model: torch.nn.Module, *, leave: int = 0) -> list[tuple[ExpertLayer, LayerFactors]]:
+    """Factors for all routed layers but the first `leave`: latent and ragged in turns."""
+    forms = (("latent", "ragged"), ("ragged", "basis"))
+    return [
+        (layer, layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), *forms[i % 2]))
+        for i, layer in enumerate(expert_layers(model)[leave:])
+    ]
