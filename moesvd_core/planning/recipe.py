@@ -1,0 +1,97 @@
+"""What a person asks for: method, ratio and the choices behind them. The same YAML drives pages and command line."""
+
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from typing import Any, Literal, get_args
+
+import yaml
+
+from moesvd_core.errors import InputError
+from moesvd_core.planning.curves import Structure
+
+Metric = Literal["plain", "scaled", "input", "output"]
+"""What counts as error of ΔW: ‖ΔW‖² · ‖ΔW diag(mean|x|)^½‖² (ASVD) · tr ΔW C ΔWᵀ (Eq. 11-12) · tr Γ ΔW C ΔWᵀ (what it does to the loss)."""
+
+Allocation = Literal["uniform", "selective", "owl", "greedy"]
+"""Where the parameters go: the same share everywhere · layers of low S_L (3.2) · by OWL's outlier ratio · best gain per cost."""
+
+Budget = Literal["parameters", "flops"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One request for a plan.
+
+    Attributes:
+        method: a name of the registry; it decides whatever is None below.
+        ratio: share of the whole model's stored parameters to remove, 0 <= ratio < 1; how far a method reaches depends on the model.
+        metric, structure, allocation: overrides of the method's own choice.
+        block: ranks are multiples of it (grouped kernels need multiples of 8), except a matrix's largest rank.
+        budget: what one more rank costs in greedy allocation: stored parameters, or multiply-adds a token. The ratio counts stored
+            parameters with either.
+
+    Raises:
+        InputError: a value out of its bounds or of a wrong type.
+    """
+
+    method: str = "auto"
+    ratio: float = 0.4
+    metric: Metric | None = None
+    structure: Structure | None = None
+    allocation: Allocation | None = None
+    block: int = 8
+    budget: Budget = "parameters"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str) or not self.method:
+            raise InputError(f"method must be the name of a method, got {self.method!r}")
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not isfinite(self.ratio) or not 0 <= self.ratio < 1:
+            raise InputError(f"ratio must be a number in [0, 1), the share of the model's parameters to remove, got {self.ratio!r}")
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
+            raise InputError(f"block must be a whole number of ranks, at least 1 (8 suits grouped kernels), got {self.block!r}")
+        _check_choice("metric", self.metric, get_args(Metric))
+        _check_choice("structure", self.structure, get_args(Structure))
+        _check_choice("allocation", self.allocation, get_args(Allocation))
+        if self.budget not in get_args(Budget):
+            raise InputError(f"budget must be one of {', '.join(get_args(Budget))}, got {self.budget!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for YAML and JSON; choices left to the method are left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
+        """The recipe that `as_dict` described.
+
+        Raises:
+            InputError: a key that no recipe has, or a value that cannot be used.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = [str(key) for key in data if key not in known]
+        if unknown:
+            raise InputError(f"recipe has unknown keys {', '.join(unknown)}: it may have {', '.join(known)}")
+        return cls(**data)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "Recipe":
+        """The recipe in a YAML text; only plain data is read, tags are refused.
+
+        Raises:
+            InputError: not YAML, not a mapping, or not a recipe.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"recipe is not plain YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict):
+            raise InputError(f"recipe must be a YAML mapping such as 'ratio: 0.4', got {type(data).__name__}")
+        return cls.from_dict(data)
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise InputError(f"{name} must be one of {', '.join(known)} (or left out, for the method's own), got {value!r}")
