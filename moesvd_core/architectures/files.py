@@ -7,19 +7,25 @@ would count as this process's memory long after the layer they belong to was dro
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import CONFIG_MAPPING
 
 from moesvd_core.architectures import deepseek  # noqa: F401 - makes the family native, so that its auto_map code is not needed
 from moesvd_core.architectures.headers import StoredTensor, damaged, parse_json, read_header, shortened
-from moesvd_core.errors import CheckpointError, UnsupportedModelError
+from moesvd_core.errors import CheckpointError, InputError, MoesvdError, UnsupportedModelError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 LARGEST_JSON = 100_000_000
+STAGED_BYTES = 4 << 20
+"""What is held at once of a tensor whose dtype or device changes on reading (at least one of its rows)."""
+_FROM_HUB = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*")
+_NOT_FROM_HUB = ("*/*", "consolidated*", "adapter_*", "pytorch_model*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors")
 
@@ -102,8 +108,13 @@ class ModelFiles:
         if tensor.dtype == target.dtype and target.device.type == "cpu" and target.is_contiguous():
             _fill(tensor, tensor.start, target.view(-1).view(torch.uint8))
             require_finite(target, tensor)
-        else:
+        elif not tensor.shape:
             target.copy_(self._read(tensor, 0, None, finite=True))
+        else:
+            rows = max(1, STAGED_BYTES * tensor.shape[0] // max(tensor.stop - tensor.start, 1))
+            for start in range(0, tensor.shape[0], rows):
+                stop = min(start + rows, tensor.shape[0])
+                target[start:stop].copy_(self._read(tensor, start, stop, finite=True))
 
     def _read(self, tensor: StoredTensor, start: int, stop: int | None, finite: bool) -> torch.Tensor:
         shape = tensor.shape if stop is None else (stop - start, *tensor.shape[1:])
@@ -119,6 +130,35 @@ class ModelFiles:
             return self._tensors[key]
         except KeyError:
             raise CheckpointError(f"{self.folder}: no weights file holds tensor {shortened(key)}; fetch the model again") from None
+
+
+def resolve_model(name_or_path: Path | str, *, roots: Sequence[Path] | None = None, allow_remote_code: bool = False) -> Path:
+    """The folder of a model that a person named: a local folder, or a model of the hub, which is fetched (weights in safetensors only).
+
+    A local folder wins over a model of the hub of the same name.
+
+    Args:
+        roots: folders in which local models must lie, links followed; None allows any place.
+        allow_remote_code: also accept (and fetch the code of) models that only run with code of their own.
+
+    Raises:
+        InputError: neither a folder nor a name of the hub, or outside the roots.
+        CheckpointError: the hub cannot deliver it, or its configuration is damaged.
+        UnsupportedModelError: the model needs code of its own and `allow_remote_code` is false.
+    """
+    text = str(name_or_path)
+    if _exists(text):
+        folder = real_folder(text)
+        if roots is not None and not any(folder.is_relative_to(Path(root).resolve()) for root in roots):
+            allowed = ", ".join(str(root) for root in roots)
+            raise InputError(f"{shortened(text)} lies outside the folders that models may come from ({allowed}); move it into one of them")
+    elif _HUB_ID.fullmatch(text) and ".." not in text and "--" not in text:
+        return _fetched(text, allow_remote_code)
+    else:
+        raise InputError(f"{shortened(text)} is neither a model folder nor a name of the hub ('owner/name'); check the spelling")
+    if not allow_remote_code:
+        refuse_remote_code(read_config(folder), folder)
+    return folder
 
 
 def require_finite(value: torch.Tensor, tensor: StoredTensor) -> None:
@@ -242,6 +282,29 @@ def _read_json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check that it exists and is readable") from error
     return parse_json(text, file)
+
+
+def _exists(path: str) -> bool:
+    """Whether there is something at `path`; a text that can be no path (empty, too long, with a zero byte) names nothing."""
+    try:
+        return bool(path) and Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _fetched(name: str, allow_remote_code: bool) -> Path:
+    """Fetch a model from the hub into its cache; the configuration comes first, so that a refusal does not cost the weights."""
+    code = ("*.py",) if allow_remote_code else ()
+    try:
+        folder = Path(hf_hub_download(name, CONFIG)).parent
+        if not allow_remote_code:
+            refuse_remote_code(read_config(folder), folder)
+        return Path(snapshot_download(name, allow_patterns=[*_FROM_HUB, *code], ignore_patterns=list(_NOT_FROM_HUB)))
+    except MoesvdError:
+        raise
+    except Exception as error:  # the network has many ways to fail, and the hub's library passes on those of its HTTP client
+        reason = f"{type(error).__name__}: {shortened(str(error).partition(chr(10))[0])}"
+        raise CheckpointError(f"model {shortened(name)} is no local folder and cannot be fetched from the hub ({reason})") from error
 
 
 def _homes(folder: Path) -> list[Path]:

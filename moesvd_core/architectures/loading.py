@@ -277,4 +277,5 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         for name in computed:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)  # type: ignore[arg-type]
         if computed:
-            model._init_weights(module)
+            with torch.random.fork_rng(devices=[]):
+                model._init_weights(module)

@@ -7,11 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from moesvd_core.architectures.files import CONFIG, ModelFiles
+from moesvd_core.architectures.find import quantisation
 from moesvd_core.architectures.headers import damaged, shortened
 from moesvd_core.errors import CheckpointError, MoesvdError, UnsupportedModelError
-
-OWN_FORMAT = "moesvd"
-"""`quant_method` of factored checkpoints; their plug-in is registered by `import moesvd_core`."""
 
 
 def skeleton(files: ModelFiles, dtype: torch.dtype | None = None, *, allow_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
@@ -59,15 +57,14 @@ def _stored_dtype(config: Any, files: ModelFiles) -> torch.dtype:
 
 
 def _plug_in(model: Any, files: ModelFiles) -> Any:
-    """Let our own format's plug-in put its modules into the model; other quantised formats are refused."""
-    settings = files.config.get("quantization_config")
+    """Let the plug-in of factored checkpoints (`import moesvd_core` registers it) put its modules into the model; refuse quantised ones."""
+    method = quantisation(model.config)
+    if method is not None:
+        what = f"weights are quantised with {shortened(method)}, which cannot be read"
+        raise UnsupportedModelError(f"{files.folder / CONFIG}: {what}; use a bfloat16 copy of the model")
+    settings = getattr(model.config, "quantization_config", None)
     if not settings:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if method != OWN_FORMAT:
-        raise CheckpointError(
-            f"{files.folder / CONFIG}: weights are quantised with {shortened(method)}, which cannot be read; use a bfloat16 copy of the model"
-        )
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
     quantizer.preprocess_model(model=model, dtype=model.dtype, device_map={"": "meta"})
     return quantizer
