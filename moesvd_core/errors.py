@@ -21,6 +21,10 @@ class StatisticsError(MoesvdError):
     """Calibration produced or met something that cannot be used; the message names the layer and the expert."""
 
 
+class EvaluationError(MoesvdError):
+    """A model's answer that cannot be measured (a loss that is not finite); the message names the window."""
+
+
 class ResourceError(MoesvdError):
     """Not enough memory or disk; the message says how much is needed and how much there is."""
 

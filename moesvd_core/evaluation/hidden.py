@@ -1,0 +1,101 @@
+"""Final hidden states of a text, made one decoder layer at a time: what every figure of quality is computed from.
+
+The logits of a whole text would be vocabulary / hidden times as large, so only the last layer's output is kept; `logit_chunks` puts it
+through the model's own norm and head a few hundred tokens at a time.
+
+Shapes: N windows, L tokens a window, B windows a batch, W windows and P positions of a piece, d hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from moesvd_core.architectures.streaming import DecoderStream, MemoryStream
+from moesvd_core.errors import InputError
+from moesvd_core.progress import Progress, Report, silent
+
+BATCH_TOKENS = 4096
+"""Tokens that go through a layer at once unless the caller says otherwise: enough to keep a GPU busy, little beside the weights."""
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once (64 MiB in float32), whatever the vocabulary."""
+
+
+def as_stream(model: PreTrainedModel | DecoderStream) -> DecoderStream:
+    """The model itself when it already streams, else a stream over the loaded model."""
+    return MemoryStream(model) if isinstance(model, PreTrainedModel) else model
+
+
+def context_limit(config: PretrainedConfig) -> int | None:
+    """Most tokens that the model was made for; None when its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+@dataclass(frozen=True)
+class FinalHidden:
+    """One model's last hidden states over a fixed text; kept to compare several models with the same original.
+
+    Attributes:
+        stream: the model, for its norm and head.
+        window_NL: token ids, int64 on the host.
+        hidden_NLd: output of the last decoder layer, on the host.
+    """
+
+    stream: DecoderStream
+    window_NL: torch.Tensor
+    hidden_NLd: torch.Tensor
+
+
+def final_hidden(
+    model: PreTrainedModel | DecoderStream, window_NL: torch.Tensor, *, batch: int | None = None, report: Report = silent
+) -> FinalHidden:
+    """Run every window through the decoder, layer by layer; each layer's weights are read once.
+
+    Args:
+        model: a loaded model or a stream over model files.
+        window_NL: token ids, int64.
+        batch: windows that go through a layer at once; None: as many as make 4,096 tokens.
+        report: called after every layer with stage "evaluate".
+
+    Raises:
+        InputError: no windows, or a batch below 1.
+    """
+    if window_NL.ndim != 2 or window_NL.numel() == 0:
+        raise InputError(f"windows must be a non-empty table [windows, tokens], got {tuple(window_NL.shape)}: use a longer text")
+    if batch is not None and batch < 1:
+        raise InputError(f"batch must be at least 1 window, got {batch}")
+    stream = as_stream(model)
+    size = batch or max(1, BATCH_TOKENS // window_NL.shape[1])
+    rows = [slice(start, start + size) for start in range(0, len(window_NL), size)]
+    with torch.no_grad():
+        embedded = [stream.embed({"input_ids": window_NL[part]}) for part in rows]
+        calls = [call for _, call in embedded]
+        hidden_NLd = torch.cat([hidden_BLd.cpu() for hidden_BLd, _ in embedded])
+        del embedded
+        total = len(stream.layers)
+        for index in range(total):
+            with stream.layer(index):
+                for part, call in zip(rows, calls, strict=True):
+                    hidden_NLd[part] = stream.run_layer(index, hidden_NLd[part].to(stream.device), call[index]).cpu()
+            report(Progress("evaluate", index + 1, total, f"layer {index}"))
+    return FinalHidden(stream, window_NL, hidden_NLd)
+
+
+def logit_chunks(final: FinalHidden) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Float32 logits of the whole text in pieces of at most `CHUNK_ELEMENTS`, in order.
+
+    Yields:
+        the windows and the positions that the piece covers (slices of [N, L]), and its logits [W, P, V].
+    """
+    count, length = final.window_NL.shape
+    tokens = max(1, CHUNK_ELEMENTS // final.stream.config.get_text_config().vocab_size)
+    rows, step = max(1, tokens // length), min(tokens, length)
+    for row in range(0, count, rows):
+        windows = slice(row, min(row + rows, count))
+        for start in range(0, length, step):
+            positions = slice(start, min(start + step, length))
+            hidden_WPd = final.hidden_NLd[windows, positions].to(final.stream.device)
+            with torch.no_grad():
+                logits = final.stream.head(hidden_WPd, {"input_ids": final.window_NL[windows, positions]}).float()
+            yield windows, positions, logits

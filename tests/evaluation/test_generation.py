@@ -1,0 +1,135 @@
+"""Answers against transformers' own generate, and what must hold when two models answer side by side."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY, save_tiny
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from moesvd_core.errors import EvaluationError, InputError
+from moesvd_core.evaluation.generation import Sampling, answer, first_divergence, side_by_side
+
+torch.set_num_threads(1)
+PROMPT = "once upon a time"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder: Path = tmp_path_factory.mktemp("tokenizer") / "model"
+    return AutoTokenizer.from_pretrained(save_tiny("mixtral", folder, fused=True))
+
+
+def endless(name: str) -> PreTrainedModel:
+    """A tiny model that never ends by itself."""
+    model = TINY[name]().eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_most_probable_tokens_are_those_of_generate(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = endless(name)
+    ids_1L = tokenizer(PROMPT, return_tensors="pt").input_ids
+    mask_1L = torch.ones_like(ids_1L)
+    expected = model.generate(ids_1L, attention_mask=mask_1L, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=2)
+    *_, last = answer(model, tokenizer, PROMPT, Sampling(new_tokens=6))
+    tokens = [token for token in expected[0, ids_1L.shape[1] :].tolist() if token != 2]
+    assert list(last.tokens) == tokens
+    assert last.finished == ("length" if len(tokens) == 6 else "end")
+
+
+def test_a_seed_gives_the_same_answer_and_another_seed_another(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = endless("mixtral")
+    answers = [list(answer(model, tokenizer, PROMPT, Sampling(new_tokens=12, temperature=1.5, seed=seed)))[-1].tokens for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_sampling_follows_the_tempered_and_cut_distribution(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = endless("mixtral")
+    with torch.no_grad():
+        logit_V = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits[0, -1]
+    p_V, order_V = (logit_V / 0.7).softmax(-1).sort(descending=True)
+    kept = int((p_V.cumsum(-1) < 0.5).sum()) + 1
+    expected = dict(zip(order_V[:kept].tolist(), (p_V[:kept] / p_V[:kept].sum()).tolist(), strict=True))
+    draws = [next(answer(model, tokenizer, PROMPT, Sampling(1, 0.7, 0.5, seed))).tokens[0] for seed in range(400)]
+    assert set(draws) <= set(expected)
+    for token, share in expected.items():
+        assert draws.count(token) / 400 == pytest.approx(share, abs=4 * (share * (1 - share) / 400) ** 0.5)
+
+
+def test_the_answer_ends_with_the_context(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = endless("mixtral")
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
+        model.lm_head.weight[5] = model.lm_head.weight[6] * 2  # never a tie at zero
+    prompt = "w" * 60
+    *_, last = answer(model, tokenizer, prompt, Sampling(new_tokens=100))
+    assert len(last.tokens) == 64 - len(tokenizer(prompt).input_ids)
+    assert last.finished == "length"
+
+
+def test_side_by_side_equals_one_after_the_other(tokenizer: PreTrainedTokenizerBase) -> None:
+    models = [endless("mixtral"), endless("qwen3_moe")]
+    sampling = Sampling(new_tokens=8, temperature=1.0, seed=3)
+    turns = list(side_by_side(models, tokenizer, PROMPT, sampling))
+    alone = [list(answer(model, tokenizer, PROMPT, sampling))[-1] for model in models]
+    assert [each.tokens for each in turns[-1]] == [each.tokens for each in alone]
+    assert [len(turn[0].tokens) for turn in turns] == list(range(1, 9)), "one token a turn"
+
+
+def test_equal_models_with_one_seed_never_part(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = endless("mixtral")
+    *_, (left, right) = side_by_side([model, model], tokenizer, PROMPT, Sampling(new_tokens=8, temperature=1.0))
+    assert first_divergence(left.tokens, right.tokens) is None
+
+
+def test_an_answer_that_ended_waits_for_the_other(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, brief = endless("mixtral"), endless("mixtral")
+    *_, full = answer(model, tokenizer, PROMPT, Sampling(new_tokens=5))
+    brief.generation_config.eos_token_id = [full.tokens[2]]
+    *_, (left, right) = side_by_side([brief, model], tokenizer, PROMPT, Sampling(new_tokens=5))
+    stop = full.tokens.index(full.tokens[2])
+    assert (left.finished, left.tokens) == ("end", full.tokens[:stop])
+    assert (right.finished, right.tokens) == ("length", full.tokens)
+
+
+def test_time_is_each_models_own(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = endless("mixtral")
+    turns = list(side_by_side([model, model], tokenizer, PROMPT, Sampling(new_tokens=4)))
+    assert turns[0][0].tokens_per_second is None
+    left = turns[-1][0]
+    assert 0 < left.first_token_seconds < left.seconds
+    assert left.tokens_per_second == pytest.approx(3 / (left.seconds - left.first_token_seconds))
+
+
+@pytest.mark.parametrize(("left", "right", "index"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None)])
+def test_first_divergence(left: list[int], right: list[int], index: int | None) -> None:
+    assert first_divergence(left, right) == index
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ("  \n", Sampling(), "must not be empty"),
+        ("word " * 80, Sampling(new_tokens=4), r"fewer than 64 tokens.*got \d+"),
+        ("word", Sampling(new_tokens=4, chat=True), "no chat template"),
+    ],
+)
+def test_says_what_is_wrong_with_a_prompt(prompt: str, sampling: Sampling, message: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InputError, match=message):
+        answer(endless("mixtral"), tokenizer, prompt, sampling)
+
+
+@pytest.mark.parametrize("wrong", [{"new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"seed": -1}])
+def test_refuses_settings_out_of_bounds(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="must be"):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_logits_that_are_not_finite_end_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = endless("mixtral")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(EvaluationError, match="not finite"):
+        next(answer(model, tokenizer, PROMPT))

@@ -1,0 +1,57 @@
+"""Counted operations and bytes against arithmetic; times only for being there."""
+
+import pytest
+import torch
+from tiny_models import TINY
+
+from moesvd_core.errors import InputError
+from moesvd_core.evaluation.speed import SpeedTest, measure_speed, weight_bytes
+
+torch.set_num_threads(1)
+SHORT = SpeedTest(prompt_tokens=16, new_tokens=2, repeats=2)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_operations_are_those_of_the_matrices(implementation: str) -> None:
+    model = TINY["mixtral"]().eval()
+    model.set_experts_implementation(implementation)
+    config = model.config
+    d, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    tokens = SHORT.prompt_tokens
+    attention = 2 * d * (2 * heads + 2 * keys) + 4 * tokens * heads
+    experts = 2 * d * config.num_local_experts + config.num_experts_per_tok * 6 * d * config.intermediate_size
+    head = 2 * d * config.vocab_size / tokens  # of the last token only
+    result = measure_speed({"model": model}, SHORT)["model"]
+    assert result.flops_per_token == pytest.approx(config.num_hidden_layers * (attention + experts) + head)
+
+
+def test_peak_holds_the_weights_and_what_lives_beside_them() -> None:
+    model = TINY["mixtral"]().eval()
+    result = measure_speed({"model": model}, SHORT)["model"]
+    expected = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
+    assert result.weight_bytes == expected == weight_bytes(model)
+    cache = 2 * model.config.num_hidden_layers * SHORT.prompt_tokens * model.config.num_key_value_heads * model.config.head_dim * 4
+    assert expected + cache < result.peak_bytes < expected + 40 * cache
+
+
+def test_tied_weights_count_once() -> None:
+    layer = torch.nn.Linear(4, 4, bias=False)
+    tied = torch.nn.ModuleList([layer, torch.nn.Linear(4, 4, bias=False)])
+    tied[1].weight = layer.weight
+    assert weight_bytes(tied) == 64
+
+
+def test_every_model_is_measured() -> None:
+    result = measure_speed({"a": TINY["mixtral"]().eval(), "b": TINY["gpt_oss"]().eval()}, SHORT)
+    assert list(result) == ["a", "b"]
+    assert all(0 < rate.low <= rate.median <= rate.high for each in result.values() for rate in (each.prefill, each.decode))
+
+
+def test_refuses_what_cannot_be_measured() -> None:
+    with pytest.raises(InputError, match="at least one model"):
+        measure_speed({})
+    with pytest.raises(InputError, match=r"at most 64 for a, got 60 \+ 8"):
+        measure_speed({"a": TINY["mixtral"]()}, SpeedTest(prompt_tokens=60, new_tokens=8))
+    with pytest.raises(InputError, match="repeats must be at least 1, got 0"):
+        SpeedTest(repeats=0)
