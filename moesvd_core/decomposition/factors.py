@@ -178,3 +178,16 @@ class LayerFactors:
         """Stored parameters, biases included."""
         biases = sum(bias.numel() for bias in (self.input_bias_EN, self.output_bias_ED) if bias is not None)
         return self.input.parameters + self.output.parameters + biases
+
+
+def balanced(left_NR: torch.Tensor, right_RM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with every rank's left column and right row of equal size, so that no factor overflows float16 or trains badly.
+
+    Args:
+        left_NR: [..., N, R]; leading dimensions share one right factor.
+        right_RM: [..., R, M]; leading dimensions share one left factor.
+    """
+    left_R = left_NR.square().flatten(0, -2).mean(0).mul(left_NR.shape[-2]).sqrt()
+    right_R = right_RM.square().movedim(-2, 0).flatten(1).mean(1).mul(right_RM.shape[-1]).sqrt()
+    scale_R = torch.where((left_R > 0) & (right_R > 0), (right_R / left_R).sqrt(), 1.0)
+    return (left_NR * scale_R).contiguous(), (right_RM / scale_R[:, None]).contiguous()

@@ -3,20 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import get_args
 
 from moesvd_core.errors import InputError
-
-if TYPE_CHECKING:
-    from moesvd_core.planning import Structure
-
-Metric = Literal["plain", "scaled", "input", "output"]
-"""What counts as error of ΔW: ‖ΔW‖² · ‖ΔW diag(mean|x|)^½‖² (ASVD) · tr ΔW C ΔWᵀ (Eq. 11-12) · tr Γ ΔW C ΔWᵀ (what it does to the loss)."""
-
-Allocation = Literal["uniform", "selective", "owl", "greedy"]
-"""Where the parameters go: same rank everywhere · layers under a threshold of S_L (3.2) · by OWL's outlier ratio · best gain per cost."""
-
-STRUCTURES: tuple["Structure", ...] = ("per-expert", "shared-v", "latent")
+from moesvd_core.planning import Allocation, Metric, Structure
 
 
 @dataclass(frozen=True)
@@ -28,14 +18,14 @@ class Method:
         metric: what the factors minimise.
         structures: what is on offer for each side of a layer; with several, the plan takes whichever wins.
         allocation: how ranks are given out.
-        refit: "shared-v" only: least-squares U for the shared V instead of the sums of Eq. 8.
+        refit: shared-v takes the least-squares U for its V instead of the sums of Eq. 8 (latent always refits, per-expert never needs to).
         reference: where it comes from.
         description: one sentence for a person who has to choose.
     """
 
     name: str
     metric: Metric
-    structures: tuple["Structure", ...]
+    structures: tuple[Structure, ...]
     allocation: Allocation
     refit: bool
     reference: str
@@ -45,12 +35,12 @@ class Method:
         _check("metric", self.metric, get_args(Metric))
         _check("allocation", self.allocation, get_args(Allocation))
         if not self.structures:
-            raise InputError(f"structures must name at least one of {', '.join(STRUCTURES)}, got none")
+            raise InputError(f"structures must name at least one of {', '.join(get_args(Structure))}, got none")
         for structure in self.structures:
-            _check("structure", structure, STRUCTURES)
+            _check("structure", structure, get_args(Structure))
 
     def customised(
-        self, *, metric: Metric | None = None, structures: tuple["Structure", ...] | None = None, allocation: Allocation | None = None
+        self, *, metric: Metric | None = None, structures: tuple[Structure, ...] | None = None, allocation: Allocation | None = None
     ) -> "Method":
         """The same method with some axes chosen by hand; what is None stays.
 

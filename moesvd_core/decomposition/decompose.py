@@ -1,0 +1,162 @@
+"""One layer, one method: curves for every plan, and the factors of whichever plan is chosen.
+
+Factors are nested, so the eigendecompositions are made once; a plan only slices them, and refits what has to be refitted.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Protocol
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.atomic import replacing
+from moesvd_core.calibration.statistics import LayerStatistics
+from moesvd_core.decomposition.factors import DenseFactors, LayerFactors, SideFactors
+from moesvd_core.decomposition.latent import LatentBasis
+from moesvd_core.decomposition.metrics import LayerMetric
+from moesvd_core.decomposition.per_expert import PerExpertBasis
+from moesvd_core.decomposition.registry import Method
+from moesvd_core.decomposition.shared_v import SharedVBasis
+from moesvd_core.errors import InputError, RunError
+from moesvd_core.planning import SIDES, LayerPlan, Side, SideCurve, SidePlan, Structure
+
+FORMAT = "moesvd-decomposition-1"
+"""Version of the file of `Decomposition.save`."""
+
+
+class Basis(Protocol):
+    """One side of one layer in one structure, decomposed."""
+
+    @property
+    def curve(self) -> SideCurve:
+        """Predicted loss at every rank."""
+
+    def factors(self, ranks: tuple[int, ...]) -> SideFactors:
+        """What is stored at these ranks."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file has to keep."""
+
+
+class Decomposition:
+    """One layer, decomposed by one method: every rank of every structure that the method has on offer."""
+
+    def __init__(self, metric: LayerMetric, method: Method, bases: Mapping[tuple[Side, Structure], Basis]) -> None:
+        self.method = method
+        self._metric = metric
+        self._bases = bases
+
+    @property
+    def curves(self) -> list[SideCurve]:
+        """Predicted losses and costs, input side first, one for each structure of the method."""
+        return [basis.curve for basis in self._bases.values()]
+
+    def materialise(self, plan: LayerPlan) -> LayerFactors:
+        """The factors that a plan asks for: slices, refitted where the structure says so.
+
+        Raises:
+            InputError: the plan is of another layer, asks for a structure that was not decomposed, or for ranks that there are not.
+        """
+        weights, layer = self._metric.weights, self._metric.layer.index
+        if plan.layer != layer:
+            raise InputError(f"plan must be of layer {layer}, which was decomposed, got that of layer {plan.layer}")
+        return LayerFactors(
+            plan.layer, self._side("input", plan.input), self._side("output", plan.output), weights.input_bias_EN, weights.output_bias_ED
+        )
+
+    def _side(self, side: Side, plan: SidePlan) -> SideFactors:
+        if plan.structure == "dense":
+            return DenseFactors(self._metric.stored(side))
+        basis = self._bases.get((side, plan.structure))
+        if basis is None:
+            offered = ", ".join(self.method.structures)
+            raise InputError(f"structure must be dense or one of {offered} for {self.method.name}, got {plan.structure}")
+        slots, most = basis.curve.gain_SR.shape
+        if len(plan.ranks) != slots or not all(-1 <= rank <= most for rank in plan.ranks):
+            raise InputError(f"{side} ranks of layer {self._metric.layer.index} must be {slots} numbers in [-1, {most}], got {plan.ranks}")
+        return basis.factors(plan.ranks)
+
+    def save(self, path: Path) -> None:
+        """Keep the eigendecompositions in a safetensors file, whole or not at all, so that another plan is a slice away.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        tensors = {
+            f"{side}.{structure}.{name}": tensor.contiguous()
+            for (side, structure), basis in self._bases.items()
+            for name, tensor in basis.tensors().items()
+        }
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"format": FORMAT, **_identity(self._metric.layer, self.method)})
+
+
+def decompose(
+    weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, method: Method, *, device: torch.device | str = "cpu"
+) -> Decomposition:
+    """Decompose one layer by one method.
+
+    Args:
+        weights: its experts, in canonical form; kept by reference, since factors are made from them.
+        layer: their layout.
+        statistics: what calibration collected for it.
+        method: from `registry.method`, possibly customised.
+        device: where the work is done; the results are on the host.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+        StatisticsError: statistics that cannot be used.
+    """
+    metric = LayerMetric(weights, layer, statistics, device)
+    return Decomposition(metric, method, {each: _made(metric, *each, method) for each in product(SIDES, method.structures)})
+
+
+def load(path: Path, weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, method: Method) -> Decomposition:
+    """Read what `Decomposition.save` wrote, for the same weights, statistics and method.
+
+    Raises:
+        RunError: the file is missing, damaged, or of another layer or method.
+    """
+    metric = LayerMetric(weights, layer, statistics)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(f"{path.name} is missing or damaged ({error}); decompose layer {layer.index} again") from error
+    expected = {"format": FORMAT, **_identity(layer, method)}
+    if metadata != expected:
+        raise RunError(f"{path.name} holds {metadata}, wanted {expected}; decompose layer {layer.index} again")
+    return Decomposition(metric, method, {each: _loaded(metric, *each, method, tensors) for each in product(SIDES, method.structures)})
+
+
+def _made(metric: LayerMetric, side: Side, structure: Structure, method: Method) -> Basis:
+    if structure == "per-expert":
+        return PerExpertBasis.made(metric, side, method.metric)
+    if structure == "latent":
+        return LatentBasis.made(metric, side, method.metric)
+    return SharedVBasis.made(metric, side, method.metric, refit=method.refit)
+
+
+def _loaded(metric: LayerMetric, side: Side, structure: Structure, method: Method, file: Mapping[str, torch.Tensor]) -> Basis:
+    prefix = f"{side}.{structure}."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in file.items() if name.startswith(prefix)}
+    if structure == "per-expert":
+        return PerExpertBasis.loaded(metric, side, method.metric, tensors)
+    if structure == "latent":
+        return LatentBasis.loaded(metric, side, method.metric, tensors)
+    return SharedVBasis.loaded(metric, side, method.metric, tensors, refit=method.refit)
+
+
+def _identity(layer: ExpertLayer, method: Method) -> dict[str, str]:
+    return {
+        "layer": str(layer.index),
+        "shape": f"{layer.experts}x{layer.hidden}x{layer.width}",
+        "metric": method.metric,
+        "structures": " ".join(method.structures),
+        "refit": str(method.refit),
+    }

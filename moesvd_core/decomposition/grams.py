@@ -1,0 +1,148 @@
+"""Inner products: what a Gram matrix measures, its square root, and what to do when it is singular.
+
+Shapes: S size of the space, R vectors, always as rows. Grams are float64: they square the condition of what they came from.
+
+Gram matrices of activations are semi-definite and often singular (fewer tokens than channels, dead channels). Each gets a relative ridge,
+and its square root comes from an eigendecomposition, which cannot fail; nothing here forms a plain inverse.
+"""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+
+EPSILON = 1e-12
+"""Smallest eigenvalue of a Gram matrix, as a share of its mean one, that a root distinguishes from zero."""
+
+
+class Gram(ABC):
+    """A symmetric positive definite G, seen through what the methods need of it."""
+
+    @abstractmethod
+    def times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        """x G, [R, S], in the precision of x."""
+
+    def quadratic(self, x_RS: torch.Tensor) -> torch.Tensor:
+        """x G xᵀ, [R, R], exactly symmetric."""
+        return symmetric(self.times(x_RS) @ x_RS.T)
+
+
+class RootedGram(Gram):
+    """A Gram matrix whose square root is at hand."""
+
+    @abstractmethod
+    def full(self) -> torch.Tensor:
+        """The matrix itself, [S, S]."""
+
+    @abstractmethod
+    def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        """x G^{1/2}."""
+
+    @abstractmethod
+    def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        """x G^{-1/2}."""
+
+    def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
+        """G^{1/2} outer G^{1/2}, exactly symmetric."""
+        return symmetric(self.root_times(self.root_times(outer_SS).T))
+
+
+class DiagonalGram(RootedGram):
+    """diag(g), g > 0."""
+
+    def __init__(self, diagonal_S: torch.Tensor) -> None:
+        self.diagonal_S = diagonal_S
+
+    def full(self) -> torch.Tensor:
+        return self.diagonal_S.diag()
+
+    def times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        return x_RS * self.diagonal_S.to(x_RS.dtype)
+
+    def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        return x_RS * self.diagonal_S.sqrt()
+
+    def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        return x_RS * self.diagonal_S.rsqrt()
+
+
+class FullGram(RootedGram):
+    """A full matrix; its eigendecomposition is made when a root is first asked for."""
+
+    def __init__(self, gram_SS: torch.Tensor) -> None:
+        self.gram_SS = gram_SS
+
+    def full(self) -> torch.Tensor:
+        return self.gram_SS
+
+    def times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        return x_RS @ self.gram_SS.to(x_RS.dtype)
+
+    def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        return x_RS @ self._roots[0]
+
+    def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        return x_RS @ self._roots[1]
+
+    @cached_property
+    def _roots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        value_S, vector_SS = torch.linalg.eigh(self.gram_SS)
+        root_S = value_S.clamp(min=EPSILON * float(value_S.mean())).sqrt()
+        return (vector_SS * root_S) @ vector_SS.T, (vector_SS / root_S) @ vector_SS.T
+
+
+class ImpliedGram(Gram):
+    """The Gram H of an output matrix's inputs when only O = W H Wᵀ was collected (wide experts).
+
+    The part of H that reaches the output is known exactly: W⁺ O W⁺ᵀ. On the rest of the space, which W does not see, H is taken to be
+    isotropic. No matrix of the size of H is formed.
+
+    Args:
+        weight_NM: W, N <= M.
+        outer_NN: O.
+        floor: mean square of an input, the isotropic part on the null space of W.
+    """
+
+    def __init__(self, weight_NM: torch.Tensor, outer_NN: torch.Tensor, floor: float) -> None:
+        self._weight_NM = weight_NM.double()
+        self._floor = floor
+        gram = FullGram(ridged(self._weight_NM @ self._weight_NM.T, 1e-10))
+        self._pseudo_inverse_NM = gram.inverse_root_times(gram.inverse_root_times(self._weight_NM.T)).T
+        self._outer_NN = outer_NN
+
+    def times(self, x_RM: torch.Tensor) -> torch.Tensor:
+        seen_RN = x_RM @ self._pseudo_inverse_NM.T
+        return seen_RN @ self._outer_NN @ self._pseudo_inverse_NM + self._floor * (x_RM - seen_RN @ self._weight_NM)
+
+
+def symmetric(matrix_SS: torch.Tensor) -> torch.Tensor:
+    """The symmetric part: rounding alone makes a product of symmetric matrices slightly skew."""
+    return (matrix_SS + matrix_SS.T) / 2
+
+
+def ridged(gram_SS: torch.Tensor, share: float) -> torch.Tensor:
+    """The Gram matrix plus `share` of its mean diagonal on every diagonal entry (1 where all of it is zero)."""
+    mean = float(gram_SS.diagonal().mean())
+    return gram_SS + (share * mean if mean > 0 else 1.0) * torch.eye(gram_SS.shape[0], dtype=gram_SS.dtype, device=gram_SS.device)
+
+
+def cholesky(gram_SS: torch.Tensor) -> torch.Tensor:
+    """Lower triangular L with L Lᵀ = gram, shifting the gram by Algorithm 5 where rounding has made it indefinite."""
+    factor_SS: torch.Tensor
+    factor_SS, failed = torch.linalg.cholesky_ex(gram_SS)
+    if int(failed):
+        factor_SS = torch.linalg.cholesky(make_positive_definite(gram_SS))
+    return factor_SS
+
+
+def make_positive_definite(matrix_SS: torch.Tensor, tolerance: float = 1e-10) -> torch.Tensor:
+    """The symmetric part of a matrix with its eigenvalues shifted above zero (Algorithm 5).
+
+    The paper adds `min(λ) + tolerance`, which makes a negative eigenvalue more negative; what it means, and what is done here, is to
+    subtract `min(λ)`. The tolerance is relative to the largest eigenvalue.
+    """
+    value_S, vector_SS = torch.linalg.eigh(symmetric(matrix_SS))
+    floor = tolerance * float(value_S[-1].abs().clamp(min=torch.finfo(value_S.dtype).tiny))
+    if float(value_S[0]) < floor:
+        value_S = value_S - value_S[0] + floor
+    return symmetric((vector_SS * value_S) @ vector_SS.T)

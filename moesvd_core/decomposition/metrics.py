@@ -1,0 +1,280 @@
+"""What counts as error on each side of a layer: from collected statistics to well-conditioned inner products.
+
+Shapes: E experts, d = D hidden size, m width, n input rows; a side's matrix W is rows × columns: input n × d, output d × m.
+
+The error of ΔW for expert e is tr L_e ΔW G_e ΔWᵀ: G_e weighs the inputs of the matrix, L_e its outputs. In the "output" metric
+(engine: second-order change of the summed NLL) the right weight is the Gram of the tokens routed to the expert, and the left weight is
+Γ = E[g gᵀ] on the output side and ρ_j = (Dᵀ Γ D)_jj · E[(∂h_j/∂pre_j)²] a neuron on the input side; the Grams carry p².
+
+The optimum never needs both Grams at their size: with rows >= columns everything happens in the space of the columns, through
+Wᵀ L W ("right": W ≈ W X V), otherwise in the space of the rows, through W G Wᵀ ("left": W ≈ U K W), which for the output side is the
+collected O_e itself, so that no Gram of a wide expert's neurons is needed.
+"""
+
+from functools import cached_property
+
+import torch
+
+from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.calibration.statistics import LayerStatistics
+from moesvd_core.decomposition.grams import DiagonalGram, FullGram, Gram, ImpliedGram, RootedGram, ridged, symmetric
+from moesvd_core.errors import CheckpointError, StatisticsError
+from moesvd_core.planning import Metric, Side
+
+GRADIENT_RIDGE = 1e-4
+"""Ridge on Γ and ρ, as a share of their mean."""
+GRAM_RIDGE = 1e-6
+"""Ridge on input Grams, as a share of their mean diagonal."""
+MOST_KEPT = 1 << 28
+"""Entries of Wᵀ L W kept for all experts of a layer; several structures and passes ask for the same ones."""
+PSEUDO_SHARE = 0.02
+"""Pooled tokens lent to every expert, as a share of an average expert's tokens, so that a rare expert is never measured by noise."""
+
+
+class LayerMetric:
+    """The inner products of one layer, made on demand.
+
+    Args:
+        weights: the layer's experts.
+        layer: their layout.
+        statistics: what calibration collected.
+        device: where matrices are worked on.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+        StatisticsError: statistics of another layer, not finite, or of no token at all.
+    """
+
+    def __init__(self, weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device | str = "cpu") -> None:
+        _check(weights, layer, statistics)
+        self.weights = weights
+        self.layer = layer
+        self.statistics = statistics
+        self.device = torch.device(device)
+        self._read: dict[tuple[Metric, int], torch.Tensor] = {}
+        self.pseudo_tokens = PSEUDO_SHARE * float(statistics.count_E.sum()) / layer.experts
+
+    # -- what a side looks like ------------------------------------------------------------------------------------------------------
+
+    def shape(self, side: Side) -> tuple[int, int]:
+        """Rows and columns of the side's matrices."""
+        return self.stored(side).shape[1], self.stored(side).shape[2]
+
+    def works_right(self, side: Side) -> bool:
+        """Whether the columns are the smaller space (W ≈ W X V), or the rows (W ≈ U K W)."""
+        rows, columns = self.shape(side)
+        return columns <= rows if side == "input" else columns < rows
+
+    def weight(self, side: Side, expert: int) -> torch.Tensor:
+        """The expert's matrix for computing, [rows, columns]."""
+        return self.stored(side)[expert].to(self.device, self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of factors and bases: float64 for float64 weights, else float32."""
+        return torch.float64 if self.weights.input_END.dtype == torch.float64 else torch.float32
+
+    @cached_property
+    def frequencies(self) -> list[float]:
+        """f_e, the share of tokens routed to each expert (Eq. 5, 9); they add up to k."""
+        return [count / self.statistics.tokens for count in self.statistics.count_E.tolist()]
+
+    def stored(self, side: Side) -> torch.Tensor:
+        """The side's original matrices, [E, rows, columns]."""
+        return self.weights.input_END if side == "input" else self.weights.output_EDM
+
+    @property
+    def unit(self) -> float:
+        """Turns tr L ΔW G ΔWᵀ in the output metric into nats a calibration token (half the second-order sum)."""
+        return 0.5 / self.statistics.tokens
+
+    # -- the two sides of the inner product ------------------------------------------------------------------------------------------
+
+    def left(self, side: Side, metric: Metric, expert: int) -> RootedGram:
+        """L_e [rows, rows]."""
+        rows, _ = self.shape(side)
+        if metric != "output":
+            return self._ones(rows)
+        if side == "output":
+            return self._gradient_gram
+        return DiagonalGram(self._row_weight[expert])
+
+    def right(self, side: Side, metric: Metric, expert: int) -> Gram:
+        """G_e [columns, columns]."""
+        return self.right_of_input(metric, expert) if side == "input" else self.right_of_output(metric, expert)
+
+    def right_of_input(self, metric: Metric, expert: int) -> RootedGram:
+        """G_e of the input matrix, [D, D]: C_e, but for the metrics that look at no Gram."""
+        if metric == "plain":
+            return self._ones(self.layer.hidden)
+        if metric == "scaled":
+            return DiagonalGram(self._channel_mean(self.statistics.input_mean_ED, expert))
+        return FullGram(self._input_gram(expert))
+
+    def right_of_output(self, metric: Metric, expert: int) -> Gram:
+        """G_e of the output matrix, [M, M]: H_e, but for the metrics that look at no Gram."""
+        if metric == "plain":
+            return self._ones(self.layer.width)
+        if metric == "scaled":
+            return DiagonalGram(self._channel_mean(self.statistics.intermediate_mean_EM, expert))
+        return self._intermediate_gram(expert)
+
+    def inner(self, side: Side, metric: Metric, expert: int) -> RootedGram:
+        """The inner product of the smaller space: G_e when working right, L_e when working left."""
+        if not self.works_right(side):
+            return self.left(side, metric, expert)
+        gram = self.right(side, metric, expert)
+        assert isinstance(gram, RootedGram)  # noqa: S101 - an implied Gram is made for wide matrices only, which work left
+        return gram
+
+    def outer(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
+        """What W carries into the smaller space: Wᵀ L_e W [columns, columns] or W G_e Wᵀ [rows, rows]."""
+        return self.read_by(side, metric, expert) if self.works_right(side) else self.written_by(side, metric, expert)
+
+    def written_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
+        """W G_e Wᵀ [rows, rows], float64."""
+        if side == "output" and metric in ("input", "output"):
+            return self._output_gram(expert)
+        weight_NM = self.weight(side, expert)
+        return symmetric((self.right(side, metric, expert).times(weight_NM) @ weight_NM.T).double())
+
+    def read_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
+        """Wᵀ L_e W [columns, columns], float64; the product itself in the weights' computing precision."""
+        if side == "output":
+            return self._read_by(side, metric, expert)
+        kind: Metric = "output" if metric == "output" else "plain"
+        if (kind, expert) not in self._read:
+            read_DD = self._read_by("input", kind, expert)
+            if self.layer.experts * read_DD.numel() > MOST_KEPT:
+                return read_DD
+            self._read[kind, expert] = read_DD.to(self.dtype)
+        return self._read[kind, expert].double()
+
+    def _read_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
+        weight_NM = self.weight(side, expert)
+        return symmetric((self.left(side, metric, expert).times(weight_NM.T) @ weight_NM).double())
+
+    def _ones(self, size: int) -> DiagonalGram:
+        return DiagonalGram(torch.ones(size, dtype=torch.float64, device=self.device))
+
+    def energy(self, side: Side, expert: int) -> float:
+        """tr L_e W G_e Wᵀ in the output metric: what dropping the whole matrix loses."""
+        return float((self.inner(side, "output", expert).full() * self.outer(side, "output", expert)).sum())
+
+    # -- shrunken statistics -----------------------------------------------------------------------------------------------------------
+
+    def _input_gram(self, expert: int) -> torch.Tensor:
+        """C_e + n0·C̄, ridged: an expert with few tokens leans on what an average token looks like."""
+        own_DD = self.statistics.input_gram_EDD[expert].to(self.device, torch.float64)
+        return ridged(own_DD + self.pseudo_tokens * self._pooled_gram, GRAM_RIDGE)
+
+    @cached_property
+    def _pooled_gram(self) -> torch.Tensor:
+        """C̄, the layer's input Gram a routed token."""
+        return self.statistics.input_gram_EDD.to(self.device).sum(0, dtype=torch.float64) / float(self.statistics.count_E.sum())
+
+    def _output_gram(self, expert: int) -> torch.Tensor:
+        """O_e + h̄·n0·W Wᵀ: the same shrinkage as of H_e, seen through W."""
+        weight_DM = self.weight("output", expert)
+        own_DD = self.statistics.output_gram_EDD[expert].to(self.device, torch.float64)
+        return symmetric(own_DD + self._isotropic(expert) * (weight_DM @ weight_DM.T).double())
+
+    def _intermediate_gram(self, expert: int) -> Gram:
+        """H_e + h̄·n0·1. Neurons have no common order across experts: the pooled Gram to lean on is isotropic.
+
+        Without a collected H_e: recovered from O_e, exactly where W has as many rows as columns, else as `ImpliedGram` says.
+        """
+        isotropic = self._isotropic(expert)
+        if self.statistics.intermediate_gram_EMM is not None:
+            own_MM = self.statistics.intermediate_gram_EMM[expert].to(self.device, torch.float64)
+            return FullGram(own_MM + isotropic * torch.eye(own_MM.shape[0], dtype=torch.float64, device=self.device))
+        weight_DM = self.weight("output", expert).double()
+        if not self.works_right("output"):
+            own_share = float(self.statistics.count_E[expert]) * self._mean_square
+            return ImpliedGram(weight_DM, self._output_gram(expert), own_share + isotropic)
+        gram = FullGram(ridged(weight_DM.T @ weight_DM, 1e-10))
+        pseudo_inverse_MD = gram.inverse_root_times(gram.inverse_root_times(weight_DM)).T
+        return FullGram(symmetric(pseudo_inverse_MD @ self._output_gram(expert) @ pseudo_inverse_MD.T))
+
+    def _isotropic(self, expert: int) -> float:
+        """What shrinkage and ridge add to every eigenvalue of H_e."""
+        return self._mean_square * (self.pseudo_tokens + GRAM_RIDGE * float(self.statistics.count_E[expert]))
+
+    @cached_property
+    def _mean_square(self) -> float:
+        """h̄: mean p²·h² a routed token, as far as it shows in the outputs (so that it needs no H)."""
+        norms_E = self.weights.output_EDM.float().square().sum((1, 2)).double().cpu()
+        energy = float(self.statistics.output_gram_EDD.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
+        return energy / float((norms_E * self.statistics.count_E).sum().clamp(min=torch.finfo(torch.float64).tiny))
+
+    @cached_property
+    def _gradient_gram(self) -> FullGram:
+        """Γ a token, ridged; the identity when calibration made no backward pass."""
+        gram_DD, tokens = self.statistics.gradient_gram_DD, self.statistics.gradient_tokens
+        if gram_DD is None:
+            return FullGram(torch.eye(self.layer.hidden, dtype=torch.float64, device=self.device))
+        return FullGram(ridged(symmetric(gram_DD.to(self.device, torch.float64)) / tokens, GRADIENT_RIDGE))
+
+    @cached_property
+    def _row_weight(self) -> torch.Tensor:
+        """ρ of every input row, [E, n], ridged: curvature of its neuron times the neuron's mean squared slope."""
+        neuron_N = self.layer.neuron_of_row().to(self.device)
+        curvature_EM = torch.stack([self._curvature(expert) for expert in range(self.layer.experts)])
+        weight_EN = curvature_EM[:, neuron_N] * self._mean_slope
+        mean = float(weight_EN.mean())
+        return weight_EN + (GRADIENT_RIDGE * mean if mean > 0 else 1.0)
+
+    def _curvature(self, expert: int) -> torch.Tensor:
+        """(Dᵀ Γ D)_jj, [m]."""
+        weight_DM = self.weight("output", expert)
+        return (self._gradient_gram.times(weight_DM.T).T * weight_DM).sum(0).double()
+
+    @cached_property
+    def _mean_slope(self) -> torch.Tensor:
+        """Mean squared slope of every input row, weighted by p², [E, n]; rare experts lean on the layer's mean of the kind of row.
+
+        The Gram that it multiplies carries p² already, hence the division by Σ p² and not by the tokens.
+        """
+        slope_EN = self.statistics.slope_EN.to(self.device, torch.float64)
+        square_E1 = self.statistics.weight_square_E.to(self.device, torch.float64)[:, None]
+        total = square_E1.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        kind_N = _kind_of_row(self.layer).to(self.device)
+        pooled_N = torch.zeros_like(slope_EN[0])
+        for kind in range(int(kind_N.max()) + 1):
+            pooled_N[kind_N == kind] = slope_EN[:, kind_N == kind].mean(1).sum() / total
+        lent = PSEUDO_SHARE * total / self.layer.experts
+        return (slope_EN + lent * pooled_N) / (square_E1 + lent)
+
+    def _channel_mean(self, mean_ES: torch.Tensor, expert: int) -> torch.Tensor:
+        """mean |x| of every channel: ASVD's scaling squared, at its α = ½. Never zero; an expert without tokens leans on the others."""
+        own_S = mean_ES[expert] if int(self.statistics.count_E[expert]) else mean_ES.mean(0)
+        mean_S = own_S.to(self.device, torch.float64)
+        average = float(mean_S.mean())
+        return mean_S + (GRAM_RIDGE * average if average > 0 else 1.0)
+
+
+def _kind_of_row(layer: ExpertLayer) -> torch.Tensor:
+    """0 for gate rows and 1 for up rows, int64 [n]; all 0 without a gate."""
+    row_N = torch.arange(layer.input_rows)
+    if layer.rows == "interleaved":
+        return row_N % 2
+    return row_N // layer.width
+
+
+def _check(weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics) -> None:
+    if statistics.layer != layer.index:
+        raise StatisticsError(f"statistics of layer {statistics.layer} cannot be used for layer {layer.index}")
+    if statistics.tokens <= 0 or int(statistics.count_E.sum()) == 0:
+        raise StatisticsError(f"layer {layer.index}: no calibration token reached its experts; calibrate on at least one window of text")
+    if statistics.gradient_gram_DD is not None and statistics.gradient_tokens <= 0:
+        raise StatisticsError(f"layer {layer.index}: gradient_tokens must be > 0 beside a gradient Gram, got {statistics.gradient_tokens}")
+    for name, tensor in (("input", weights.input_END), ("output", weights.output_EDM)):
+        for expert, weight in enumerate(tensor):
+            if not bool(torch.isfinite(weight).all()):
+                raise CheckpointError(f"layer {layer.index}, expert {expert}: NaN or Inf in the {name} matrix; the checkpoint is damaged")
+    for name in ("input_gram_EDD", "output_gram_EDD", "intermediate_gram_EMM", "slope_EN", "weight_square_E"):
+        for expert, tensor in enumerate(getattr(statistics, name) if getattr(statistics, name) is not None else ()):
+            if not bool(torch.isfinite(tensor).all()):
+                raise StatisticsError(f"layer {layer.index}, expert {expert}: {name} holds NaN or Inf; calibrate again")
+    if statistics.gradient_gram_DD is not None and not bool(torch.isfinite(statistics.gradient_gram_DD).all()):
+        raise StatisticsError(f"layer {layer.index}: the gradient Gram holds NaN or Inf; calibrate again, in float32 or without gradients")

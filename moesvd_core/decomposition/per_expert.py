@@ -1,0 +1,81 @@
+"""Every expert's own factors: W_e ≈ A_e V_e, optimal at every rank in the method's metric.
+
+Shapes: E experts, S size of the smaller space of a side's matrices, R ranks worth storing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from moesvd_core.decomposition.curves import break_even, per_expert_curve
+from moesvd_core.decomposition.factors import DenseFactors, PerExpertFactors, SideFactors, balanced
+from moesvd_core.decomposition.losses import projection_losses, tail_losses
+from moesvd_core.decomposition.metrics import LayerMetric
+from moesvd_core.decomposition.projection import best_projection
+from moesvd_core.planning import DENSE, Metric, Side, SideCurve
+
+
+class PerExpertBasis:
+    """The directions that each expert of one side keeps, best first.
+
+    Attributes:
+        curve: predicted loss at every rank.
+    """
+
+    def __init__(self, metric: LayerMetric, side: Side, kind: Metric, basis_ERS: torch.Tensor, curve: SideCurve) -> None:
+        self.curve = curve
+        self._metric, self._side, self._kind, self._basis_ERS = metric, side, kind, basis_ERS
+
+    @classmethod
+    def made(cls, metric: LayerMetric, side: Side, kind: Metric) -> "PerExpertBasis":
+        """Decompose one side of a layer: one eigendecomposition an expert, in the smaller of its matrices' two spaces.
+
+        Args:
+            metric: the layer's inner products.
+            side: which matrices.
+            kind: the metric that the factors minimise; losses are predicted in the output metric whichever it is.
+        """
+        rows, columns = metric.shape(side)
+        ranks = break_even(rows * columns, rows + columns, min(rows, columns))
+        bases, losses, gains = [], [], []
+        for expert in range(metric.layer.experts):
+            inner = metric.inner(side, kind, expert)
+            found = best_projection(inner, metric.outer(side, kind, expert), ranks)
+            if kind == "output":
+                loss_R = tail_losses(found.gain_R, found.rest)
+            else:
+                true_inner, true_outer_SS = metric.inner(side, "output", expert), metric.outer(side, "output", expert)
+                loss_R = projection_losses(inner.times(found.basis_RS), found.basis_RS, true_inner, true_outer_SS)
+            bases.append(found.basis_RS.to(metric.dtype).cpu())
+            losses.append(loss_R * metric.unit)
+            gains.append(found.gain_R)
+        curve = per_expert_curve(metric, side, torch.stack(losses), torch.stack(gains))
+        return cls(metric, side, kind, torch.stack(bases), curve)
+
+    def factors(self, ranks: Sequence[int]) -> SideFactors:
+        """Factors at one rank an expert; DENSE keeps the original matrix, 0 drops it."""
+        stored = self._metric.stored(self._side)
+        if all(rank == DENSE for rank in ranks):
+            return DenseFactors(stored)
+        pairs = [self._pair(expert, max(rank, 0)) for expert, rank in enumerate(ranks)]
+        dense = {expert: stored[expert] for expert, rank in enumerate(ranks) if rank == DENSE}
+        return PerExpertFactors(tuple(ranks), tuple(left for left, _ in pairs), tuple(right for _, right in pairs), dense)
+
+    def _pair(self, expert: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left [rows, rank] and right [rank, columns] factor of one expert."""
+        weight_NM = self._metric.weight(self._side, expert)
+        basis_RS = self._basis_ERS[expert, :rank].to(self._metric.device, torch.float64)
+        read_RS = self._metric.inner(self._side, self._kind, expert).times(basis_RS)
+        basis_RS, read_RS = basis_RS.to(weight_NM.dtype), read_RS.to(weight_NM.dtype)
+        right = self._metric.works_right(self._side)
+        left_NR, right_RM = balanced(weight_NM @ read_RS.T, basis_RS) if right else balanced(basis_RS.T, read_RS @ weight_NM)
+        return left_NR.cpu(), right_RM.cpu()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file has to keep so that `loaded` can slice again."""
+        return {"basis": self._basis_ERS, "loss": torch.from_numpy(self.curve.loss_SR), "gain": torch.from_numpy(self.curve.gain_SR)}
+
+    @classmethod
+    def loaded(cls, metric: LayerMetric, side: Side, kind: Metric, tensors: Mapping[str, torch.Tensor]) -> "PerExpertBasis":
+        """The basis that `tensors` came from, for the same weights and statistics."""
+        return cls(metric, side, kind, tensors["basis"], per_expert_curve(metric, side, tensors["loss"], tensors["gain"]))

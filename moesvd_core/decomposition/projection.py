@@ -1,0 +1,40 @@
+"""The best nested projections in a weighted inner product: one eigendecomposition, every rank.
+
+Shapes: S size of the space, R ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from moesvd_core.decomposition.grams import RootedGram
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Leading directions of `outer` in the inner product G.
+
+    Attributes:
+        basis_RS: V = Qᵀ G^{-1/2}, best direction first, V G Vᵀ = 1; W ≈ W (G Vᵀ) V, cut after any row, is the best of its rank.
+        gain_R: squared singular values of L^{1/2} W G^{1/2}, descending.
+        rest: sum of those beyond R.
+    """
+
+    basis_RS: torch.Tensor
+    gain_R: torch.Tensor
+    rest: float
+
+
+def best_projection(inner: RootedGram, outer_SS: torch.Tensor, ranks: int) -> Projection:
+    """The best `ranks` directions to keep of `outer` (Wᵀ L W, S × S) in the metric `inner` (G).
+
+    The squared singular values and right singular vectors of L^{1/2} W G^{1/2} are the eigenpairs of G^{1/2} Wᵀ L W G^{1/2}, which is as
+    small as the smaller side of W. Signs are fixed (the largest entry of an eigenvector is positive), so that results do not depend on
+    the library that made them.
+    """
+    value_S, vector_SS = torch.linalg.eigh(inner.whitened(outer_SS))
+    gain_S = value_S.flip(0).clamp(min=0)
+    vector_RS = vector_SS.T.flip(0)[:ranks]
+    peak_R1 = vector_RS.gather(1, vector_RS.abs().argmax(1, keepdim=True))
+    vector_RS = vector_RS * torch.where(peak_R1 < 0, -1.0, 1.0)
+    return Projection(inner.inverse_root_times(vector_RS), gain_S[:ranks], float(gain_S[ranks:].sum()))
