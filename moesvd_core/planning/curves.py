@@ -108,6 +108,20 @@ class SideCurve:
         return float(self.dense_flops_S.sum())
 
     def ranks_on_offer(self, block: int) -> NDArray[np.int64]:
-        """Ranks that a plan may choose from: 0, block, 2·block ... and the largest, [P]."""
-        rank_P = np.arange(0, self.max_rank + 1, block)
-        return rank_P if rank_P[-1] == self.max_rank else np.append(rank_P, self.max_rank)
+        """Ranks that a plan may choose from, [P]: 0, block, 2·block ...; 0 and the largest of a matrix that is smaller than a block."""
+        return np.arange(0, self.max_rank + 1, min(block, self.max_rank))
+
+    def as_one_slot(self) -> "SideCurve":
+        """The side as a whole: all slots at one rank."""
+        return SideCurve(
+            layer=self.layer,
+            side=self.side,
+            structure=self.structure,
+            loss_SR=self.loss_SR.sum(axis=0, keepdims=True),
+            gain_SR=self.gain_SR.sum(axis=0, keepdims=True),
+            rank_cost_S=self.rank_cost_S.sum(keepdims=True),
+            dense_cost_S=self.dense_cost_S.sum(keepdims=True),
+            load_S=self.load_S.sum(keepdims=True),
+            rank_flops_S=self.rank_flops_S.sum(keepdims=True),
+            dense_flops_S=self.dense_flops_S.sum(keepdims=True),
+        )

@@ -58,7 +58,8 @@ class Path:
     """The states of one structure on one side: state 0 keeps nothing, step k moves one slot to a higher rank, the last state is dense.
 
     Attributes:
-        curve: where it comes from.
+        curve: where it comes from; one slot where all have one rank.
+        copies: slots of the structure that take the rank of each slot of the curve.
         slot_K, rank_K: slot that each step moves, and the rank that it gets (`max_rank + 1` for dense).
         slope_K: slope of the hull's edge that the step lies on, never falling.
         corner_K: the step reaches a corner of its slot's hull.
@@ -66,6 +67,7 @@ class Path:
     """
 
     curve: SideCurve
+    copies: int
     slot_K: IntArray
     rank_K: IntArray
     slope_K: FloatArray
@@ -86,11 +88,17 @@ class Path:
         rank_NS[rank_NS > self.curve.max_rank] = DENSE
         out_NS = np.empty_like(rank_NS)
         out_NS[order_N] = rank_NS
-        return out_NS
+        return np.repeat(out_NS, self.copies, axis=1)
 
 
 def path(curve: SideCurve, block: int, budget: Budget) -> Path:
-    """Order the states of a side by what their cost is worth: slots take turns, each along its own lower convex hull."""
+    """Order the states of a side by what their cost is worth: slots take turns, each along its own lower convex hull.
+
+    Groups of "shared-v" move together: a side is stored in that form as a whole, or dense as a whole.
+    """
+    copies = curve.slots if curve.structure == "shared-v" else 1
+    if copies > 1:
+        curve = curve.as_one_slot()
     point = _points(curve, block, budget)
     slot_F, first_F = point.slot_F, np.append(True, point.slot_F[1:] != point.slot_F[:-1])
     at_V = np.flatnonzero(point.candidate_F)
@@ -108,6 +116,7 @@ def path(curve: SideCurve, block: int, budget: Budget) -> Path:
     avoided_K = point.loss_F[step_K - 1] - point.loss_F[step_K]
     return Path(
         curve=curve,
+        copies=copies,
         slot_K=slot_F[step_K],
         rank_K=point.rank_F[step_K],
         slope_K=slope_V[edge_F[step_K]],

@@ -41,7 +41,8 @@ def plans(
     """
     recipes = [replace(recipe, ratio=ratio) for ratio in ratios]
     layers = _on_offer(curves, recipe)
-    removed = [_parameters_to_remove(each, shape.parameters, layers) for each in recipes]
+    largest = _largest_removal(layers, recipe)
+    removed = [_parameters_to_remove(each, shape.parameters, largest) for each in recipes]
     return _planned(layers, removed, shape, recipes, sensitivity) if recipes else []
 
 
@@ -56,8 +57,10 @@ def layer_plans(curves: Sequence[SideCurve], shape: ModelShape, recipe: Recipe) 
     """
     alone: dict[int, Plan] = {}
     for layer in _on_offer(curves, recipe):
-        removed = _parameters_to_remove(recipe, layer.dense_parameters, [layer])
-        alone[layer.layer] = _planned([layer], [removed], shape, [recipe], {layer.layer: 0.0})[0]
+        removed = _parameters_to_remove(recipe, layer.dense_parameters, _largest_removal([layer], recipe))
+        made = _planned([layer], [removed], shape, [recipe], {layer.layer: 0.0})[0]
+        reason = f"alone: {100 * recipe.ratio:g} % of this layer's experts removed, every other layer as it is"
+        alone[layer.layer] = replace(made, layers=(replace(made.layers[0], reason=reason),))
     return alone
 
 
@@ -102,9 +105,8 @@ def _largest_removal(layers: Sequence[LayerCurves], recipe: Recipe) -> int:
     return dense - sum(int(side.parameters_P[0]) for pair in ladders(layers, recipe.block) for side in pair)
 
 
-def _parameters_to_remove(recipe: Recipe, parameters: int, layers: Sequence[LayerCurves]) -> int:
-    """The fewest whole parameters that reach the recipe's ratio of `parameters`."""
-    largest = _largest_removal(layers, recipe)
+def _parameters_to_remove(recipe: Recipe, parameters: int, largest: int) -> int:
+    """The fewest whole parameters that reach the recipe's ratio of `parameters`; at most `largest` can be removed."""
     removed = ceil(recipe.ratio * parameters - 1e-6)  # 0.4 of 10 is 4, whatever the last bit of 0.4 says
     if removed / parameters < recipe.ratio:
         removed += 1

@@ -26,7 +26,7 @@ class Recipe:
         method: a name of the registry; it decides whatever is None below.
         ratio: share of the whole model's stored parameters to remove, 0 <= ratio < 1; how far a method reaches depends on the model.
         metric, structure, allocation: overrides of the method's own choice.
-        block: ranks are multiples of it (grouped kernels need multiples of 8), except a matrix's largest rank.
+        block: ranks are multiples of it (grouped kernels need multiples of 8), unless a matrix is smaller.
         budget: what one more rank costs in greedy allocation: stored parameters, or multiply-adds a token. The ratio counts stored
             parameters with either.
 

@@ -27,37 +27,52 @@ class Ladder:
     """States of a side whose slots all have one rank, smallest first; the original matrices may be the last.
 
     Attributes:
-        curve: where it comes from.
+        whole: the side as one slot.
+        slots: how many there are.
         rank_P: rank of every slot, DENSE for the original matrices.
-        share_P: share of the side's parameters that each state keeps.
         parameters_P, flops_P, loss_P: totals over the slots.
     """
 
-    curve: SideCurve
+    whole: SideCurve
+    slots: int
     rank_P: IntArray
-    share_P: FloatArray
     parameters_P: IntArray
     flops_P: FloatArray
     loss_P: FloatArray
 
+    def shares(self) -> FloatArray:
+        """Share of the side's parameters that each state keeps, [P]."""
+        return self.parameters_P / self.whole.dense_parameters
+
+    def without_dense(self) -> "Ladder":
+        """The states of a side that is to be decomposed.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.rank_P.size == 1:
+            raise InputError(f"block must leave a rank below break-even in {self.whole.where}: choose a smaller one, or greedy allocation")
+        return Ladder(self.whole, self.slots, self.rank_P[:-1], self.parameters_P[:-1], self.flops_P[:-1], self.loss_P[:-1])
+
     def choice(self, state_N: IntArray) -> Choice:
         """The side in N plans."""
-        ranks = [(rank,) * self.curve.slots for rank in self.rank_P[state_N].tolist()]
-        return Choice([self.curve.structure] * state_N.size, ranks, self.parameters_P[state_N], self.flops_P[state_N], self.loss_P[state_N])
+        ranks = [(rank,) * self.slots for rank in self.rank_P[state_N].tolist()]
+        return Choice([self.whole.structure] * state_N.size, ranks, self.parameters_P[state_N], self.flops_P[state_N], self.loss_P[state_N])
 
 
 def ladder(curve: SideCurve, block: int) -> Ladder:
     """Ranks from one block to break-even, then the original matrices."""
-    rank_P = curve.ranks_on_offer(block)[1:]
-    rank_P = rank_P[rank_P * int(curve.rank_cost_S.sum()) < curve.dense_parameters]
-    parameters_P = np.append(rank_P * int(curve.rank_cost_S.sum()), curve.dense_parameters)
+    whole = curve.as_one_slot()
+    cost = int(whole.rank_cost_S[0])
+    rank_P = whole.ranks_on_offer(block)[1:]
+    rank_P = rank_P[rank_P * cost < whole.dense_parameters]
     return Ladder(
-        curve=curve,
+        whole=whole,
+        slots=curve.slots,
         rank_P=np.append(rank_P, DENSE),
-        share_P=parameters_P / curve.dense_parameters,
-        parameters_P=parameters_P,
-        flops_P=np.append(rank_P * float(curve.rank_flops_S.sum()), curve.dense_flops),
-        loss_P=np.append(np.maximum(curve.loss_SR[:, rank_P].sum(axis=0), 0.0), 0.0),
+        parameters_P=np.append(rank_P * cost, whole.dense_parameters),
+        flops_P=np.append(rank_P * float(whole.rank_flops_S[0]), whole.dense_flops),
+        loss_P=np.append(np.maximum(whole.loss_SR[0, rank_P], 0.0), 0.0),
     )
 
 
@@ -87,7 +102,7 @@ def by_share(layers: Sequence[LayerCurves], budget_N: IntArray, recipe: Recipe, 
     shift_L = np.zeros(len(layers)) if outliers is None else _owl_shift(np.array([outliers[layer.layer] for layer in layers]))
     flat = [(each, shift) for pair, shift in zip(rungs, shift_L, strict=True) for each in pair]
     start = sum(int(each.parameters_P[0]) for each, _ in flat)
-    spending = spend([each.share_P[1:] - shift for each, shift in flat], [np.diff(each.parameters_P) for each, _ in flat], start, budget_N)
+    spending = spend([each.shares()[1:] - shift for each, shift in flat], [np.diff(each.parameters_P) for each, _ in flat], start, budget_N)
     choices = [each.choice(state_N) for (each, _), state_N in zip(flat, spending.states, strict=True)]
     sides = list(zip(choices[::2], choices[1::2], strict=True))
 
@@ -115,7 +130,7 @@ def selective(layers: Sequence[LayerCurves], budget_N: IntArray, recipe: Recipe,
     As few layers as can give what has to be removed when each gives at most SELECTIVE_CUT; within them every matrix keeps the same share.
     """
     full = ladders(layers, recipe.block)
-    rungs = [(_without_dense(pair[0]), _without_dense(pair[1])) for pair in full]
+    rungs = [(pair[0].without_dense(), pair[1].without_dense()) for pair in full]
     rank_L = np.argsort(np.array([sensitivity[layer.layer] for layer in layers]), kind="stable")
     dense_L = np.array([layer.dense_parameters for layer in layers])
     room_L = dense_L - np.array([sum(int(each.parameters_P[0]) for each in pair) for pair in rungs])
@@ -129,7 +144,7 @@ def selective(layers: Sequence[LayerCurves], budget_N: IntArray, recipe: Recipe,
         chosen = rank_L[:count]
         flat = [each for place in chosen for each in rungs[place]]
         start = int(dense_L.sum() - room_L[chosen].sum())
-        states = spend([each.share_P[1:] for each in flat], [np.diff(each.parameters_P) for each in flat], start, budget_N[plans]).states
+        states = spend([each.shares()[1:] for each in flat], [np.diff(each.parameters_P) for each in flat], start, budget_N[plans]).states
         for number, place in enumerate(chosen):
             state_LSN[place, 0, plans], state_LSN[place, 1, plans] = states[2 * number], states[2 * number + 1]
     sides = [(pair[0].choice(state_SN[0]), pair[1].choice(state_SN[1])) for pair, state_SN in zip(full, state_LSN, strict=True)]
@@ -145,10 +160,3 @@ def selective(layers: Sequence[LayerCurves], budget_N: IntArray, recipe: Recipe,
         return f"{verdict}: sensitivity {score:.4g} is {relation} the threshold {threshold:.4g}"
 
     return Allotment(sides, reason)
-
-
-def _without_dense(full: Ladder) -> Ladder:
-    """The states of a side that is to be decomposed."""
-    if full.rank_P.size == 1:
-        raise InputError(f"block must leave a rank below break-even in {full.curve.where}: choose a smaller block, or greedy allocation")
-    return Ladder(full.curve, full.rank_P[:-1], full.share_P[:-1], full.parameters_P[:-1], full.flops_P[:-1], full.loss_P[:-1])
