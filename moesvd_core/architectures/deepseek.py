@@ -5,9 +5,8 @@ Importing this module registers it, so that a checkpoint of the family loads wit
 
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, initialization
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts, DeepseekV2Moe, DeepseekV2TopkRouter
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -54,7 +53,9 @@ class DeepseekModel(LlamaModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
-        _initialise(module, self.config.initializer_range)
+        if isinstance(module, DeepseekV2TopkRouter | DeepseekV2Experts):  # Llama knows neither
+            for parameter in module.parameters(recurse=False):
+                initialization.normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
 class DeepseekForCausalLM(LlamaForCausalLM):
@@ -67,20 +68,8 @@ class DeepseekForCausalLM(LlamaForCausalLM):
         self.model = DeepseekModel(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[no-untyped-call]
-        _initialise(module, self.config.initializer_range)
 
-
-def _initialise(module: nn.Module, deviation: float) -> None:
-    """Initialise what Llama does not know: routers and stacked experts (weights that were loaded are marked, and kept)."""
-    if isinstance(module, DeepseekV2TopkRouter | DeepseekV2Experts):
-        for parameter in module.parameters(recurse=False):
-            if not getattr(parameter, "_is_hf_initialized", False):
-                torch.nn.init.normal_(parameter, mean=0.0, std=deviation)
-
-
-def _register() -> None:
+def register() -> None:
     """Make `AutoConfig`, `AutoModelForCausalLM` and the checkpoint conversion know the family; harmless when repeated."""
     AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
@@ -88,4 +77,4 @@ def _register() -> None:
     register_checkpoint_conversion_mapping("deepseek", mapping, overwrite=True)
 
 
-_register()
+register()

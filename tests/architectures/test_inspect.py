@@ -172,5 +172,5 @@ def test_what_the_hub_cannot_tell_is_one_error_with_the_reason(
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "a\0b", "../x/y"])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused_without_asking_the_hub(name: str) -> None:
-    with pytest.raises(CheckpointError, match="neither a model folder nor|no such model folder"):
+    with pytest.raises(CheckpointError, match=r"neither a model folder nor|no such model folder"):
         inspect(name)
