@@ -119,7 +119,12 @@ class _Decoder:
 
 
 class LayerStream(_Decoder):
-    """A model folder as a `DecoderStream`: memory for one decoder layer and for what lies outside the layers, no more."""
+    """A model folder as a `DecoderStream`: memory for one decoder layer and for what lies outside the layers, no more.
+
+    Attributes:
+        files: the checked folder.
+        unused: tensors on disk for which the model has no place (prediction heads that transformers leaves aside, for example).
+    """
 
     def __init__(
         self,
@@ -144,6 +149,8 @@ class LayerStream(_Decoder):
         model, quantizer = skeleton(self.files, dtype, allow_remote_code=allow_remote_code)
         super().__init__(model, torch.device(device))
         self._loader = WeightLoader(model, self.files, decoder_layers(model)[0], self.device, quantizer)
+        self.unused: list[str] = self._loader.unused
+        self.unused = tuple(self._loader.unused)
         self._holders = [0] * len(self.layers)
 
     @contextmanager

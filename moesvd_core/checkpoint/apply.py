@@ -9,22 +9,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.checkpoint.factored import is_dense, layer_spec, layer_tensors
+from moesvd_core.checkpoint.factored import Spec, is_dense, layer_spec, layer_tensors
 from moesvd_core.checkpoint.plugin import METHOD, attach, replace_module
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.experts import FactoredExperts
 
 
-def replace_experts(model: nn.Module, layer: ExpertLayer, factors: LayerFactors, dtype: torch.dtype | None = None) -> FactoredExperts:
-    """Put one layer's factors in the place of its experts, on their device and in their dtype (or the given one).
+def replace_experts(model: nn.Module, layer: ExpertLayer, factors: LayerFactors) -> FactoredExperts:
+    """Put one layer's factors in the place of its experts, on their device and in their dtype.
 
     The model does not yet know that it is factored: `compressed` tells it, for whole models.
     """
-    native = model.get_submodule(layer.name)
-    example = next(native.parameters())
-    factored = replace_module(model, layer_spec(layer, factors), dtype)
-    tensors = {name: tensor.to(example.device) for name, tensor in layer_tensors(layer, factors, dtype or example.dtype)}
-    factored.load_state_dict(tensors, assign=True)
+    dtype = next(model.get_submodule(layer.name).parameters()).dtype
+    return replace_by_tensors(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype))
+
+
+def replace_by_tensors(model: nn.Module, spec: Spec, tensors: Iterable[tuple[str, torch.Tensor]]) -> FactoredExperts:
+    """The same from the module's description and the tensors that a checkpoint stores of it; they are cast to the experts' dtype."""
+    example = next(model.get_submodule(spec["layer"]["name"]).parameters())
+    factored = replace_module(model, spec, torch.device("meta"))
+    factored.load_state_dict({name: tensor.to(example.device, example.dtype) for name, tensor in tensors}, assign=True)
     return factored
 
 

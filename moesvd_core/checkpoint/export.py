@@ -1,0 +1,285 @@
+"""Writing a compressed model: streamed from a checkpoint that may be larger than the memory, or from a model in memory.
+
+Two formats. *Factored* holds the factors themselves: small on disk and in memory, loaded through the plug-in or the file of code that comes
+with it. *Dense* multiplies them out under the tensor names of the hub: as large as the original, and loads anywhere. Either becomes visible
+under its name only after it was reloaded from disk, run, and found equal.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesvd_core.architectures.disk_names import expert_tensor, to_disk
+from moesvd_core.architectures.experts_io import write_experts
+from moesvd_core.architectures.families import Family, family_of
+from moesvd_core.architectures.files import CONFIG, ModelFiles, file_inside
+from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.architectures.streaming import LayerStream
+from moesvd_core.checkpoint.apply import factored_modules, is_factored, replace_by_tensors
+from moesvd_core.checkpoint.card import CardFacts, Counts, model_card
+from moesvd_core.checkpoint.factored import Spec, is_dense, layer_spec, layer_tensors
+from moesvd_core.checkpoint.manifest import MANIFEST, write_manifest
+from moesvd_core.checkpoint.native import native_copy
+from moesvd_core.checkpoint.plugin import MoesvdConfig
+from moesvd_core.checkpoint.shim import FILE, auto_map, needs_code, shim_source
+from moesvd_core.checkpoint.staging import FACTS, staged
+from moesvd_core.checkpoint.verify import Verification, check_batch, run_layers, verify
+from moesvd_core.checkpoint.writer import ShardWriter
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.errors import InputError
+from moesvd_core.experts import FactoredExperts
+from moesvd_core.progress import Progress, Report, silent
+
+Format = Literal["factored", "dense"]
+FORMATS: tuple[Format, ...] = ("factored", "dense")
+SHARD_SIZE = 5_000_000_000
+Factors = Callable[[ExpertLayer], LayerFactors | None]
+"""A layer's factors, made when they are asked for; None leaves the layer as it is. Asked once a layer, in order."""
+
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export.
+
+    Attributes:
+        path: its folder.
+        format: "factored" or "dense".
+        counts: what was written, beside what the source holds.
+        verification: how it was checked.
+    """
+
+    path: Path
+    format: Format
+    counts: Counts
+    verification: Verification
+
+
+def export_streamed(
+    source: ModelFiles,
+    factors: Factors,
+    destination: Path | str,
+    *,
+    format: Format = "factored",
+    dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE,
+    card: CardFacts | None = None,
+    overwrite: bool = False,
+    report: Report = silent,
+) -> Export:
+    """Write a compressed copy of a checkpoint, holding one decoder layer in memory at a time.
+
+    Tensors that are not factored are copied bit for bit under their own names.
+
+    Args:
+        factors: gives each routed layer's factors.
+        dtype: floating type to write; None keeps every tensor's own.
+        shard_size: bytes of tensors a file, at most.
+
+    Raises:
+        InputError: an unknown format, a source that is factored already, or a destination that may not be replaced.
+        CheckpointError: the source is damaged, or the export did not pass verification; nothing is left of it.
+        ResourceError: the disk is full; nothing is left of the export.
+    """
+    _check(format, source.config)
+    stream = LayerStream(source, dtype=dtype)
+    with staged(Path(destination), overwrite=overwrite) as folder:
+        writer = ShardWriter(folder, shard_size)
+        try:
+            work = _Streamed(stream, factors, writer, format, dtype)
+            expected = work.write(report)
+            writer.finish()
+        finally:
+            writer.close()
+        _copy_side_files(source.folder, folder)
+        _write_config(folder, source.config, work.specs, type(stream.model).__name__, format, dtype)
+        counts = Counts(writer.parameters, _parameters(source), writer.bytes, source.bytes, work.factored, len(stream.layers))
+        verification = _finish(folder, card or CardFacts(source.folder.name), counts, format, expected, report)
+    return Export(Path(destination), format, counts, verification)
+
+
+class _Streamed:
+    """The tensors of a streamed export, and the logits that it must give when it is loaded again."""
+
+    def __init__(
+        self, stream: LayerStream, factors: Factors, writer: ShardWriter, format_name: Format, dtype: torch.dtype | None
+    ) -> None:
+        self.specs: list[Spec] = []
+        self.factored = 0
+        self._stream, self._factors, self._writer, self._format, self._dtype = stream, factors, writer, format_name, dtype
+        self._files = stream.files
+        self._family: Family = family_of(stream.config)
+        self._layers = {layer.index: layer for layer in stream.expert_layers}
+        self._keys: dict[int, list[str]] = {index: [] for index in self._layers}
+        for key in self._files.weight_map:
+            tensor = expert_tensor(key, self._family)
+            if tensor is not None and tensor.layer in self._keys:
+                self._keys[tensor.layer].append(key)
+        first = next(iter(self._layers))
+        self._main = self._files.header(self._keys[first][0])[0]
+
+    def write(self, report: Report) -> Tensor:
+        """Write every tensor; returns the logits of `check_batch`."""
+        replaced: set[str] = set()
+        total = len(self._stream.layers)
+
+        def each_layer() -> Iterator[int]:
+            for index in range(total):
+                with self._stream.layer(index):
+                    layer = self._layers.get(index)
+                    found = self._factors(layer) if layer else None
+                    if layer is None or found is None or is_dense(found):
+                        yield index
+                    else:
+                        replaced.update(self._keys[index])
+                        self.factored += 1
+                        yield from self._layer(layer, found)
+                report(Progress("export", index + 1, total + 1, f"layer {index} of {total}"))
+
+        expected = run_layers(self._stream, check_batch(self._stream.config), each_layer())
+        for key in self._files.weight_map:
+            if key not in replaced:
+                self._writer.add(key, self._cast(self._files.read(key)))
+        report(Progress("export", total + 1, total + 1, "everything else copied"))
+        return expected
+
+    def _layer(self, layer: ExpertLayer, factors: LayerFactors) -> Iterator[int]:
+        """Write one layer's factors, and let the layer run with them while its number is out."""
+        stored, model = self._dtype or self._main, self._stream.model
+        if self._format == "dense":
+            dense = _multiplied_out(factors, stored)
+            for key, tensor in to_disk(dense, self._keys[layer.index], layer, self._family):
+                self._writer.add(key, tensor)
+            write_experts(model.get_submodule(layer.name), layer, dense)
+            yield layer.index
+            return
+        self.specs.append(layer_spec(layer, factors))
+        tensors = dict(layer_tensors(layer, factors, stored))
+        for name, tensor in tensors.items():
+            self._writer.add(f"{layer.name}.{name}", tensor)
+        native = model.get_submodule(layer.name)
+        replace_by_tensors(model, self.specs[-1], tensors.items())
+        try:
+            yield layer.index
+        finally:
+            model.set_submodule(layer.name, native)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """Only what is stored in the experts' dtype is cast: some families keep single tensors in float32 on purpose."""
+        return tensor.to(self._dtype) if self._dtype is not None and tensor.dtype == self._main else tensor
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    destination: Path | str,
+    *,
+    format: Format = "factored",
+    shard_size: int = SHARD_SIZE,
+    card: CardFacts | None = None,
+    overwrite: bool = False,
+    report: Report = silent,
+) -> Export:
+    """Write a compressed model that is in memory (made by `compress`, loaded from an export, fine-tuned).
+
+    Args:
+        model: has factored experts; in evaluation mode.
+        shard_size: bytes of tensors a file, at most.
+
+    Raises:
+        InputError: an unknown format, a model without factored experts, or a destination that may not be replaced.
+        CheckpointError: the export did not pass verification; nothing is left of it.
+        ResourceError: the disk is full; nothing is left of the export.
+    """
+    _check(format, None)
+    modules = factored_modules(model)
+    if not modules:
+        raise InputError("model must have factored experts, got none: compress it first, or save it with save_pretrained")
+    written: Any = native_copy(model) if format == "dense" else model
+    with torch.no_grad():
+        device = written.get_input_embeddings().weight.device
+        batch = {name: ids.to(device) for name, ids in check_batch(model.config).items()}
+        expected = written(**batch, use_cache=False).logits.cpu()
+    with staged(Path(destination), overwrite=overwrite) as folder:
+        written.save_pretrained(folder, max_shard_size=shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        _write_config(folder, config, [module.spec for module in modules.values()], type(model).__name__, format, None)
+        counts = _counts(model, modules, ModelFiles.open(folder), format)
+        verification = _finish(folder, card or CardFacts(), counts, format, expected, report)
+    return Export(Path(destination), format, counts, verification)
+
+
+def _check(format_name: str, config: dict[str, Any] | None) -> None:
+    if format_name not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format_name!r}")
+    if config is not None and is_factored(config):
+        raise InputError("the source must be an uncompressed model, got a factored export: export from the original with a new plan")
+
+
+def _multiplied_out(factors: LayerFactors, dtype: torch.dtype) -> ExpertWeights:
+    biases = [None if bias is None else bias.to(dtype) for bias in (factors.input_bias_EN, factors.output_bias_ED)]
+    return ExpertWeights(factors.input.reconstruct().to(dtype), factors.output.reconstruct().to(dtype), *biases)
+
+
+def _copy_side_files(source: Path, folder: Path) -> None:
+    """Tokenizer, generation settings, licence: everything a loader or a reader needs beside weights and configuration."""
+    ours = {CONFIG, FACTS, MANIFEST}
+    for path in sorted(source.iterdir()):
+        named = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+        wanted = named or (path.suffix in _COPIED and not path.name.endswith(".index.json"))
+        if wanted and path.name not in ours and not path.is_dir():
+            shutil.copyfile(file_inside(source, path.name), folder / path.name)
+
+
+def _write_config(
+    folder: Path, source: dict[str, Any], specs: list[Spec], architecture: str, format_name: Format, dtype: torch.dtype | None
+) -> None:
+    """config.json, and where transformers alone is not enough, what makes it load: the plug-in's settings and the file of code.
+
+    The source's own `auto_map` is dropped: native code loads all supported families, and the code that it points to is not copied.
+    """
+    config = {name: value for name, value in source.items() if name != "auto_map"}
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+    if format_name == "factored":
+        config["quantization_config"] = MoesvdConfig(layers=specs).to_dict()
+    (folder / FILE).unlink(missing_ok=True)
+    if needs_code(architecture, format_name == "factored"):
+        config["auto_map"] = auto_map(architecture)
+        (folder / FILE).write_text(shim_source(architecture, format_name == "factored"), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _finish(folder: Path, card: CardFacts, counts: Counts, format_name: Format, expected: Tensor, report: Report) -> Verification:
+    """Card, facts and manifest; then the export is checked from its files."""
+    (folder / "README.md").write_text(model_card(card, counts, format_name), encoding="utf-8")
+    facts = {"format": format_name, "ratio": counts.ratio, **asdict(counts), **asdict(card)}
+    (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_manifest(folder)
+    return verify(folder, expected=expected, report=report)
+
+
+def _parameters(files: ModelFiles) -> int:
+    return sum(torch.Size(files.header(key)[1]).numel() for key in files.weight_map)
+
+
+def _counts(model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles, format_name: Format) -> Counts:
+    """Counts of a written model, and of the same with its experts unfactored."""
+    parameters, layers = _parameters(files), model.config.get_text_config().num_hidden_layers
+    if format_name == "dense":
+        return Counts(parameters, parameters, files.bytes, files.bytes, len(modules), layers)
+    native = sum(ExpertLayer(**module.expert_layer).parameters for module in modules.values())
+    saved = native - sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
+    saved_bytes = saved * model.dtype.itemsize
+    return Counts(parameters, parameters + saved, files.bytes, files.bytes + saved_bytes, len(modules), layers)

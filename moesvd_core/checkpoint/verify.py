@@ -1,0 +1,96 @@
+"""Proof that an export is what it should be, from its files alone: it is opened, checked and run as a stranger would run it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesvd_core.architectures.disk_names import expert_tensor
+from moesvd_core.architectures.families import family_of
+from moesvd_core.architectures.streaming import DecoderStream, LayerStream
+from moesvd_core.checkpoint.manifest import check_manifest
+from moesvd_core.errors import CheckpointError
+from moesvd_core.progress import Progress, Report, silent
+
+CHECKED_TOKENS = 16
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
+_COARSE = 2e-2
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked.
+
+    Attributes:
+        files: files whose checksum was compared.
+        tensors: tensors with the right name and shape, and no NaN or Inf.
+        logit_difference: largest difference to the expected logits, relative to the largest of those; None when none were given.
+    """
+
+    files: int
+    tensors: int
+    logit_difference: float | None
+
+
+def check_batch(config: Any) -> dict[str, Tensor]:
+    """A few token ids [1, T] spread over the vocabulary, the same for every call."""
+    vocabulary: int = config.get_text_config().vocab_size
+    return {"input_ids": (torch.arange(CHECKED_TOKENS)[None] * 7919 + 3) % vocabulary}
+
+
+@torch.no_grad()
+def run_layers(stream: DecoderStream, batch: dict[str, Tensor], layers: Iterable[int]) -> Tensor:
+    """Logits [1, T, V] of a batch that passes the decoder layer by layer, each loaded once."""
+    hidden_BTD, calls = stream.embed(batch)
+    for index in layers:
+        hidden_BTD = stream.run_layer(index, hidden_BTD, calls[index])
+    return stream.head(hidden_BTD, batch)
+
+
+def verify(path: Path | str, *, expected: Tensor | None = None, report: Report = silent) -> Verification:
+    """Check an export: checksums, tensor names and shapes against the model that its configuration describes, and a run through all layers.
+
+    Args:
+        expected: logits [1, T, V] that `check_batch` must give, within the rounding of the model's dtype.
+
+    Raises:
+        CheckpointError: anything is not as it should be.
+    """
+    files = check_manifest(Path(path))
+    stream = LayerStream(path)
+    _refuse_leftovers(stream)
+    batch = check_batch(stream.config)
+
+    def counted() -> Iterable[int]:
+        for index in range(len(stream.layers)):
+            yield index
+            report(Progress("verify", index + 1, len(stream.layers), f"layer {index} loads and runs"))
+
+    logits = run_layers(stream, batch, counted())
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(f"{path}: the model answers with NaN or Inf; make the export again")
+    return Verification(files, len(stream.files.weight_map), None if expected is None else _compare(path, logits, expected, stream.dtype))
+
+
+def _refuse_leftovers(stream: LayerStream) -> None:
+    """Every expert's tensor must have a place in the model (others may be left over: many checkpoints bring heads that are not used)."""
+    layers = stream.expert_layers
+    family = family_of(stream.config)
+    for key in stream.unused:
+        tensor = expert_tensor(key, family)
+        if any(key.startswith(f"{layer.name}.") or (tensor and tensor.layer == layer.index) for layer in layers):
+            raise CheckpointError(f"{stream.files.folder}: tensor '{key}' has no place in the model; make the export again")
+
+
+def _compare(path: Path | str, logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    difference = ((logits.float() - expected.float().to(logits.device)).abs().max() / expected.float().abs().max().clamp(min=1e-12)).item()
+    tolerance = _TOLERANCE.get(dtype, _COARSE)
+    if not difference <= tolerance:
+        raise CheckpointError(
+            f"{path}: reloaded, the model's logits differ by {difference:.1e} of the largest from those before, "
+            f"allowed is {tolerance:.0e}; make the export again"
+        )
+    return difference
