@@ -1,12 +1,28 @@
-"""What calibration learns about one layer, and the file that keeps it.
+"""What calibration learns about each layer, and the files that keep it.
 
 Shapes: E experts, d hidden size, m expert width, n input rows (2m with a gate), N = n. All sums run over the calibration tokens routed to
 the expert; p is the routing weight with which the expert's output enters the layer's.
 """
 
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.architectures.streaming import DecoderStream
+from moesvd_core.atomic import write_json
+from moesvd_core.calibration.settings import Calibration
+from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
+from moesvd_core.errors import StatisticsError
+
+SUMMARY = "statistics.json"
+"""File that makes a folder of statistics complete; written last."""
+_SYMMETRIC = ("input_gram_EDD", "output_gram_EDD", "intermediate_gram_EMM", "gradient_gram_DD")
 
 
 @dataclass
@@ -48,3 +64,182 @@ class LayerStatistics:
     intermediate_gram_EMM: torch.Tensor | None = None
     gradient_gram_DD: torch.Tensor | None = None
     gradient_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model the statistics are of.
+
+    Attributes:
+        source: folder it was read from, or the name it was loaded under; may be empty.
+        digest: fingerprint of configuration and samples of the weights (`identity.identify`).
+        dtype: number format it was calibrated in, "bfloat16".
+    """
+
+    source: str
+    digest: str
+    dtype: str
+
+
+@dataclass
+class Statistics:
+    """Everything that one calibration learned; made once, used for every ratio and method.
+
+    Attributes:
+        layers: statistics by index of the decoder layer; read from the folder on each access if there is one.
+        expert_layers: the layers with routed experts, in order.
+        calibration: the settings.
+        model: which model.
+        text: fingerprint of the token ids that were read.
+        windows, length: windows of text, and tokens in each.
+        gradient: how the gradient Grams were made: "backward" pass, or "probe" (an identity scaled by one measured KL a layer).
+        stream: the model itself where it is at hand; not saved.
+    """
+
+    layers: Mapping[int, LayerStatistics]
+    expert_layers: tuple[ExpertLayer, ...]
+    calibration: Calibration
+    model: ModelIdentity
+    text: str
+    windows: int
+    length: int
+    gradient: Literal["backward", "probe"]
+    stream: DecoderStream | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens that passed every layer."""
+        return self.windows * self.length
+
+    def save(self, folder: Path | str) -> None:
+        """Write one file a layer and then the summary that makes the folder complete.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if not (isinstance(self.layers, LayerFolder) and self.layers.folder == path):
+            target = LayerFolder(path)
+            for index, layer in self.layers.items():
+                target[index] = layer
+        write_json(path / SUMMARY, self.summary())
+
+    def summary(self) -> dict[str, Any]:
+        """Plain data for JSON: all but the layers' sums."""
+        return {
+            "expert_layers": [asdict(layer) for layer in self.expert_layers],
+            "calibration": self.calibration.as_dict(),
+            "model": asdict(self.model),
+            "text": self.text,
+            "windows": self.windows,
+            "length": self.length,
+            "gradient": self.gradient,
+        }
+
+    @classmethod
+    def load(cls, folder: Path | str, *, stream: DecoderStream | None = None) -> "Statistics":
+        """Statistics that `save` or `calibrate` wrote; layers are read when they are asked for.
+
+        Raises:
+            StatisticsError: the calibration was not finished, a file is damaged, or a layer is missing.
+        """
+        path = Path(folder)
+        try:
+            data = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+            statistics = cls(
+                layers=LayerFolder(path),
+                expert_layers=tuple(ExpertLayer(**layer) for layer in data["expert_layers"]),
+                calibration=Calibration.from_dict(data["calibration"]),
+                model=ModelIdentity(**data["model"]),
+                text=data["text"],
+                windows=data["windows"],
+                length=data["length"],
+                gradient=data["gradient"],
+                stream=stream,
+            )
+        except FileNotFoundError as error:
+            raise StatisticsError(f"{path} holds no finished calibration ({SUMMARY} is missing): calibrate into it to finish") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StatisticsError(f"{path / SUMMARY} is damaged ({type(error).__name__}: {error}): calibrate again") from error
+        missing = sorted({layer.index for layer in statistics.expert_layers} - set(statistics.layers))
+        if missing:
+            raise StatisticsError(f"{path} lacks the statistics of layer {missing[0]}: calibrate again")
+        return statistics
+
+
+class LayerFolder(MutableMapping[int, LayerStatistics]):
+    """Statistics in a folder, one file a layer, read on each access: all of a large model's would not fit into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, index: int) -> LayerStatistics:
+        if index not in self:
+            raise KeyError(index)
+        return load(self._file(index))
+
+    def __setitem__(self, index: int, statistics: LayerStatistics) -> None:
+        save(statistics, self._file(index))
+
+    def __delitem__(self, index: int) -> None:
+        self._file(index).unlink()
+
+    def __iter__(self) -> Iterator[int]:
+        found = (re.fullmatch(r"layer-(\d+)\.safetensors", path.name) for path in self.folder.glob("layer-*.safetensors"))
+        return iter(sorted(int(match[1]) for match in found if match))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, index: object) -> bool:
+        return isinstance(index, int) and self._file(index).is_file()
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"layer-{index:03d}.safetensors"
+
+
+def save(statistics: LayerStatistics, path: Path) -> None:
+    """Write one layer's statistics, whole or not at all; of symmetric matrices only the upper triangle is stored.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    tensors, facts = {}, {}
+    for item in fields(statistics):
+        value = getattr(statistics, item.name)
+        if isinstance(value, torch.Tensor):
+            tensors[item.name] = _upper(value) if item.name in _SYMMETRIC else value
+        else:
+            facts[item.name] = value
+    save_tensors(path, tensors, facts)
+
+
+def load(path: Path) -> LayerStatistics:
+    """One layer's statistics, as they were saved.
+
+    Raises:
+        StatisticsError: missing or damaged; names the file.
+    """
+    tensors, facts = load_tensors(path)
+    try:
+        sums: dict[str, Any] = {name: _full(value) if name in _SYMMETRIC else value for name, value in tensors.items()}
+        return LayerStatistics(**facts, **sums)
+    except TypeError as error:
+        raise StatisticsError(f"{path} was written by another version of this program ({error}): calibrate again") from error
+
+
+def _upper(matrix: torch.Tensor) -> torch.Tensor:
+    """Upper triangle of symmetric matrices [..., n, n] -> [..., n(n+1)/2]."""
+    row, column = torch.triu_indices(matrix.shape[-1], matrix.shape[-1])
+    return matrix[..., row, column]
+
+
+def _full(upper: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrices whose upper triangle `_upper` gave."""
+    size = round(((8 * upper.shape[-1] + 1) ** 0.5 - 1) / 2)
+    row, column = torch.triu_indices(size, size)
+    matrix = upper.new_empty(*upper.shape[:-1], size, size)
+    matrix[..., row, column] = upper
+    matrix[..., column, row] = upper
+    return matrix

@@ -1,0 +1,208 @@
+"""Sums over one layer's routed tokens, gathered while the layer runs and turned into `LayerStatistics` when it is through.
+
+Neurons and outputs are computed a second time here, from the inputs that the experts module is called with: its own forward pass hides
+them, and stays untouched. Products are made in float32 a batch at a time and summed in float64.
+
+Shapes: E experts, d hidden size (D), m expert width (M), n input rows (N); lower-case n in a name: the tokens of one expert in one batch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
+from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.calibration.statistics import LayerStatistics
+from moesvd_core.errors import StatisticsError
+
+PRINCIPAL = 1e-2
+"""Share of the largest singular value above which one counts towards the principal rank (Alg. 1)."""
+OWL_MULTIPLE = 5.0
+"""M of OWL: a weight is an outlier when |W_ij|·‖x_j‖ is above M times the layer's mean."""
+BIN_SHIFT = 16
+"""Bits dropped from a float32 to get its bin: bins of 2^-7 relative width, whose order is that of the absolute values."""
+BINS = 1 << (31 - BIN_SHIFT)
+
+
+class LayerMoments:
+    """Running sums for one loaded experts module.
+
+    Args:
+        module: the native experts module, with weights.
+        layer: its description.
+        threshold: τ of Eq. 10.
+        intermediate: collect H_e, [E, m, m].
+
+    Raises:
+        StatisticsError: a weight is NaN or infinite; names layer, expert and matrix.
+    """
+
+    def __init__(self, module: nn.Module, layer: ExpertLayer, *, threshold: float, intermediate: bool) -> None:
+        self.layer = layer
+        self.threshold = threshold
+        self.weights = read_experts(module, layer)
+        _refuse_non_finite_weights(layer, self.weights)
+        self.gate: Callable[[Tensor], Tensor] = gate_function(module, layer)
+        device = self.weights.input_END.device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(layer.experts, *shape, dtype=torch.float64, device=device)
+
+        self.tokens = 0
+        self.count_E = zeros().long()
+        self.weight_square_E = zeros()
+        self.input_gram_EDD = zeros(layer.hidden, layer.hidden)
+        self.output_gram_EDD = zeros(layer.hidden, layer.hidden)
+        self.intermediate_gram_EMM = zeros(layer.width, layer.width) if intermediate else None
+        self.input_sum_ED = zeros(layer.hidden)
+        self.input_square_ED = zeros(layer.hidden)
+        self.intermediate_sum_EM = zeros(layer.width)
+        self.intermediate_bins_EB = zeros(BINS).long()
+        self.saliency_E = zeros()
+        self.slope_EN = zeros(layer.input_rows)
+
+    @torch.no_grad()
+    def add(self, args: Sequence[Tensor], tokens: int) -> None:
+        """Add one call of the experts module.
+
+        Args:
+            args: its positional arguments.
+            tokens: tokens of the batch.
+        """
+        self.tokens += tokens
+        for expert, _rows, x_nD, p_n in routed_tokens(self.layer, args):
+            self._add_expert(expert, x_nD, p_n.float())
+
+    def _add_expert(self, e: int, x_nD: Tensor, p_n: Tensor) -> None:
+        h_nM, slope_nN = self._neurons(e, x_nD)
+        y_nD = (h_nM.to(x_nD.dtype) @ self.weights.output_EDM[e].T).float()
+        x_nD = x_nD.float()
+        p_n1 = p_n.unsqueeze(1)
+        self.count_E[e] += len(p_n)
+        self.weight_square_E[e] += p_n.square().sum()
+        self.input_gram_EDD[e] += _gram(p_n1 * x_nD)
+        self.output_gram_EDD[e] += _gram(p_n1 * y_nD)
+        if self.intermediate_gram_EMM is not None:
+            self.intermediate_gram_EMM[e] += _gram(p_n1 * h_nM)
+        self.input_sum_ED[e] += x_nD.abs().sum(0)
+        self.input_square_ED[e] += x_nD.square().sum(0)
+        magnitude_nM = h_nM.abs()
+        self.intermediate_sum_EM[e] += magnitude_nM.sum(0)
+        self.intermediate_bins_EB[e] += _histogram(magnitude_nM)
+        self.slope_EN[e] += (p_n1 * slope_nN).square().sum(0)
+        if self.weights.output_bias_ED is not None:
+            y_nD = y_nD + self.weights.output_bias_ED[e]
+        self.saliency_E[e] += (p_n * y_nD.norm(dim=1)).sum()
+
+    def _neurons(self, e: int, x_nD: Tensor) -> tuple[Tensor, Tensor]:
+        """Neurons h [n, m] and ∂h_i(j)/∂pre_j [n, N] of one expert, float32; a row feeds one neuron, so the gradient of Σ h gives all."""
+        pre_nN = x_nD @ self.weights.input_END[e].T
+        if self.weights.input_bias_EN is not None:
+            pre_nN = pre_nN + self.weights.input_bias_EN[e]
+        pre_nN = pre_nN.float()
+        with torch.enable_grad():
+            h_nM = self.gate(pre_nN.requires_grad_())
+            (slope_nN,) = torch.autograd.grad(h_nM.sum(), pre_nN)
+        return h_nM.detach(), slope_nN
+
+    def finish(self) -> LayerStatistics:
+        """The layer's statistics on the host, Grams and means as float32.
+
+        Raises:
+            StatisticsError: an activation was NaN or infinite; names layer, expert and where.
+        """
+        self._refuse_non_finite_sums()
+        count_E1 = self.count_E.clamp(min=1).unsqueeze(1)
+        return LayerStatistics(
+            layer=self.layer.index,
+            tokens=self.tokens,
+            count_E=self.count_E.cpu(),
+            weight_square_E=_host(self.weight_square_E),
+            input_gram_EDD=_symmetric(self.input_gram_EDD),
+            output_gram_EDD=_symmetric(self.output_gram_EDD),
+            input_mean_ED=_host(self.input_sum_ED / count_E1),
+            intermediate_mean_EM=_host(self.intermediate_sum_EM / count_E1),
+            outlier_E=_host(self._outlier_shares()),
+            input_outlier=self._input_outlier(),
+            principal_rank_E=principal_ranks(self.weights),
+            saliency_E=_host(self.saliency_E / count_E1.squeeze(1)),
+            slope_EN=_host(self.slope_EN),
+            intermediate_gram_EMM=None if self.intermediate_gram_EMM is None else _symmetric(self.intermediate_gram_EMM),
+        )
+
+    def _outlier_shares(self) -> Tensor:
+        """a_e (Eq. 10): share of |h| above τ·mean|h|, from the histogram; linear inside the bin that the threshold falls into, [E]."""
+        mean_E = self.intermediate_sum_EM.sum(1) / (self.count_E.clamp(min=1) * self.layer.width)
+        bits_E = (self.threshold * mean_E).float().view(torch.int32).long()
+        bin_E1 = (bits_E >> BIN_SHIFT).unsqueeze(1)
+        above_E1 = 1 - (bits_E % (1 << BIN_SHIFT)).double().unsqueeze(1) / (1 << BIN_SHIFT)
+        bins_EB = self.intermediate_bins_EB.double()
+        later_EB = bins_EB.flip(1).cumsum(1).flip(1) - bins_EB
+        counted_E1 = later_EB.gather(1, bin_E1) + above_E1 * bins_EB.gather(1, bin_E1)
+        return counted_E1.squeeze(1) / bins_EB.sum(1).clamp(min=1)
+
+    def _input_outlier(self) -> float:
+        """OWL's outlier ratio of the layer's input matrices; ‖x_j‖ is the root mean square over the expert's own tokens.
+
+        A mean instead of OWL's sum over tokens: else experts with few tokens would count as free of outliers. An expert without tokens
+        is given the layer's.
+        """
+        pooled_D = self.input_square_ED.sum(0) / self.count_E.sum().clamp(min=1)
+        square_ED = self.input_square_ED / self.count_E.clamp(min=1).unsqueeze(1)
+        scale_ED = torch.where(self.count_E.unsqueeze(1) > 0, square_ED, pooled_D).sqrt().float()
+        total = sum((w_ND.float().abs() * s_D).sum(dtype=torch.float64) for w_ND, s_D in zip(self.weights.input_END, scale_ED, strict=True))
+        bound = OWL_MULTIPLE * float(total) / self.weights.input_END.numel()
+        above = sum(int((w_ND.float().abs() * s_D > bound).sum()) for w_ND, s_D in zip(self.weights.input_END, scale_ED, strict=True))
+        return above / self.weights.input_END.numel()
+
+    def _refuse_non_finite_sums(self) -> None:
+        for what, sum_ED in (("input", self.input_sum_ED), ("intermediate", self.intermediate_sum_EM), ("output", self.saliency_E)):
+            bad_E = (~sum_ED.reshape(self.layer.experts, -1).isfinite().all(1)).nonzero()
+            if len(bad_E):
+                raise StatisticsError(
+                    f"layer {self.layer.index}, expert {int(bad_E[0])}: an {what} activation is NaN or infinite; "
+                    "check the weights before this layer, or calibrate in bfloat16 or float32 if the dtype is float16"
+                )
+
+
+def principal_ranks(weights: ExpertWeights) -> Tensor:
+    """r_e = #{σ_i > 1e-2·σ_max}, input plus output matrix (Alg. 1), int64 [E] on the host; from the eigenvalues of the smaller Gram."""
+    rank_E = torch.zeros(len(weights.input_END), dtype=torch.int64)
+    for matrix_E in (weights.input_END, weights.output_EDM):
+        for e, matrix in enumerate(matrix_E):
+            matrix = matrix.float()
+            value_R = torch.linalg.eigvalsh(_gram(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T).double())
+            rank_E[e] += int((value_R > PRINCIPAL**2 * value_R[-1]).sum())
+    return rank_E
+
+
+def _gram(x_nD: Tensor) -> Tensor:
+    return x_nD.T @ x_nD
+
+
+def _histogram(magnitude_nM: Tensor) -> Tensor:
+    """How many non-negative float32 values fall into each bin, int64 [BINS]; their bit patterns are ordered as they are."""
+    return torch.bincount(magnitude_nM.contiguous().view(torch.int32).flatten() >> BIN_SHIFT, minlength=BINS)
+
+
+def _host(value: Tensor) -> Tensor:
+    return value.float().cpu()
+
+
+def _symmetric(gram_E: Tensor) -> Tensor:
+    """Grams as float32 on the host; rounding in the products had left them symmetric only almost."""
+    return torch.stack([_host((gram + gram.T) / 2) for gram in gram_E])
+
+
+def _refuse_non_finite_weights(layer: ExpertLayer, weights: ExpertWeights) -> None:
+    named = {
+        "input matrix": weights.input_END,
+        "output matrix": weights.output_EDM,
+        "input bias": weights.input_bias_EN,
+        "output bias": weights.output_bias_ED,
+    }
+    for what, tensor_E in named.items():
+        for e, tensor in enumerate(() if tensor_E is None else tensor_E):
+            if not torch.isfinite(tensor.sum()) and not tensor.isfinite().all():
+                raise StatisticsError(f"layer {layer.index}, expert {e}: the {what} ({layer.name}) holds NaN or infinite weights")

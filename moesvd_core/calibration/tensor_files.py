@@ -1,0 +1,72 @@
+"""Tensors on disk: whole or not there, and damage is noticed before a number is used.
+
+A safetensors file says where each tensor lies, but not whether its bytes are still those that were written; a digest in the file's metadata
+does.
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from moesvd_core.atomic import replacing
+from moesvd_core.errors import ResourceError, StatisticsError
+
+_KEY = "moesvd"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Write host tensors and plain facts to a safetensors file.
+
+    Raises:
+        ResourceError: the disk is full.
+        OSError: the folder cannot be written.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {_KEY: json.dumps({"facts": dict(facts), "digest": _digest(contiguous)})}
+    try:
+        with replacing(path) as temporary:
+            save_file(contiguous, temporary, metadata)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            needed = sum(tensor.nbytes for tensor in contiguous.values())
+            free = shutil.disk_usage(path.parent).free
+            raise ResourceError(f"the disk is full: {path} needs {needed:,} bytes, {free:,} are free; free some and start again") from error
+        raise
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and facts of a file that `save_tensors` wrote, in memory of their own.
+
+    Raises:
+        StatisticsError: missing or damaged; names the file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        facts, digest = metadata["facts"], metadata["digest"]
+    except FileNotFoundError as error:
+        raise StatisticsError(f"{path} is missing: calibrate again") from error
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise StatisticsError(f"{path} is damaged ({type(error).__name__}: {error}): remove it and calibrate again") from error
+    if digest != _digest(tensors):
+        raise StatisticsError(f"{path} is damaged (its content does not match its digest): remove it and calibrate again")
+    return tensors, facts
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, formats, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
