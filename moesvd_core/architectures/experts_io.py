@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.errors import InputError
+from moesvd_core.experts import gate_of
 
 
 def read_experts(module: nn.Module, layer: ExpertLayer) -> ExpertWeights:
@@ -26,14 +27,16 @@ def write_experts(module: nn.Module, layer: ExpertLayer, weights: ExpertWeights)
     Raises:
         InputError: a shape differs from the layer's, or a bias is missing or too much.
     """
-    input_END, output_EDM = _matrices(module, layer)
-    _copy(layer, "input_END", weights.input_END, input_END)
-    _copy(layer, "output_EDM", weights.output_EDM, output_EDM)
-    if (weights.input_bias_EN is None or weights.output_bias_ED is None) == layer.biased:
-        raise InputError(f"{layer.name}: biases must be {'given' if layer.biased else 'left out'} for this family")
-    if weights.input_bias_EN is not None and weights.output_bias_ED is not None:
-        _copy(layer, "input_bias_EN", weights.input_bias_EN, _parameter(module, "gate_up_proj_bias"))
-        _copy(layer, "output_bias_ED", weights.output_bias_ED, _parameter(module, "down_proj_bias"))
+    if {weights.input_bias_EN is not None, weights.output_bias_ED is not None} != {layer.biased}:
+        raise InputError(f"{layer.name}: both biases must be {'given' if layer.biased else 'left out'} for this family")
+    targets = vars(read_experts(module, layer))  # views of the module's own parameters
+    sources = vars(weights)
+    for name, target in targets.items():
+        if target is not None and sources[name].shape != target.shape:
+            raise InputError(f"{layer.name}: {name} must be {list(target.shape)}, got {list(sources[name].shape)}")
+    for name, target in targets.items():
+        if target is not None:
+            target.copy_(sources[name])
 
 
 def gate_function(module: nn.Module, layer: ExpertLayer) -> Callable[[Tensor], Tensor]:
@@ -41,18 +44,7 @@ def gate_function(module: nn.Module, layer: ExpertLayer) -> Callable[[Tensor], T
 
     It is the module's own wherever it has one, so that clamps and unusual activations are those of the family.
     """
-    if layer.rows == "plain":
-        return _activation(module)
-    own = getattr(module, "_apply_gate", None)
-    if callable(own):
-        return own  # type: ignore[no-any-return]
-    activation = _activation(module)
-
-    def gate(pre_TN: Tensor) -> Tensor:
-        gate_TM, up_TM = pre_TN.chunk(2, dim=-1)
-        return activation(gate_TM) * up_TM
-
-    return gate
+    return gate_of(module, layer.rows)
 
 
 def routed_tokens(layer: ExpertLayer, args: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -111,14 +103,3 @@ def _matrices(module: nn.Module, layer: ExpertLayer) -> tuple[Tensor, Tensor]:
 def _parameter(module: nn.Module, name: str) -> Tensor:
     parameter: Tensor = getattr(module, name)
     return parameter.detach()
-
-
-def _copy(layer: ExpertLayer, name: str, source: Tensor, target: Tensor) -> None:
-    if source.shape != target.shape:
-        raise InputError(f"{layer.name}: {name} must be {list(target.shape)}, got {list(source.shape)}")
-    target.copy_(source)
-
-
-def _activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    activation: Callable[[Tensor], Tensor] = module.act_fn  # type: ignore[assignment]
-    return activation

@@ -29,7 +29,7 @@ class ExpertLayer:
         transposed: the module stores `[E, d, n]` and `[E, m, d]` and is transposed on reading.
         biased: both projections carry a bias, which is always kept.
         routing: "weights" — the module is called with (hidden_TD, index_Tk, weight_Tk);
-            "scaled-inputs" — llama4: called with hidden states of all experts one below the other, already multiplied by the router's scores.
+            "scaled-inputs" — llama4: called with hidden states of all experts one below the other, multiplied by the router's scores.
     """
 
     index: int

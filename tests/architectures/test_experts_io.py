@@ -117,7 +117,10 @@ def test_writing_other_shapes_or_without_biases_is_refused() -> None:
     layer = expert_layers(model)[0]
     module = model.get_submodule(layer.name)
     weights = read_experts(module, layer)
-    with pytest.raises(InputError, match="biases must be given"):
+    with pytest.raises(InputError, match="both biases must be given"):
         write_experts(module, layer, ExpertWeights(weights.input_END, weights.output_EDM))
+    before = weights.input_END.clone()
+    wrong = ExpertWeights(before + 1, weights.output_EDM.transpose(1, 2), weights.input_bias_EN, weights.output_bias_ED)
     with pytest.raises(InputError, match=r"output_EDM must be \[4, 32, 24\], got \[4, 24, 32\]"):
-        write_experts(module, layer, ExpertWeights(weights.input_END, weights.output_EDM.transpose(1, 2)))
+        write_experts(module, layer, wrong)
+    assert torch.equal(weights.input_END, before)  # nothing was written by halves

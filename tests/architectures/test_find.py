@@ -1,12 +1,12 @@
 """Finding experts: the same layers and sizes in a loaded model and in one without weights, and no silent mistake."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from tiny_models import ACTIVE, EXPERTS, HIDDEN, TINY, WIDTH, tiny_config, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 
 from moesvd_core.architectures.families import family_of
 from moesvd_core.architectures.find import EXPERT_LAYER, decoder_layers, expert_layers, submodule
@@ -87,6 +87,18 @@ def test_a_dense_model_of_a_family_with_experts_is_refused() -> None:
     model = tiny_model("gemma4_text", enable_moe_block=False)
     with pytest.raises(UnsupportedModelError, match=r"none of the 3 layers .*'gemma4_text'.* dense"):
         expert_layers(model)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4", "llama4", "qwen3_5_moe"])
+def test_experts_of_a_multimodal_model_are_those_of_its_language_model(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, text_config=tiny_config(f"{model_type}_text").to_dict())
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    path, layers = decoder_layers(model)
+    assert "language_model" in path
+    assert len(layers) == 3
+    found, alone = expert_layers(model), expert_layers(TINY[f"{model_type}_text"]())
+    assert found == [replace(layer, name=layer.name.replace("model.layers", path)) for layer in alone]
 
 
 def test_a_dense_model_is_refused_and_still_has_decoder_layers() -> None:
