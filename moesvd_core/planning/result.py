@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from moesvd_core.errors import InputError
 from moesvd_core.planning.curves import SIDES
+from moesvd_core.planning.recipe import Metric
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class Plan:
         original_flops, flops: floating-point operations a token in matrices (two a multiply-add), attention scores not counted.
         predicted_loss: nats a token, second-order; it ranks plans well, its size has to be calibrated on measured ones.
         layers: in the model's order.
+        metric: what the factors are to minimise; None: what the method says.
     """
 
     method: str
@@ -147,6 +149,7 @@ class Plan:
     flops: int
     predicted_loss: float
     layers: tuple[LayerPlan, ...]
+    metric: Metric | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the fields above, layers as a list."""
