@@ -265,7 +265,7 @@ def _expert_numbers(keys: list[str]) -> list[int]:
     if len(keys) == 1:
         return [0]
     varying = [part for part in zip(*(key.split(".") for key in keys), strict=False) if len(set(part)) > 1]
-    if len(varying) != 1 or not all(number.isdecimal() for number in varying[0]):
+    if len(varying) != 1 or not all(re.fullmatch("0|[1-9][0-9]{0,8}", number) for number in varying[0]):
         return []
     return [int(number) for number in varying[0]]
 
