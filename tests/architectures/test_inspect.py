@@ -12,11 +12,13 @@ import torch
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
+from tiny_factors import model_factors
 from tiny_models import ACTIVE, EXPERTS, TINY, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.inspect import inspect
+from moesvd_core.checkpoint.apply import compressed
 from moesvd_core.errors import CheckpointError, UnsupportedModelError
 
 torch.set_num_threads(1)
@@ -41,6 +43,23 @@ def test_facts_of_a_folder_are_those_of_the_loaded_model(name: str, tmp_path: Pa
     assert (facts.dtype, facts.context_length) == ("float32", 64)
     assert facts.shared_experts == (1 if name in SHARED else 0)
     assert not facts.factored
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_a_factored_checkpoint_is_told_by_what_it_stores(name: str, tmp_path: Path) -> None:
+    model = TINY[name]()
+    factors = model_factors(model, leave=1)
+    compressed(model, factors).save_pretrained(tmp_path)
+    facts = inspect(tmp_path)
+    assert facts.factored
+    assert facts.expert_layers == tuple(expert_layers(model))
+    first = facts.expert_layers[0]
+    stored = sum(side.input.parameters + side.output.parameters for _, side in factors) + 2 * EXPERTS * first.bias_parameters
+    assert facts.expert_parameters == first.parameters + stored
+    assert facts.parameters == sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values())
+    # 8 x 32 of each basis is met by every token: layer 1 has a latent input, layer 2 a latent output.
+    own = facts.expert_parameters - 2 * 8 * 32
+    assert facts.active_parameters == pytest.approx(facts.parameters - own * (EXPERTS - ACTIVE) / EXPERTS, abs=2)
 
 
 def test_facts_are_plain_data(tmp_path: Path) -> None:
