@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from time import process_time
 
+import numpy as np
 import pytest
-from tiny_curves import model_curves, shape_of
+from tiny_curves import curve, model_curves, shape_of
 
 import moesvd_core
 from moesvd_core.errors import InputError
@@ -34,6 +35,15 @@ def test_never_below_the_ratio_asked_for_and_at_most_one_block_above(allocation:
         assert each.expert_ratio == pytest.approx((shape.parameters - each.parameters) / shape.expert_parameters)
         assert each.bytes == 2 * each.parameters
         assert each.predicted_loss == pytest.approx(sum(layer.predicted_loss for layer in each.layers))
+
+
+def test_a_ratio_between_whole_parameters_is_rounded_up() -> None:
+    losses = [np.arange(9.0, -1.0, -1.0)]
+    curves = [curve(losses, side=side, rank_cost=1, dense_cost=10) for side in ("input", "output")]
+    ratios = [number / 1000 for number in range(1000)] + [0.35 + 1e-9]
+    removed = [20 - each.parameters for each in plans(curves, shape_of(curves), Recipe(allocation="greedy", block=1), ratios)]
+    assert all(asked <= got / 20 for asked, got in zip(ratios, removed, strict=True))
+    assert (removed[0], removed[330], removed[350], removed[351], removed[1000]) == (0, 7, 7, 8, 8)
 
 
 def test_ratio_zero_leaves_everything_as_it_is() -> None:
