@@ -72,7 +72,7 @@ def loss_gradient(job: Job, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
                 logits_BTV = job.stream.head(chunk_BTD, {"input_ids": ids_BT[part]})
                 loss = cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]).float(), target_S, reduction="sum")
             if not torch.isfinite(loss):
-                raise StatisticsError("the loss is NaN or infinite, the hidden states are not: check the weights of the last norm and the head")
+                raise StatisticsError("the loss is NaN or infinite, the hidden states are not: check the weights of norm and head")
             gradient_BTD[part] = torch.autograd.grad(loss, chunk_BTD)[0].cpu()
     return gradient_BTD
 
@@ -81,27 +81,32 @@ def _backward_layer(job: Job, index: int, push: bool) -> None:
     """Gradient Gram of one layer's experts (if it has any), and the gradient at what enters the layer (if a layer below needs it)."""
     layer = job.experts.get(index)
     gram_DD = None if layer is None else torch.zeros(layer.hidden, layer.hidden, dtype=torch.float64, device=job.stream.device)
-    tokens = 0
-    gradients = []
     with job.stream.layer(index):
-        for number, ids_BT in _batches(job):
-            hidden_BTD = job.states.get(hidden(index), number)[: len(ids_BT)]
-            above_BTD = job.states.get(_gradient(index + 1), number)
-            at_input_BTD, at_experts_TD = layer_gradient(job, index, ids_BT, hidden_BTD, above_BTD, push)
-            if gram_DD is not None and at_experts_TD is not None:
-                gram_DD += (at_experts_TD.T @ at_experts_TD).double()
-            tokens += ids_BT.numel()
-            if at_input_BTD is not None:
-                gradients.append(at_input_BTD.cpu())
-    if push:
-        job.states.put(_gradient(index), gradients)
+        pushed = _push(job, index, gram_DD, push)
+        if push:
+            job.states.put(_gradient(index), pushed)
+        else:
+            for _ in pushed:
+                pass
     if gram_DD is not None:
         if not gram_DD.isfinite().all():
             raise StatisticsError(f"layer {index}: the gradient at its experts' output is NaN or infinite; calibrate in bfloat16 instead")
         statistics = job.layers[index]
         statistics.gradient_gram_DD = ((gram_DD + gram_DD.T) / 2).float().cpu()
-        statistics.gradient_tokens = tokens
+        statistics.gradient_tokens = sum(ids_BT.numel() for _, ids_BT in _batches(job))
         job.layers[index] = statistics
+
+
+def _push(job: Job, index: int, gram_DD: Tensor | None, push: bool) -> Iterator[Tensor]:
+    """Gradients at what enters a loaded layer, batch by batch (none unless `push`); those at its experts' output are added to `gram_DD`."""
+    for number, ids_BT in _batches(job):
+        hidden_BTD = job.states.get(hidden(index), number)[: len(ids_BT)]
+        above_BTD = job.states.get(_gradient(index + 1), number)
+        at_input_BTD, at_experts_TD = layer_gradient(job, index, ids_BT, hidden_BTD, above_BTD, push)
+        if gram_DD is not None and at_experts_TD is not None:
+            gram_DD += (at_experts_TD.T @ at_experts_TD).double()
+        if at_input_BTD is not None:
+            yield at_input_BTD
 
 
 def layer_gradient(

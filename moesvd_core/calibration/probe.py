@@ -1,7 +1,7 @@
 """Without a backward pass: how much the loss bends under an error of each layer's experts, measured by one small disturbance a layer.
 
 Noise δ is added to the output of a layer's experts and carried to the end; the KL divergence of the predictions from the undisturbed ones
-is ½·E[δᵀΓδ] to second order. One number cannot tell directions apart, so Γ is taken as a multiple of the identity: Γ = 2·KL / E‖δ‖² · I.
+is about ½·E[δᵀΓδ]. One number cannot tell directions apart, so Γ is taken as a multiple of the identity: Γ = 2·KL / E‖δ‖² · I.
 All disturbed copies of a few windows move through the layers together, so that each layer is read once.
 
 Shapes: B windows, T tokens a window, D hidden size.
@@ -20,8 +20,9 @@ from moesvd_core.errors import StatisticsError
 
 WINDOWS = 4
 """Windows that the probes are measured on, the first ones."""
-RELATIVE_NOISE = 0.1
-"""Size of the noise as a share of the root mean square of the experts' output: well above rounding, small enough for second order."""
+RELATIVE_NOISE = 0.3
+"""Size of the noise as a share of the experts' output: that of an ordinary compression error. Smaller noise says less: what is left of the
+divergence is then mostly routers of later layers that switch to another expert, which falls with the first power of the noise only."""
 _LEAST = 1e-12
 """Smallest divergence a token taken for real, in nats: a layer whose noise does not reach the predictions still gets a scale above zero."""
 
@@ -73,9 +74,7 @@ def _disturb(job: Job, index: int, ids_BT: Tensor, hidden_BTD: Tensor) -> tuple[
     def add_noise(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         noise = torch.zeros(output.numel() // output.shape[-1], output.shape[-1])
         noise[: ids_BT.numel()] = torch.randn(ids_BT.numel(), output.shape[-1], generator=generator)  # llama4: one block of rows only
-        # The root mean square of a layer whose experts answer nothing is zero.
-        size = RELATIVE_NOISE * max(output.float().square().mean().sqrt().item(), torch.finfo(torch.float16).tiny)
-        noise *= size
+        noise *= RELATIVE_NOISE * _ordinary_size(output)
         energies.append(noise.square().sum().item() / ids_BT.numel())
         return output + noise.reshape(output.shape).to(output)
 
@@ -84,6 +83,12 @@ def _disturb(job: Job, index: int, ids_BT: Tensor, hidden_BTD: Tensor) -> tuple[
     if not energies:
         raise StatisticsError(f"layer {index}: its block never calls its experts, so they cannot be measured")
     return after_BTD, energies[0]
+
+
+def _ordinary_size(output: Tensor) -> float:
+    """Root mean square of the middle one of the rows that are not zero; single tokens can be a hundred times as large as all others."""
+    size_T = output.float().reshape(-1, output.shape[-1]).square().mean(1).sqrt()
+    return size_T[size_T > 0].median().item() if size_T.any() else 1.0
 
 
 @torch.no_grad()
