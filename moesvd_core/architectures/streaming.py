@@ -22,7 +22,7 @@ from moesvd_core.architectures.find import decoder_layers, expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.loading import WeightLoader
 from moesvd_core.architectures.skeleton import skeleton
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, UnsupportedModelError
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 """What a decoder layer is called with besides the hidden state: positional and keyword arguments."""
@@ -53,7 +53,11 @@ class DecoderStream(Protocol):
         ...
 
     def embed(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
-        """Hidden states [B, T, D] that enter the first layer, and every layer's other arguments."""
+        """Hidden states [B, T, D] that enter the first layer, and every layer's other arguments.
+
+        Raises:
+            UnsupportedModelError: the decoder does more between its layers than handing on the hidden states.
+        """
         ...
 
     def run_layer(self, index: int, hidden_BTD: Tensor, call: LayerCall) -> Tensor:
@@ -86,19 +90,24 @@ class _Decoder:
     @torch.no_grad()
     def embed(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
         entered: list[Tensor] = []
-        calls: list[LayerCall | None] = [None] * len(self.layers)
+        calls: list[LayerCall] = []
 
         def recorder(index: int) -> Callable[..., Tensor]:
             def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if index != len(calls) or (entered and hidden_states is not entered[-1]):
+                    raise UnsupportedModelError(
+                        f"{type(self.model).__name__} does not pass hidden states straight from layer to layer (seen at layer {index}), "
+                        "so that its layers cannot be run one at a time"
+                    )
                 entered.append(hidden_states)
-                calls[index] = (args, kwargs)
+                calls.append((args, kwargs))
                 return hidden_states
 
             return record
 
         with _replaced(self.layers, [recorder(index) for index in range(len(self.layers))]):
             self._decoder(**self._on_device(batch), use_cache=False)
-        return entered[0], [call for call in calls if call is not None]
+        return entered[0], calls
 
     def run_layer(self, index: int, hidden_BTD: Tensor, call: LayerCall) -> Tensor:
         args, kwargs = call

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import EXPERTS, HIDDEN, LAYERS, TINY, WIDTH, save_tiny, tiny_batch, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.find import expert_layers
@@ -122,6 +122,38 @@ class TestParity:
         torch.testing.assert_close(gradient, entering.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def converted(tmp_path: Path) -> Path:
+    """A model whose loading joins tensors other than experts: the three convolutions of a linear attention become one."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    tokens = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model("olmo_hybrid", **sizes, **linear, **tokens)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    return tmp_path
+
+
+class TestConversions:
+    def test_tensors_that_loading_joins_give_the_whole_models_answer(self, converted: Path) -> None:
+        with torch.no_grad():
+            expected = whole(converted)(**tiny_batch()).logits
+        torch.testing.assert_close(logits(LayerStream(converted), tiny_batch()), expected, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("edit", "reason"),
+        [
+            (lambda tensors, key: tensors.pop(key), r"k_conv1d\.weight' and its like make model\.layers\.1\..* asks for"),
+            (lambda tensors, key: tensors.update({key: tensors[key][:, :, :-1]}), r"and its like cannot be made into model\.layers\.1\."),
+            (lambda tensors, key: tensors[key].view(-1)[0].fill_(float("nan")), r"q_conv1d\.weight' holds NaN or Inf"),
+        ],
+    )
+    def test_a_damaged_part_of_them_is_named(self, edit: Any, reason: str, converted: Path) -> None:
+        change(converted, lambda tensors: edit(tensors, "model.layers.1.linear_attn.q_conv1d.weight"))
+        stream = LayerStream(converted)
+        with pytest.raises(CheckpointError, match=reason), stream.layer(1):
+            pass
+
+
 class TestMemory:
     def test_a_layer_has_weights_only_inside_its_context(self, folder: Path) -> None:
         stream = LayerStream(folder)
@@ -212,6 +244,20 @@ class TestManners:
         for stream in (LayerStream(folder), MemoryStream(TINY["mixtral"]())):
             with pytest.raises(InputError, match=rf"layer must be in \[0, {LAYERS - 1}\], got {index}"), stream.layer(index):
                 pass
+
+    @pytest.mark.parametrize("order", [[0, 1, 1, 2], [1, 0, 2], [1, 2]])
+    def test_a_decoder_that_is_no_straight_line_of_layers_is_refused(self, order: list[int]) -> None:
+        model = TINY["mixtral"]()
+        stream = MemoryStream(model)
+        model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in order)
+        with pytest.raises(UnsupportedModelError, match=r"does not pass hidden states straight .* layers cannot be run one at a time"):
+            stream.embed(tiny_batch())
+
+    def test_a_decoder_that_changes_the_hidden_states_between_layers_is_refused(self) -> None:
+        model = TINY["mixtral"]()
+        model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+        with pytest.raises(UnsupportedModelError, match="seen at layer 1"):
+            MemoryStream(model).embed(tiny_batch())
 
     def test_a_model_in_memory_is_left_as_it_was(self) -> None:
         model = TINY["mixtral"]()
@@ -340,8 +386,6 @@ class TestDamage:
             LayerStream(folder)
 
     def test_a_dense_model_runs_but_has_no_expert_layers(self, tmp_path: Path) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
         model = LlamaForCausalLM(config).eval()
         model.save_pretrained(tmp_path)
