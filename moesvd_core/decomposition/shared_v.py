@@ -26,6 +26,8 @@ from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 GROUPED_FROM = 64
 """Experts from which a layer is divided into `GROUPS` groups (D.4)."""
 GROUPS = 8
+NOISE = 1e-10
+"""Share of the largest squared singular value below which one is rounding noise that V must not be divided by."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Found:
     def pairs(self, metric: LayerMetric, side: Side, kind: Metric, sharing: Sharing, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """U·Σ of each decomposed expert [K, N, rank] and V of the source, un-whitened with the source's S [rank, M] (Eq. 12)."""
         lefts, rights = [], []
-        for expert, basis_RS, gain_R in zip(sharing.decomposed, self.basis_KRS[:, :rank], self.gain_KR[:, :rank], strict=True):
+        for expert, basis_RS, gain_R in zip(sharing.decomposed, self.basis_KRS[:, :rank], self.gain_KR.to(metric.device), strict=True):
             weight_NM = metric.weight(side, expert)
             basis_RS = basis_RS.to(metric.device, torch.float64)
             read_RS = metric.inner(side, kind, expert).times(basis_RS)
@@ -178,7 +180,7 @@ class Found:
                 lefts.append(weight_NM @ read_RS.T.to(metric.dtype))
                 rights.append(basis_RS.to(metric.dtype))
             else:
-                sigma_R1 = gain_R.to(metric.device).clamp(min=torch.finfo(torch.float32).tiny).sqrt()[:, None]
+                sigma_R1 = gain_R[:rank].clamp(min=NOISE * float(gain_R[0])).sqrt()[:, None]
                 lefts.append((basis_RS * sigma_R1).T.to(metric.dtype))
                 rights.append((read_RS / sigma_R1).to(metric.dtype) @ weight_NM)
         return torch.stack(lefts), rights[0]

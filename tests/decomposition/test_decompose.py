@@ -1,0 +1,107 @@
+"""One layer, one method: what is offered, what a plan gets, and what a file keeps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_layer import INDEX, TinyLayer, tiny_layer
+
+from moesvd_core.decomposition.decompose import Decomposition, decompose, load
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.decomposition.registry import METHODS, method
+from moesvd_core.errors import InputError, RunError
+from moesvd_core.planning import DENSE, LayerPlan, SidePlan
+
+
+@pytest.fixture(scope="module")
+def tiny() -> TinyLayer:
+    return tiny_layer(8, 10, 14)
+
+
+def decomposed(tiny: TinyLayer, name: str) -> Decomposition:
+    return decompose(tiny.weights, tiny.layer, tiny.statistics, method(name))
+
+
+def layer_plan(input_side: tuple[str, tuple[int, ...]], output_side: tuple[str, tuple[int, ...]], layer: int = INDEX) -> LayerPlan:
+    sides = [SidePlan(structure, ranks, 0, 0.0) for structure, ranks in (input_side, output_side)]  # type: ignore[arg-type]
+    return LayerPlan(layer, True, "test", sides[0], sides[1], 0)
+
+
+def tensors(factors: LayerFactors) -> torch.Tensor:
+    return torch.cat([factors.input.reconstruct().flatten(), factors.output.reconstruct().flatten()])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_offers_a_curve_for_each_side_and_structure(tiny: TinyLayer, name: str) -> None:
+    curves = decomposed(tiny, name).curves
+    wanted = [(side, structure) for side in ("input", "output") for structure in method(name).structures]
+    assert [(curve.side, curve.structure) for curve in curves] == wanted
+    for curve in curves:
+        assert curve.layer == INDEX
+        assert np.isfinite(curve.loss_SR).all() and (curve.loss_SR >= 0).all()
+        assert (np.diff(curve.gain_SR, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_file_gives_the_same_curves_and_factors_again(tiny: TinyLayer, name: str, tmp_path: Path) -> None:
+    made = decomposed(tiny, name)
+    made.save(tmp_path / "layer.safetensors")
+    again = load(tmp_path / "layer.safetensors", tiny.weights, tiny.layer, tiny.statistics, method(name))
+    structure = method(name).structures[-1]
+    slots = made.curves[-1].gain_SR.shape[0]
+    plan = layer_plan((structure, (2,) * slots), (structure, (3,) * slots))
+    assert torch.equal(tensors(made.materialise(plan)), tensors(again.materialise(plan)))
+    for before, after in zip(made.curves, again.curves, strict=True):
+        for field in ("loss_SR", "gain_SR", "rank_cost_S", "rank_flops_S", "dense_cost_S", "load_S"):
+            assert np.array_equal(getattr(before, field), getattr(after, field))
+
+
+def test_sides_may_take_different_structures(tiny: TinyLayer) -> None:
+    made = decomposed(tiny, "auto")
+    factors = made.materialise(layer_plan(("latent", (4,)), ("per-expert", (3,) * 7 + (DENSE,))))
+    assert factors.parameters == 4 * (10 + 8 * 28) + 7 * 3 * (10 + 14) + 10 * 14
+
+
+def test_a_dense_plan_is_the_original_with_its_biases(tiny: TinyLayer) -> None:
+    tiny.weights.input_bias_EN = torch.zeros(8, 28)
+    try:
+        factors = decomposed(tiny, "fisher").materialise(layer_plan(("dense", (DENSE,) * 8), ("dense", (DENSE,) * 8)))
+    finally:
+        bias, tiny.weights.input_bias_EN = tiny.weights.input_bias_EN, None
+    assert factors.input_bias_EN is bias
+    assert factors.input.reconstruct() is tiny.weights.input_END
+
+
+def test_plans_that_cannot_be_carried_out_are_refused(tiny: TinyLayer) -> None:
+    made = decomposed(tiny, "fisher")
+    dense = ("dense", (DENSE,) * 8)
+    with pytest.raises(InputError, match=r"of layer 3, which was decomposed, got that of layer 4"):
+        made.materialise(layer_plan(dense, dense, layer=4))
+    with pytest.raises(InputError, match=r"dense or one of per-expert for fisher, got latent"):
+        made.materialise(layer_plan(("latent", (2,)), dense))
+    with pytest.raises(InputError, match=r"input ranks of layer 3 must be 8 numbers in \[-1, 7\], got \(2, 2\)"):
+        made.materialise(layer_plan(("per-expert", (2, 2)), dense))
+    with pytest.raises(InputError, match=r"output ranks of layer 3 must be 8 numbers in \[-1, 5\]"):
+        made.materialise(layer_plan(dense, ("per-expert", (6,) * 8)))
+
+
+@pytest.mark.parametrize("cut", [0, 7, 200])
+def test_a_damaged_file_is_an_error_that_names_it(tiny: TinyLayer, tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "layer.safetensors"
+    decomposed(tiny, "svd").save(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(RunError, match=r"layer\.safetensors is missing or damaged"):
+        load(path, tiny.weights, tiny.layer, tiny.statistics, method("svd"))
+
+
+def test_a_missing_file_is_an_error_that_names_it(tiny: TinyLayer, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"layer\.safetensors is missing"):
+        load(tmp_path / "layer.safetensors", tiny.weights, tiny.layer, tiny.statistics, method("svd"))
+
+
+def test_a_file_of_another_method_is_refused(tiny: TinyLayer, tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    decomposed(tiny, "svd").save(path)
+    with pytest.raises(RunError, match="decompose layer 3 again"):
+        load(path, tiny.weights, tiny.layer, tiny.statistics, method("fisher"))

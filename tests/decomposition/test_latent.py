@@ -1,0 +1,112 @@
+"""Shared bases: as good as predicted, refitted at no loss, optimal where theory says so."""
+
+import pytest
+import torch
+from decomposition_oracle import SHAPES, measured_loss
+from tiny_layer import TinyLayer, tiny_layer
+
+from moesvd_core.decomposition.factors import DenseFactors, SharedLeftFactors, SharedRightFactors
+from moesvd_core.decomposition.latent import LatentBasis
+from moesvd_core.decomposition.metrics import LayerMetric
+from moesvd_core.decomposition.per_expert import PerExpertBasis
+from moesvd_core.planning import DENSE, SIDES, Metric, Side
+
+
+def of(tiny: TinyLayer) -> LayerMetric:
+    return LayerMetric(tiny.weights, tiny.layer, tiny.statistics)
+
+
+def layer_metric(shape: str = "wide") -> LayerMetric:
+    return of(tiny_layer(4, *SHAPES[shape]))
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["plain", "scaled", "input", "output"])
+def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str, side: Side) -> None:
+    metric = layer_metric(shape)
+    basis = LatentBasis.made(metric, side, kind)
+    most = basis.curve.gain_SR.shape[1]
+    for rank in {0, 1, most // 2, most}:
+        wanted = measured_loss(metric, side, basis.factors([rank]).reconstruct())
+        assert basis.curve.loss_SR[0, rank] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_experts_that_use_one_small_subspace_are_kept_exactly(side: Side) -> None:
+    tiny = tiny_layer(4, 10, 14)
+    space = torch.randn(10, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    project = space @ torch.linalg.pinv(space)
+    if side == "input":
+        tiny.weights.input_END = tiny.weights.input_END @ project
+    else:
+        tiny.weights.output_EDM = project @ tiny.weights.output_EDM
+        tiny.statistics.output_gram_EDD = project @ tiny.statistics.output_gram_EDD @ project.T
+    factors = LatentBasis.made(of(tiny), side, "output").factors([3])
+    wanted = tiny.weights.input_END if side == "input" else tiny.weights.output_EDM
+    torch.testing.assert_close(factors.reconstruct(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_no_other_shared_output_basis_of_the_same_rank_loses_less() -> None:
+    metric = layer_metric()
+    best = LatentBasis.made(metric, "output", "output").curve.loss_SR[0, 3]
+    gamma_DD = metric.left("output", "output", 0).full()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        p_DR = torch.randn(10, 3, dtype=torch.float64, generator=generator)
+        project_DD = p_DR @ torch.linalg.solve(p_DR.T @ gamma_DD @ p_DR, p_DR.T @ gamma_DD)
+        assert best <= measured_loss(metric, "output", project_DD @ metric.weights.output_EDM)
+
+
+def test_left_factors_are_the_best_for_the_shared_right_one() -> None:
+    metric = layer_metric()
+    factors = LatentBasis.made(metric, "input", "output").factors([4])
+    assert isinstance(factors, SharedRightFactors)
+    got_ENM = factors.reconstruct()
+    best = measured_loss(metric, "input", got_ENM)
+    (group,) = factors.groups
+    for scale in (1e-3, -1e-3):
+        other = (group.left_KNR + scale * torch.ones_like(group.left_KNR)) @ group.right_RM
+        assert best < measured_loss(metric, "input", other)
+
+
+def test_both_losses_fall_with_every_rank() -> None:
+    metric = layer_metric()
+    for side in SIDES:
+        loss_R = LatentBasis.made(metric, side, "output").curve.loss_SR[0]
+        assert (loss_R[1:] <= loss_R[:-1]).all()
+        assert loss_R[0] == pytest.approx(sum(metric.energy(side, expert) for expert in range(4)) * metric.unit)
+
+
+def test_own_factors_lose_no_more_than_shared_ones_at_the_same_rank() -> None:
+    metric = layer_metric()
+    for side in SIDES:
+        own = PerExpertBasis.made(metric, side, "output").curve.loss_SR.sum(0)
+        shared = LatentBasis.made(metric, side, "output").curve.loss_SR[0]
+        most = min(len(own), len(shared))
+        assert (own[:most] <= shared[:most] * (1 + 1e-9)).all()
+
+
+def test_what_is_stored_is_what_the_curve_charges() -> None:
+    metric = layer_metric()
+    for side, form in zip(SIDES, (SharedRightFactors, SharedLeftFactors), strict=True):
+        basis = LatentBasis.made(metric, side, "output")
+        factors = basis.factors([5])
+        assert isinstance(factors, form)
+        assert factors.parameters == 5 * basis.curve.rank_cost_S[0]
+        rows, columns = metric.shape(side)
+        assert basis.curve.rank_flops_S[0] == pytest.approx(10 + 2 * (rows if side == "input" else columns))
+        assert basis.curve.dense_flops_S[0] == pytest.approx(2 * rows * columns)
+
+
+def test_dense_is_the_original_tensor() -> None:
+    metric = layer_metric()
+    factors = LatentBasis.made(metric, "input", "output").factors([DENSE])
+    assert isinstance(factors, DenseFactors)
+    assert factors.weight_ENM is metric.weights.input_END
+
+
+def test_a_starved_expert_gets_finite_factors() -> None:
+    metric = of(tiny_layer(starved=0))
+    for side in SIDES:
+        assert LatentBasis.made(metric, side, "output").factors([4]).reconstruct().isfinite().all()
