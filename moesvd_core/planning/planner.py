@@ -110,6 +110,8 @@ def _parameters_to_remove(recipe: Recipe, parameters: int, largest: int) -> int:
     removed = ceil(recipe.ratio * parameters - 1e-6)  # 0.4 of 10 is 4, whatever the last bit of 0.4 says
     if removed / parameters < recipe.ratio:
         removed += 1
+    if removed > largest and recipe.ratio <= largest / parameters + 1e-12:
+        return largest  # asked for the largest, give or take the last bit
     if removed > largest:
         bound = floor(1e4 * largest / parameters) / 1e4
         raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on this model, got {recipe.ratio:g}: choose a smaller ratio")
@@ -157,6 +159,7 @@ def _assembled(number: int, recipe: Recipe, layers: Sequence[LayerCurves], allot
     active = round(shape.active_parameters - dense_flops + flops)  # an expert's parameter is active as often as it is multiplied
     return Plan(
         method=recipe.method,
+        metric=recipe.metric,
         asked_ratio=recipe.ratio,
         ratio=removed / shape.parameters,
         expert_ratio=removed / shape.expert_parameters,
