@@ -64,7 +64,7 @@ class Export:
 
 
 def export_streamed(
-    source: ModelFiles,
+    source: ModelFiles | LayerStream,
     factors: Factors,
     destination: Path | str,
     *,
@@ -80,6 +80,7 @@ def export_streamed(
     Tensors that are not factored are copied bit for bit under their own names.
 
     Args:
+        source: a checked folder, or a stream over one: then that stream holds the layer whose factors are asked for.
         factors: gives each routed layer's factors.
         dtype: floating type to write; None keeps every tensor's own.
         shard_size: bytes of tensors a file, at most.
@@ -89,8 +90,11 @@ def export_streamed(
         CheckpointError: the source is damaged, or the export did not pass verification; nothing is left of it.
         ResourceError: the disk is full; nothing is left of the export.
     """
-    _check(format, source.config)
-    stream = LayerStream(source, dtype=dtype)
+    stream = source if isinstance(source, LayerStream) else LayerStream(source, dtype=dtype)
+    files = stream.files
+    _check(format, files.config)
+    if dtype not in (None, stream.dtype):
+        stream = LayerStream(files, dtype=dtype, device=stream.device)
     with staged(Path(destination), overwrite=overwrite) as folder:
         writer = ShardWriter(folder, shard_size)
         try:
@@ -99,10 +103,11 @@ def export_streamed(
             writer.finish()
         finally:
             writer.close()
-        _copy_side_files(source.folder, folder)
-        _write_config(folder, source.config, work.specs, type(stream.model).__name__, format, dtype)
-        counts = Counts(writer.parameters, _parameters(source), writer.bytes, source.bytes, work.factored, len(stream.layers))
-        verification = _finish(folder, card or CardFacts(source.folder.name), counts, format, expected, report)
+        _copy_side_files(files.folder, folder)
+        _write_config(folder, files.config, work.specs, type(stream.model).__name__, format, dtype)
+        counts = Counts(writer.parameters, _parameters(files), writer.bytes, files.bytes, work.factored, len(stream.layers))
+        _describe(folder, card or CardFacts(files.folder.name), counts, format)
+        verification = verify(folder, expected=expected, dtype=stream.dtype, device=stream.device, report=report)
     return Export(Path(destination), format, counts, verification)
 
 
@@ -215,7 +220,8 @@ def export(
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         _write_config(folder, config, [module.spec for module in modules.values()], type(model).__name__, format, None)
         counts = _counts(model, modules, ModelFiles.open(folder), format)
-        verification = _finish(folder, card or CardFacts(), counts, format, expected, report)
+        _describe(folder, card or CardFacts(), counts, format)
+        verification = verify(folder, expected=expected, dtype=model.dtype, report=report)
     return Export(Path(destination), format, counts, verification)
 
 
@@ -261,13 +267,12 @@ def _write_config(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _finish(folder: Path, card: CardFacts, counts: Counts, format_name: Format, expected: Tensor, report: Report) -> Verification:
-    """Card, facts and manifest; then the export is checked from its files."""
+def _describe(folder: Path, card: CardFacts, counts: Counts, format_name: Format) -> None:
+    """Card, facts, and the manifest of all that is there."""
     (folder / "README.md").write_text(model_card(card, counts, format_name), encoding="utf-8")
     facts = {"format": format_name, "ratio": counts.ratio, **asdict(counts), **asdict(card)}
     (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_manifest(folder)
-    return verify(folder, expected=expected, report=report)
 
 
 def _parameters(files: ModelFiles) -> int:

@@ -50,17 +50,26 @@ def run_layers(stream: DecoderStream, batch: dict[str, Tensor], layers: Iterable
     return stream.head(hidden_BTD, batch)
 
 
-def verify(path: Path | str, *, expected: Tensor | None = None, report: Report = silent) -> Verification:
+def verify(
+    path: Path | str,
+    *,
+    expected: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    report: Report = silent,
+) -> Verification:
     """Check an export: checksums, tensor names and shapes against the model that its configuration describes, and a run through all layers.
 
     Args:
-        expected: logits [1, T, V] that `check_batch` must give, within the rounding of the model's dtype.
+        expected: logits [1, T, V] that `check_batch` must give, within the rounding of the dtype.
+        dtype: floating type to run in; None takes that of the export.
+        device: where it runs, layer by layer.
 
     Raises:
         CheckpointError: anything is not as it should be.
     """
     files = check_manifest(Path(path))
-    stream = LayerStream(path)
+    stream = LayerStream(path, dtype=dtype, device=device)
     _refuse_leftovers(stream)
     batch = check_batch(stream.config)
 

@@ -1,0 +1,313 @@
+"""What an export holds, what can be done with it once it is loaded, and that it is whole or not there."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_factors import layer_factors, model_factors
+from tiny_models import TINY, save_tiny, tiny_batch, tiny_model, tiny_tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from moesvd_core.architectures.experts_io import read_experts
+from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.architectures.streaming import LayerStream
+from moesvd_core.checkpoint.apply import compressed, factored_modules
+from moesvd_core.checkpoint.card import CardFacts
+from moesvd_core.checkpoint.export import export, export_streamed
+from moesvd_core.checkpoint.verify import verify
+from moesvd_core.checkpoint.writer import ShardWriter
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.errors import CheckpointError, InputError, ResourceError
+from moesvd_core.progress import Progress
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("mixtral", tmp_path_factory.mktemp("source") / "tiny-mixtral")
+
+
+def factors_of(layer: ExpertLayer) -> LayerFactors | None:
+    """Factors of the tiny Mixtral's second and third layer."""
+    return {found.index: factors for found, factors in model_factors(TINY["mixtral"](), leave=1)}.get(layer.index)
+
+
+@pytest.fixture(scope="module")
+def factored(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_streamed(ModelFiles.open(source), factors_of, tmp_path_factory.mktemp("factored") / "export").path
+
+
+@pytest.fixture(scope="module")
+def model(factored: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(factored)
+
+
+def logits(of: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return of(**tiny_batch()).logits
+
+
+def test_counts_are_those_of_the_files(source: Path, factored: Path) -> None:
+    facts = json.loads((factored / "moesvd.json").read_text())
+    stored = load_file(factored / "model.safetensors")
+    assert facts["parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert facts["bytes"] == sum(tensor.numel() * tensor.itemsize for tensor in stored.values())
+    assert facts["original_parameters"] == sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    assert facts["ratio"] == 1 - facts["parameters"] / facts["original_parameters"] > 0
+    original = tiny_model("mixtral")
+    kept = sum(layer.parameters for layer, _ in model_factors(original, leave=1))
+    made = sum(factors.parameters for _, factors in model_factors(original, leave=1))
+    assert facts["original_parameters"] - facts["parameters"] == kept - made
+
+
+def test_tokenizer_and_settings_come_along(source: Path, factored: Path) -> None:
+    assert AutoTokenizer.from_pretrained(factored)("My fellow").input_ids == tiny_tokenizer()("My fellow").input_ids
+    assert (factored / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
+    config = json.loads((factored / "config.json").read_text())
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_moesvd.MixtralForCausalLM"}
+    assert [spec["layer"]["index"] for spec in config["quantization_config"]["layers"]] == [1, 2]
+
+
+def test_generates(model: PreTrainedModel) -> None:
+    ids = tiny_batch()["input_ids"]
+    written = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert written.shape == (2, ids.shape[1] + 5)
+    expected = ids
+    for _ in range(5):  # the cache must not change what is generated
+        scores_BV = model(expected).logits[:, -1]
+        scores_BV[:, 2] = -torch.inf
+        expected = torch.cat([expected, scores_BV.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(written, expected)
+
+
+def test_trains_and_saves_again(factored: Path, tmp_path: Path) -> None:
+    trained = AutoModelForCausalLM.from_pretrained(factored).train()
+    before = logits(trained.eval())
+    optimiser = torch.optim.SGD(trained.parameters(), lr=0.1)
+    trained.train()(**tiny_batch(), labels=tiny_batch()["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for module in factored_modules(trained).values() for parameter in module.parameters())
+    optimiser.step()
+    after = logits(trained.eval())
+    assert not torch.allclose(before, after, atol=1e-4)
+    trained.save_pretrained(tmp_path / "plain")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.allclose(logits(again), after, atol=1e-6)
+    assert export(trained, tiny_tokenizer(), tmp_path / "export").verification.logit_difference <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h", "granitemoe"])
+def test_a_saved_mixture_of_native_and_factored_layers_still_fails_without_the_plug_in(name: str, tmp_path: Path) -> None:
+    whole = TINY[name]()
+    compressed(whole, model_factors(whole, leave=1)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_loads_with_device_maps_and_from_disk(factored: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+    expected = logits(model)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(factored, device_map="auto")), expected, atol=1e-6)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{index}": "disk" if index else "cpu" for index in range(3)}
+    offloaded = AutoModelForCausalLM.from_pretrained(factored, device_map=places, offload_folder=tmp_path)
+    assert offloaded.model.layers[1].mlp.experts.input.right_0.device.type == "meta"
+    assert torch.allclose(logits(offloaded), expected, atol=1e-6)
+
+
+def test_loads_in_bfloat16(factored: Path, model: PreTrainedModel) -> None:
+    short = AutoModelForCausalLM.from_pretrained(factored, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in short.parameters()} == {torch.bfloat16}
+    difference = logits(short).float() - logits(model)
+    assert difference.norm() <= 0.05 * logits(model).norm()
+
+
+def test_loads_without_its_head(factored: Path, model: PreTrainedModel) -> None:
+    headless = AutoModel.from_pretrained(factored)
+    with torch.no_grad():
+        assert torch.allclose(headless(**tiny_batch())[0], model.model(**tiny_batch())[0], atol=1e-6)
+
+
+def test_streams_layer_by_layer(factored: Path, model: PreTrainedModel) -> None:
+    stream = LayerStream(factored)
+    hidden, calls = stream.embed(tiny_batch())
+    for index, call in enumerate(calls):
+        hidden = stream.run_layer(index, hidden, call)
+    assert torch.allclose(stream.head(hidden, tiny_batch()), logits(model), atol=1e-6)
+
+
+def test_exports_in_another_dtype_only_what_the_model_is_made_of(tmp_path: Path) -> None:
+    source = save_tiny("deepseek_v3", tmp_path / "source")
+    factors = {layer.index: found for layer, found in model_factors(TINY["deepseek_v3"]())}
+    made = export_streamed(ModelFiles.open(source), lambda layer: factors[layer.index], tmp_path / "out", dtype=torch.bfloat16)
+    stored = load_file(made.path / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(made.path).dtype == torch.bfloat16
+    assert json.loads((made.path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert made.verification.logit_difference <= 1e-6
+
+
+def test_shards_are_indexed_and_load(source: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+    made = export_streamed(ModelFiles.open(source), factors_of, tmp_path / "sharded", shard_size=20_000)
+    shards = sorted(path.name for path in made.path.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert shards[-1] == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"
+    assert all((made.path / shard).stat().st_size < 30_000 for shard in shards)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(made.path)), logits(model), atol=1e-6)
+
+
+def test_the_files_of_a_real_model_agree_with_the_figures_to_a_thousandth(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "assets" / "demo-moe"
+    stream = LayerStream(demo)
+
+    def made_of(layer: ExpertLayer) -> LayerFactors:
+        return layer_factors(layer, read_experts(stream.model.get_submodule(layer.name), layer), "latent", "dense")
+
+    made = export_streamed(stream, made_of, tmp_path / "out")
+    assert (made.path / "model.safetensors").stat().st_size == pytest.approx(made.counts.bytes, rel=1e-3)
+    assert made.counts.original_bytes == stream.files.bytes
+
+
+def test_the_hub_s_names_are_kept_by_a_dense_export_of_a_model_in_memory(source: Path, tmp_path: Path) -> None:
+    whole = TINY["mixtral"]()
+    made = export(compressed(whole, model_factors(whole)), None, tmp_path / "dense", format="dense")
+    assert load_file(made.path / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
+    assert made.counts.ratio == 0
+    assert not (made.path / "modeling_moesvd.py").exists()
+    assert "quantization_config" not in json.loads((made.path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("broken", ["factors", "verify"])
+def test_nothing_is_left_of_an_export_that_fails(source: Path, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(layer: ExpertLayer) -> LayerFactors | None:
+        if layer.index == 2:
+            raise KeyboardInterrupt
+        return factors_of(layer)
+
+    def refuse(progress: Progress) -> None:
+        if progress.stage == "verify":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        if broken == "factors":
+            export_streamed(ModelFiles.open(source), fail, tmp_path / "out")
+        else:
+            export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out", report=refuse)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_swept(source: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    left.mkdir()
+    (left / "side-4").write_bytes(b"half")
+    export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_a_clean_error(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ShardWriter, "add", full)
+    with pytest.raises(ResourceError, match=r"disk is full \([\d,]+ bytes are free\); free space or choose another folder"):
+        export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_exports_are_replaced_and_only_when_asked(source: Path, tmp_path: Path) -> None:
+    files, out = ModelFiles.open(source), tmp_path / "out"
+    export_streamed(files, factors_of, out)
+    with pytest.raises(InputError, match="holds an earlier export"):
+        export_streamed(files, factors_of, out)
+    export_streamed(files, factors_of, out, format="dense", overwrite=True)
+    assert json.loads((out / "moesvd.json").read_text())["format"] == "dense"
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds files that are no export"):
+        export_streamed(files, factors_of, foreign, overwrite=True)
+    with pytest.raises(InputError, match="must be a folder"):
+        export_streamed(files, factors_of, foreign / "thesis.txt")
+    assert (foreign / "thesis.txt").read_text() == "years of work"
+
+
+def test_refuses_what_makes_no_sense(source: Path, factored: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="format must be one of factored, dense, got 'gguf'"):
+        export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out", format="gguf")
+    with pytest.raises(InputError, match="must be an uncompressed model"):
+        export_streamed(ModelFiles.open(factored), factors_of, tmp_path / "out")
+    with pytest.raises(InputError, match="must have factored experts"):
+        export(TINY["mixtral"](), None, tmp_path / "out")
+
+
+def test_side_files_are_copied_but_nothing_from_outside(tmp_path: Path) -> None:
+    source = save_tiny("mixtral", tmp_path / "source")
+    (source / "LICENSE").write_text("Apache-2.0")
+    (source / "helper.py").write_text("raise SystemExit")
+    made = export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out")
+    assert (made.path / "LICENSE").read_text() == "Apache-2.0"
+    assert not (made.path / "helper.py").exists()
+    secret = tmp_path / "secret.txt"
+    secret.write_text("token")
+    (source / "vocab.txt").symlink_to(secret)
+    with pytest.raises(CheckpointError, match="points outside the model folder"):
+        export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out2")
+
+
+def test_the_card_says_what_was_made_and_quotes_what_comes_from_outside(source: Path, tmp_path: Path) -> None:
+    facts = CardFacts(
+        source="<script>alert(1)</script>|x", method="auto", command="moesvd compress m --ratio 0.4", licence="apache-2.0",
+        figures=(("perplexity, sotu, 300 windows of 256 tokens", "40.0", "42.1"),), plan={"ratio": 0.4},
+    )  # fmt: skip
+    made = export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out", card=facts)
+    card = (made.path / "README.md").read_text()
+    assert "<script>" not in card
+    assert "license: apache-2.0" in card
+    assert "| perplexity, sotu, 300 windows of 256 tokens | 40.0 | 42.1 |" in card
+    assert "`moesvd compress m --ratio 0.4`" in card
+    assert f"{made.counts.parameters:,}" in card
+    assert json.loads((made.path / "moesvd.json").read_text())["plan"] == {"ratio": 0.4}
+
+
+def test_verification_tells_a_changed_file_from_a_wrong_answer(factored: Path, tmp_path: Path) -> None:
+    found = verify(factored)
+    assert found.logit_difference is None
+    with safe_open(factored / "model.safetensors", "pt") as stream:
+        assert found.tensors == len(stream.keys())
+    with pytest.raises(CheckpointError, match="logits differ by"):
+        verify(factored, expected=torch.randn(1, 16, 128))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), "differs from its checksum"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "listed in the manifest, but missing"),
+        (lambda folder: (folder / "evil.py").write_text(""), "not listed in the manifest"),
+        (lambda folder: (folder / "SHA256SUMS").write_text("../x"), "is no checksum and file name"),
+        (lambda folder: (folder / "SHA256SUMS").unlink(), "no complete export"),
+    ],
+)
+def test_verification_names_the_damaged_file(source: Path, tmp_path: Path, damage: object, message: str) -> None:
+    made = export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out")
+    damage(made.path)
+    with pytest.raises(CheckpointError, match=message):
+        verify(made.path)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(factored: Path, tmp_path: Path) -> None:
+    config = json.loads((factored / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format_version must be 1 for this version of moesvd, got 2: update moesvd"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
