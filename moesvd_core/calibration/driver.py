@@ -80,7 +80,9 @@ def calibrate(
     )
     path = None if folder is None else Path(folder)
     if path is not None and (path / SUMMARY).exists():
-        return _finished(path, planned)
+        finished = _finished(path, planned)
+        shutil.rmtree(path / _WORK, ignore_errors=True)  # left over if the process ended right after the summary was written
+        return finished
     with _workplace(path, _state_bytes(stream, window_NL)) as place:
         job = Job(
             stream=stream,

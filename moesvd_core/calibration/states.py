@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from moesvd_core.atomic import TEMPORARY, sync
+from moesvd_core.atomic import sync
 from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
 
 _TENSOR = "state"
@@ -69,7 +69,7 @@ class DiskStates:
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, name: str, batches: Iterable[torch.Tensor]) -> None:
-        temporary = self._folder / f".{name}{TEMPORARY}"
+        temporary = self._folder / f".{name}.unfinished"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for number, tensor in enumerate(batches):

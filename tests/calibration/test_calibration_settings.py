@@ -1,0 +1,45 @@
+"""Settings refuse what cannot work and say how to mend it, and survive being written down."""
+
+from typing import Any
+
+import pytest
+
+from moesvd_core.calibration import Calibration
+from moesvd_core.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dataset", "", "empty name"),
+        ("samples", 0, "samples must be a whole number of at least 1 windows, got 0"),
+        ("samples", 1.5, "got 1.5"),
+        ("samples", True, "got True"),
+        ("batch", 0, "batch must be"),
+        ("seed", -1, "seed must be a whole number of at least 0, got -1"),
+        ("length", 1, "length must be a whole number of at least 2 tokens, got 1"),
+        ("outlier_threshold", 0, "above 0"),
+        ("outlier_threshold", float("nan"), "got nan"),
+        ("outlier_threshold", "2", "got '2'"),
+        ("gradient_samples", 0, "gradient_samples"),
+        ("gradient_samples", 129, r"in \[1, 128\]"),
+        ("dtype", "float64", "float32, bfloat16, float16"),
+    ],
+)
+def test_names_value_and_bound_of_a_bad_setting(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Calibration(**{field: value})
+
+
+def test_collects_the_intermediate_gram_of_narrow_experts_unless_told() -> None:
+    assert Calibration().collects_intermediate(2048)
+    assert not Calibration().collects_intermediate(2049)
+    assert Calibration(intermediate_gram=True).collects_intermediate(14336)
+    assert not Calibration(intermediate_gram=False).collects_intermediate(8)
+
+
+def test_comes_back_from_plain_data() -> None:
+    settings = Calibration(samples=3, length=16, dtype="bfloat16")
+    assert Calibration.from_dict(settings.as_dict()) == settings
+    with pytest.raises(InputError, match="no setting 'sample'"):
+        Calibration.from_dict({"sample": 3})

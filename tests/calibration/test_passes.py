@@ -1,0 +1,178 @@
+"""Streamed calibration against the whole model with hooks, for every family."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY, save_tiny, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from moesvd_core.architectures.experts_io import read_experts, routed_tokens
+from moesvd_core.architectures.find import expert_layers
+from moesvd_core.architectures.streaming import LayerStream, MemoryStream
+from moesvd_core.calibration import Calibration, Statistics, calibrate
+from moesvd_core.calibration import backward as backward_pass
+from moesvd_core.calibration.text import calibration_windows
+from moesvd_core.errors import InputError, StatisticsError
+from moesvd_core.progress import Progress
+
+torch.set_num_threads(1)
+SETTINGS = Calibration(samples=5, length=24, batch=2, gradient_samples=3)
+pytestmark = pytest.mark.filterwarnings("ignore:.*causal_conv1d.*", "ignore:.*mamba.*")
+
+
+def windows(model: PreTrainedModel, settings: Calibration = SETTINGS) -> torch.Tensor:
+    return calibration_windows(tiny_tokenizer(), settings, model.config.get_text_config().max_position_embeddings)
+
+
+def captured(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[tuple[Any, tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]]:
+    """Layer, arguments, output and gradient at the output of every experts module, from one pass of the whole model."""
+    layers = expert_layers(model)
+    seen: dict[int, tuple[tuple[torch.Tensor, ...], torch.Tensor]] = {}
+    hooks = []
+    for layer in layers:
+        def hook(_module: Any, args: Any, output: torch.Tensor, index: int = layer.index) -> torch.Tensor:
+            seen[index] = (tuple(arg.detach() for arg in args), output)
+            return output.clone()
+
+        hooks.append(model.get_submodule(layer.name).register_forward_hook(hook))
+    logits = model(input_ids=ids, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
+    for handle in hooks:
+        handle.remove()
+    for layer, gradient in zip(layers, gradients, strict=True):
+        yield layer, *seen[layer.index], gradient
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_agrees_with_the_whole_model(name: str) -> None:
+    model = TINY[name]()
+    ids = windows(model)
+    statistics = calibrate(MemoryStream(model), tiny_tokenizer(), SETTINGS)
+    assert statistics.gradient == "backward" and statistics.tokens == ids.numel()
+    assert list(statistics.layers) == [layer.index for layer in expert_layers(model)]
+    for layer, args, _, _ in captured(model, ids):
+        got = statistics.layers[layer.index]
+        assert got.tokens == ids.numel() and got.count_E.sum() == ids.numel() * layer.active
+        assert got.intermediate_gram_EMM is not None
+        down = read_experts(model.get_submodule(layer.name), layer).output_EDM
+        close(got.output_gram_EDD, down @ got.intermediate_gram_EMM @ down.transpose(1, 2))
+        expected = torch.zeros_like(got.input_gram_EDD)
+        for e, _rows, x, p in routed_tokens(layer, args):
+            expected[e] = (p[:, None] * x).T @ (p[:, None] * x)
+        close(got.input_gram_EDD, expected)
+    for layer, _, _, gradient in captured(model, ids[: SETTINGS.gradient_samples]):
+        got = statistics.layers[layer.index]
+        per_token = gradient.reshape(-1, layer.hidden)[: ids[:3].numel()]
+        assert got.gradient_tokens == ids[:3].numel() and got.gradient_gram_DD is not None
+        close(got.gradient_gram_DD, per_token.T @ per_token)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4_text", "nemotron_h"])
+def test_reads_layers_from_files_with_the_same_result(name: str, tmp_path: Path) -> None:
+    folder = save_tiny(name, tmp_path)
+    streamed = calibrate(LayerStream(folder), tiny_tokenizer(), SETTINGS)
+    whole = calibrate(MemoryStream(TINY[name]()), tiny_tokenizer(), SETTINGS)
+    assert_same(streamed, whole)
+    assert streamed.model.source == str(folder)
+
+
+def test_batches_do_not_change_the_result() -> None:
+    def measure(batch: int) -> Statistics:
+        return calibrate(MemoryStream(TINY["qwen3_moe"]()), tiny_tokenizer(), Calibration(samples=5, length=24, batch=batch))
+
+    one, all_at_once = measure(1), measure(5)
+    for index in one.layers:
+        assert torch.equal(one.layers[index].count_E, all_at_once.layers[index].count_E)
+        for field in ("input_gram_EDD", "output_gram_EDD", "slope_EN", "saliency_E", "gradient_gram_DD"):
+            close(getattr(one.layers[index], field), getattr(all_at_once.layers[index], field))
+
+
+def test_a_head_in_chunks_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), SETTINGS)
+    monkeypatch.setattr(backward_pass, "CHUNK_ELEMENTS", 128 * 7)
+    chunked = calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), SETTINGS)
+    for index in whole.layers:
+        close(chunked.layers[index].gradient_gram_DD, whole.layers[index].gradient_gram_DD)
+
+
+def test_leaves_the_model_as_it_was() -> None:
+    model = TINY["mixtral"]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calibrate(MemoryStream(model), tiny_tokenizer(), SETTINGS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_predicts_what_a_small_error_of_the_experts_does_to_the_loss() -> None:
+    """The first-order change of the loss under random noise δ on a layer's experts has variance δᵀΓδ: a check of scale and position."""
+    model = tiny_model("mixtral")
+    settings = Calibration(samples=4, length=24)
+    gram = calibrate(MemoryStream(model), tiny_tokenizer(), settings).layers[1].gradient_gram_DD
+    ids, module = windows(model, settings), model.model.layers[1].mlp.experts
+    generator, size = torch.Generator().manual_seed(0), 1e-3
+    changes = []
+    for sign in [1.0, -1.0] * 40:
+        if sign > 0:
+            noise = size * torch.randn(ids.numel(), 32, generator=generator)
+        handle = module.register_forward_hook(lambda _module, _args, output, noise=sign * noise: output + noise)
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits.double()
+        handle.remove()
+        changes.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item())
+    first_order = (torch.tensor(changes[::2]) - torch.tensor(changes[1::2])) / 2
+    assert first_order.square().mean().item() == pytest.approx(size**2 * gram.trace().item(), rel=0.5)
+
+
+def test_tells_every_step() -> None:
+    told: list[Progress] = []
+    calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), SETTINGS, report=told.append)
+    assert [progress.done for progress in told] == list(range(1, told[-1].total + 1))
+    assert {progress.stage for progress in told} == {"calibrate"}
+    assert told[1].message == "forward, layer 0" and told[-1].message == "backward, layer 0"
+
+
+def test_names_the_layer_whose_hidden_states_are_not_finite() -> None:
+    model = TINY["mixtral"]()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[0, 0] = float("nan")
+    with pytest.raises(StatisticsError, match="layer 1"):
+        calibrate(MemoryStream(model), tiny_tokenizer(), SETTINGS)
+
+
+def test_names_head_weights_that_are_not_finite() -> None:
+    model = TINY["mixtral"]()
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    with pytest.raises(StatisticsError, match="norm and head"):
+        calibrate(MemoryStream(model), tiny_tokenizer(), SETTINGS)
+
+
+def test_refuses_another_dtype_than_the_opened_models() -> None:
+    with pytest.raises(InputError, match=r"dtype must be that of the opened model \(torch.float32\)"):
+        calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), Calibration(dtype="bfloat16"))
+
+
+def test_calibrates_in_bfloat16(tmp_path: Path) -> None:
+    stream = LayerStream(save_tiny("mixtral", tmp_path), dtype=torch.bfloat16)
+    got = calibrate(stream, tiny_tokenizer(), Calibration(samples=5, length=24, dtype="bfloat16"))
+    exact = calibrate(LayerStream(tmp_path), tiny_tokenizer(), Calibration(samples=5, length=24))
+    for index, layer in got.layers.items():
+        trace, expected = (m.gradient_gram_DD.trace().item() for m in (layer, exact.layers[index]) if m.gradient_gram_DD is not None)
+        assert trace == pytest.approx(expected, rel=0.2)
+        assert layer.input_gram_EDD.dtype == torch.float32
+
+
+def assert_same(one: Statistics, other: Statistics) -> None:
+    for index in one.layers:
+        for field, value in vars(one.layers[index]).items():
+            expected = getattr(other.layers[index], field)
+            assert torch.equal(value, expected) if isinstance(value, torch.Tensor) else value == expected, (index, field)
+
+
+def close(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
