@@ -64,7 +64,7 @@ class WeightLoader:
     """Loads and frees the weights of one decoder layer, or of everything outside the layers.
 
     Attributes:
-        unused: keys on disk for which the model has no place (and transformers would leave aside too).
+        unused: keys on disk for which the model has no place; transformers leaves them aside too.
     """
 
     def __init__(self, model: PreTrainedModel, files: ModelFiles, layers: str, device: torch.device, quantizer: Any = None) -> None:
@@ -141,12 +141,10 @@ class WeightLoader:
             partners[one].add(other)
             partners[other].add(one)
         missing = set(self._slots) - made
-        optional = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_missing or ()]
         for name in sorted(missing, key=dot_natural_key):
-            if partners[name] & made or any(pattern.search(name) for pattern in optional):
-                continue
-            hint = f" (and {shortened(self.unused[0])} has no place in the model)" if self.unused else ""
-            raise CheckpointError(f"{self._files.folder}: no tensor makes parameter {name} of the model{hint}; fetch the model again")
+            if not partners[name] & made:
+                hint = f" (and {shortened(self.unused[0])} has no place in the model)" if self.unused else ""
+                raise CheckpointError(f"{self._files.folder}: no tensor makes parameter {name} of the model{hint}; fetch the model again")
         return missing
 
     def _check(self, targets: list[_Target]) -> None:
@@ -277,5 +275,4 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         for name in computed:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)  # type: ignore[arg-type]
         if computed:
-            with torch.random.fork_rng(devices=[]):
-                model._init_weights(module)
+            model._init_weights(module)

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from moesvd_core.architectures.files import CONFIG, ModelFiles
+from moesvd_core.architectures.files import CONFIG, ModelFiles, file_inside
 from moesvd_core.architectures.find import quantisation
 from moesvd_core.architectures.headers import damaged, shortened
 from moesvd_core.errors import CheckpointError, MoesvdError, UnsupportedModelError
@@ -22,22 +23,37 @@ def skeleton(files: ModelFiles, dtype: torch.dtype | None = None, *, allow_remot
         CheckpointError: the configuration makes no model, or the weights are quantised.
         UnsupportedModelError: transformers does not know the model type.
     """
-    config_file = files.folder / CONFIG
     try:
-        config: Any = AutoConfig.from_pretrained(files.folder, trust_remote_code=allow_remote_code)
+        config = _configuration(files, allow_remote_code)
         _check_depth(config, files)
+        trusted = allow_remote_code and config.model_type not in CONFIG_MAPPING
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or _stored_dtype(config, files), trust_remote_code=allow_remote_code
+                config, dtype=dtype or _stored_dtype(config, files), trust_remote_code=trusted
             ).eval()
         quantizer = _plug_in(model, files)
     except MoesvdError:
         raise
     except Exception as error:  # transformers answers a damaged configuration with whatever error comes first
-        kind = UnsupportedModelError if "does not recognize this architecture" in str(error) else CheckpointError
         reason = f"{type(error).__name__}: {shortened(str(error))}"
-        raise kind(f"{config_file}: describes no model that transformers can build ({reason}); fetch it again") from error
+        raise CheckpointError(
+            f"{files.folder / CONFIG}: describes no model that transformers can build ({reason}); fetch it again"
+        ) from error
     return model, quantizer
+
+
+def _configuration(files: ModelFiles, allow_remote_code: bool) -> Any:
+    """The configuration object, made from the checked file alone: transformers' own search follows further files that this one names."""
+    model_type = files.config["model_type"]
+    if model_type in CONFIG_MAPPING:
+        native: Any = CONFIG_MAPPING[model_type]
+        config = native.from_dict(native._dict_from_json_file(file_inside(files.folder, CONFIG)))
+        config._name_or_path = str(files.folder)
+        return config
+    if allow_remote_code and files.config.get("auto_map"):
+        return AutoConfig.from_pretrained(files.folder, trust_remote_code=True)
+    what = f"model type {shortened(model_type)} is unknown to transformers {transformers.__version__}"
+    raise UnsupportedModelError(f"{files.folder / CONFIG}: {what}; check the spelling, or use a newer version of moesvd")
 
 
 def _check_depth(config: Any, files: ModelFiles) -> None:

@@ -158,7 +158,6 @@ class LayerStream(_Decoder):
         model, quantizer = skeleton(self.files, dtype, allow_remote_code=allow_remote_code)
         super().__init__(model, torch.device(device))
         self._loader = WeightLoader(model, self.files, decoder_layers(model)[0], self.device, quantizer)
-        self.unused: list[str] = self._loader.unused
         self.unused = tuple(self._loader.unused)
         self._holders = [0] * len(self.layers)
 

@@ -272,10 +272,11 @@ class TestManners:
         assert model.model.layers[0].__dict__["forward"] == marked
         assert "forward" not in model.model.layers[1].__dict__
 
-    def test_the_state_of_random_numbers_is_left_alone(self, folder: Path) -> None:
-        torch.manual_seed(7)
+    @pytest.mark.parametrize("name", ["mixtral", "qwen3_next", "jamba", "gemma4_text"])
+    def test_the_state_of_random_numbers_is_left_alone(self, name: str, tmp_path: Path) -> None:
+        save_tiny(name, tmp_path)
         before = torch.get_rng_state()
-        logits(LayerStream(folder), tiny_batch())
+        logits(LayerStream(tmp_path), tiny_batch())
         assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -386,8 +387,7 @@ class TestDamage:
             LayerStream(folder)
 
     def test_a_dense_model_runs_but_has_no_expert_layers(self, tmp_path: Path) -> None:
-        config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
-        model = LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
         model.save_pretrained(tmp_path)
         stream = LayerStream(tmp_path)
         with torch.no_grad():
@@ -395,14 +395,50 @@ class TestDamage:
         with pytest.raises(UnsupportedModelError):
             _ = stream.expert_layers
 
+    def test_no_other_configuration_is_read_than_the_checked_one(self, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        outside = folder.parent / "secret.json"
+        outside.write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+        (folder / "config.4.0.0.json").symlink_to(outside)
+        (folder / "config.json").write_text(json.dumps(config | {"configuration_files": ["config.4.0.0.json"]}))
+        assert LayerStream(folder).config.rms_norm_eps == config["rms_norm_eps"]
+
+    def test_code_of_the_model_runs_when_it_is_trusted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.syspath_prepend(tmp_path / "modules")
+        folder = tmp_path / "model"
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
+        model.save_pretrained(folder)
+        (folder / "own_code.py").write_text(OWN_CODE)
+        config = json.loads((folder / "config.json").read_text())
+        names = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": names, "model_type": "of_their_own"}))
+        with pytest.raises(UnsupportedModelError, match="brings code of its own"):
+            LayerStream(folder)
+        stream = LayerStream(folder, allow_remote_code=True)
+        assert type(stream.model).__name__ == "OwnForCausalLM"
+        with torch.no_grad():
+            assert torch.equal(logits(stream, tiny_batch()), model(**tiny_batch()).logits)
+
     def test_code_beside_the_model_is_not_run(self, folder: Path) -> None:
         trap = folder.parent / "sprung"
         (folder / "modeling_x.py").write_text(f"import pathlib\npathlib.Path({str(trap)!r}).touch()\n")
         config = json.loads((folder / "config.json").read_text())
         names = {"AutoConfig": "modeling_x.Config", "AutoModelForCausalLM": "modeling_x.Model"}
         (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
-        assert torch.isfinite(logits(LayerStream(folder), tiny_batch())).all()
+        for allowed in (False, True):
+            assert torch.isfinite(logits(LayerStream(folder, allow_remote_code=allowed), tiny_batch())).all()
         assert not trap.exists()
+
+
+LLAMA = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "of_their_own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
 
 
 def check_flips(folder: Path, file: Path, bits: list[int], expected: torch.Tensor | None) -> None:
