@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from moesvd_core.architectures.find import EXPERT_LAYER
 from moesvd_core.architectures.streaming import DecoderStream
 from moesvd_core.atomic import sweep, write_json
 from moesvd_core.calibration.backward import NotDifferentiableError, backward_steps
@@ -28,7 +29,7 @@ from moesvd_core.calibration.settings import Calibration
 from moesvd_core.calibration.states import DiskStates, MemoryStates, States
 from moesvd_core.calibration.statistics import SUMMARY, LayerFolder, LayerStatistics, Statistics
 from moesvd_core.calibration.text import calibration_windows
-from moesvd_core.errors import InputError, RunError, StatisticsError
+from moesvd_core.errors import InputError, RunError, StatisticsError, UnsupportedModelError
 from moesvd_core.progress import Progress, Report, silent
 
 HOST_BYTES = 4 * 2**30
@@ -61,10 +62,11 @@ def calibrate(
         StatisticsError: weights or activations that are NaN or infinite, or damaged files in the folder.
         RunError: the folder holds another calibration.
         ResourceError: the disk is full.
-        UnsupportedModelError: the model has no routed experts.
+        UnsupportedModelError: the model has no routed experts, or they are factored already.
     """
     if calibration.dtype is not None and stream.dtype != getattr(torch, calibration.dtype):
         raise InputError(f"dtype must be that of the opened model ({stream.dtype}) or None, got {calibration.dtype}: open the model in it")
+    _refuse_factored(stream)
     positions = getattr(stream.config.get_text_config(), "max_position_embeddings", None)
     window_NL = calibration_windows(tokenizer, calibration, positions)
     planned = Statistics(
@@ -96,6 +98,12 @@ def calibrate(
         if path is not None:
             result.save(path)
     return result
+
+
+def _refuse_factored(stream: DecoderStream) -> None:
+    for layer in stream.expert_layers:
+        if hasattr(stream.model.get_submodule(layer.name), EXPERT_LAYER):
+            raise UnsupportedModelError(f"layer {layer.index}: the experts are factored already; calibrate the original model")
 
 
 @dataclass

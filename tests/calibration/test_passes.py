@@ -10,12 +10,12 @@ from tiny_models import TINY, save_tiny, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from moesvd_core.architectures.experts_io import read_experts, routed_tokens
-from moesvd_core.architectures.find import expert_layers
+from moesvd_core.architectures.find import EXPERT_LAYER, expert_layers
 from moesvd_core.architectures.streaming import LayerStream, MemoryStream
 from moesvd_core.calibration import Calibration, Statistics, calibrate
 from moesvd_core.calibration import backward as backward_pass
 from moesvd_core.calibration.text import calibration_windows
-from moesvd_core.errors import InputError, StatisticsError
+from moesvd_core.errors import InputError, StatisticsError, UnsupportedModelError
 from moesvd_core.progress import Progress
 
 torch.set_num_threads(1)
@@ -155,6 +155,13 @@ def test_names_head_weights_that_are_not_finite() -> None:
 def test_refuses_another_dtype_than_the_opened_models() -> None:
     with pytest.raises(InputError, match=r"dtype must be that of the opened model \(torch.float32\)"):
         calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), Calibration(dtype="bfloat16"))
+
+
+def test_refuses_a_model_that_is_compressed_already() -> None:
+    model = TINY["mixtral"]()
+    setattr(model.model.layers[1].mlp.experts, EXPERT_LAYER, expert_layers(model)[1])
+    with pytest.raises(UnsupportedModelError, match="layer 1: the experts are factored already"):
+        calibrate(MemoryStream(model), tiny_tokenizer(), SETTINGS)
 
 
 def test_calibrates_in_bfloat16(tmp_path: Path) -> None:
