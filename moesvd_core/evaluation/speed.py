@@ -159,12 +159,12 @@ def _flops(model: PreTrainedModel, prompt_1T: torch.Tensor) -> int:
 def _peak_bytes(model: PreTrainedModel, prompt_1T: torch.Tensor, test: SpeedTest) -> int:
     """Most bytes held at once while answering, weights included."""
     if model.device.type == "cuda":
-        before: int = torch.cuda.memory_allocated(model.device)
+        before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
         _time(model, prompt_1T, test.new_tokens)
-        peak: int = torch.cuda.max_memory_allocated(model.device)
-        return weight_bytes(model) + peak - before
-    with _LiveBytes() as live:
+        return weight_bytes(model) + torch.cuda.max_memory_allocated(model.device) - before
+    live = _LiveBytes()
+    with live:
         _time(model, prompt_1T, test.new_tokens)
     return weight_bytes(model) + live.peak
 

@@ -40,14 +40,16 @@ def test_a_definition_keeps_the_stock_task_and_reads_the_local_file(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("tasks", "message"), [(["piqua"], "one of openbookqa, .*got piqua"), (["mathqa"], r"no rows of mathqa: put mathqa\.jsonl"), ([], None)]
+    ("tasks", "message"), [(["piqua"], "one of openbookqa, .*got piqua"), (["mathqa"], r"no rows of mathqa: put mathqa\.jsonl")]
 )
-def test_says_which_tasks_and_files_there_are(tasks: list[str], message: str | None, data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    if message is None:
-        (data / "piqa.jsonl").unlink()
-        message = "no rows of any task"
+def test_says_which_tasks_and_files_there_are(tasks: list[str], message: str, data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match=message):
-        zero_shot(TINY["mixtral"](), tokenizer, data, tasks=tasks or None)
+        zero_shot(TINY["mixtral"](), tokenizer, data, tasks=tasks)
+
+
+def test_says_what_to_put_into_an_empty_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InputError, match=r"no rows of any task: put one or more of openbookqa\.jsonl"):
+        zero_shot(TINY["mixtral"](), tokenizer, tmp_path)
 
 
 def test_refuses_numbers_out_of_bounds(data: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,125 @@
+"""What decomposing a layer costs: the straightforward loop of full SVDs beside every structure, on the same random layer in one run.
+
+The loop is what public code of this field does: `torch.linalg.svd` of gate, up and down of every expert, cut at one rank. Ours are timed
+with everything that they need: metric, eigendecompositions, the loss at every rank, and the factors at the plan.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+
+from moesvd_core.decomposition.decompose import decompose
+from moesvd_core.decomposition.registry import METHODS, Method, method
+from moesvd_core.errors import InputError
+from moesvd_core.evaluation.benchmarks.synthetic import RandomLayer, expert_output, random_layer
+from moesvd_core.evaluation.benchmarks.table import Cell, Table
+from moesvd_core.planning import ModelShape, Recipe, plan
+from moesvd_core.progress import Progress, Report, silent
+
+
+@dataclass(frozen=True)
+class DecomposeBenchmark:
+    """Settings: layer sizes, share of parameters to remove, methods, and how many times each is timed (the median counts)."""
+
+    hidden: int = 1024
+    width: int = 3584
+    experts: int = 8
+    ratio: float = 0.4
+    methods: tuple[str, ...] = tuple(METHODS)
+    repeats: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            method(name)
+        if not 0 < self.ratio < 1:
+            raise InputError(f"ratio must be in (0, 1), got {self.ratio}")
+        if self.repeats < 1:
+            raise InputError(f"repeats must be at least 1, got {self.repeats}")
+
+    def run(self, report: Report = silent) -> Table:
+        """Time everything, loop and methods in turn, and compare the errors of the layer's output on tokens not calibrated on."""
+        sample = random_layer(self.hidden, self.width, self.experts, seed=self.seed)
+        names = ("loop of full SVDs", *self.methods)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        results: dict[str, _Result] = {}
+        for repeat in range(self.repeats):
+            for place, name in enumerate(names):
+                start = time.perf_counter()
+                results[name] = _loop(sample, self.ratio) if name not in METHODS else _ours(sample, method(name), self.ratio)
+                seconds[name].append(time.perf_counter() - start)
+                report(Progress("benchmark", repeat * len(names) + place + 1, self.repeats * len(names), name))
+        median = {name: sorted(taken)[len(taken) // 2] for name, taken in seconds.items()}
+        rows = [self._row(sample, name, results[name], median) for name in names]
+        size = f"d {self.hidden}, m {self.width}, {self.experts} experts, float32, {torch.get_num_threads()} threads"
+        return Table.of(
+            f"Decomposing one random layer ({size})",
+            rows,
+            [f"seconds: median of {self.repeats}; output error: ‖Δy‖/‖y‖ over all experts on held-out tokens, at the ratio shown"],
+        )
+
+    def _row(self, sample: RandomLayer, name: str, result: "_Result", median: dict[str, float]) -> dict[str, Cell]:
+        stored = 1 - result.parameters / (sample.weights.input_END.numel() + sample.weights.output_EDM.numel())
+        return {
+            "method": name,
+            "structure": result.structure,
+            "seconds": median[name],
+            "times as fast": median["loop of full SVDs"] / median[name],
+            "experts' ratio": stored,
+            "output error": _output_error(sample, result),
+        }
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Compressed experts: what they store, and how to multiply them out to [E, n, d] and [E, d, m] (not part of what is timed)."""
+
+    structure: str
+    parameters: int
+    matrices: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _loop(sample: RandomLayer, ratio: float) -> _Result:
+    """Full SVD of every matrix, cut where its factors store 1 - ratio of its parameters."""
+    factors: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    for input_ND, output_DM in zip(sample.weights.input_END, sample.weights.output_EDM, strict=True):
+        factors.append([_truncated(weight, ratio) for weight in (*input_ND.chunk(2), output_DM)])
+
+    def matrices() -> tuple[torch.Tensor, torch.Tensor]:
+        dense = [[left @ right for left, right in expert] for expert in factors]
+        return torch.stack([torch.cat(expert[:2]) for expert in dense]), torch.stack([expert[2] for expert in dense])
+
+    return _Result("per-expert", sum(left.numel() + right.numel() for expert in factors for left, right in expert), matrices)
+
+
+def _truncated(weight: torch.Tensor, ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
+    rank = int(rows * columns * (1 - ratio) / (rows + columns))
+    left, value, right = torch.linalg.svd(weight, full_matrices=False)
+    return left[:, :rank] * value[:rank], right[:rank]
+
+
+def _ours(sample: RandomLayer, chosen: Method, ratio: float) -> _Result:
+    """The engine on the layer as if it were the whole model."""
+    decomposition = decompose(sample.weights, sample.layer, sample.statistics, chosen)
+    total = sample.layer.parameters
+    shape = ModelShape(total, total * sample.layer.active // sample.layer.experts, 4 * total, total, 4.0)
+    allocation = chosen.allocation if chosen.allocation == "greedy" else "uniform"  # the others divide between layers; here is one
+    made = plan(decomposition.curves, shape, Recipe(chosen.name, ratio, allocation=allocation))
+    factors = decomposition.materialise(made.layers[0])
+    sides = sorted({made.layers[0].input.structure, made.layers[0].output.structure})
+    return _Result(" + ".join(sides), factors.parameters, lambda: (factors.input.reconstruct(), factors.output.reconstruct()))
+
+
+def _output_error(sample: RandomLayer, result: _Result) -> float:
+    """Relative error of the experts' outputs on held-out tokens."""
+    input_END, output_EDM = (each.float() for each in result.matrices())
+    lost = total = 0.0
+    for expert, x_TD in enumerate(sample.held_out):
+        y_TD = expert_output(sample.weights.input_END[expert], sample.weights.output_EDM[expert], x_TD)
+        lost += float((expert_output(input_END[expert], output_EDM[expert], x_TD) - y_TD).square().sum())
+        total += float(y_TD.square().sum())
+    return sqrt(lost / total)

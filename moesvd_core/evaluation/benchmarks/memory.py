@@ -1,0 +1,75 @@
+"""How much memory it takes to compress a model that is larger than the memory would be.
+
+A random checkpoint is written layer by layer, then analysed and compressed in a process of its own. What counts is that process's peak of
+resident memory above an interpreter that has torch and transformers imported; the process reads both figures itself (`memory_probe`).
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from moesvd_core.errors import ResourceError
+from moesvd_core.evaluation.benchmarks.memory_probe import ProbeResult, ProbeSettings
+from moesvd_core.evaluation.benchmarks.synthetic import MixtralSize, write_random_mixtral
+from moesvd_core.evaluation.benchmarks.table import Table
+from moesvd_core.progress import Progress, Report, silent
+
+BOUND = 1_500_000_000
+"""Bytes above the interpreter that a 4 GB checkpoint may take."""
+
+
+@dataclass(frozen=True)
+class MemoryBenchmark:
+    """Settings.
+
+    Attributes:
+        size: of the random checkpoint.
+        probe: what is done with it.
+        folder: where checkpoint, statistics and export are written; None: a temporary folder.
+    """
+
+    size: MixtralSize = field(default_factory=MixtralSize)
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+    folder: Path | None = None
+
+    def run(self, report: Report = silent) -> Table:
+        """Write, compress, and report the peak.
+
+        Raises:
+            ResourceError: the process did not finish; the message ends with what it said last.
+        """
+        with TemporaryDirectory(dir=self.folder) as name:
+            folder = Path(name)
+            write_random_mixtral(folder / "model", self.size)
+            stored = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+            report(Progress("benchmark", 1, 2, f"{stored / 1e9:.2f} GB written"))
+            result = _probe(folder, self.probe)
+        report(Progress("benchmark", 2, 2, "compressed"))
+        above = result.peak_bytes - result.interpreter_bytes
+        rows = [{"what": what, "MB": bytes / 1e6, "seconds": seconds} for what, bytes, seconds in (
+            ("checkpoint", stored, None),
+            ("interpreter with torch and transformers", result.interpreter_bytes, None),
+            ("peak above it while analysing", result.analysed_bytes - result.interpreter_bytes, result.analyse_seconds),
+            ("peak above it in all", above, result.analyse_seconds + result.compress_seconds),
+        )]
+        config = self.size.config()
+        notes = [
+            f"random Mixtral: d {config.hidden_size}, m {config.intermediate_size}, {config.num_local_experts} experts, "
+            f"{config.num_hidden_layers} layers, bfloat16",
+            f"{self.probe.method} at {self.probe.ratio:.0%}, {self.probe.samples} windows of {self.probe.length} tokens",
+            f"bound for a checkpoint of 4 GB: {BOUND / 1e6:,.0f} MB; reached {above / 1e6:,.0f} MB",
+        ]
+        return Table.of("Memory that compression takes", rows, notes)
+
+
+def _probe(folder: Path, settings: ProbeSettings) -> ProbeResult:
+    """Run the probe in a fresh interpreter, so that nothing of this process counts."""
+    command = [sys.executable, "-m", "moesvd_core.evaluation.benchmarks.memory_probe", str(folder), json.dumps(vars(settings))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module, no shell
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise ResourceError(f"the measured process did not finish: {lines[-1]}")
+    return ProbeResult(**json.loads(done.stdout.strip().splitlines()[-1]))

@@ -1,0 +1,209 @@
+"""Random layers and models of any size, so that time and memory can be measured without a download.
+
+Inputs have a falling spectrum in a random basis, as hidden states of trained models do; with white ones activation weighting would have
+nothing to weigh. Weights are random: figures of quality on them say little, figures of time and memory are those of a real model.
+
+Shapes: E experts, d = D hidden size, m = M width, n = 2m input rows, T tokens.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import MixtralConfig, PreTrainedTokenizerFast
+
+from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.calibration.statistics import LayerStatistics
+from moesvd_core.errors import InputError
+
+WEIGHT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class RandomLayer:
+    """One MoE layer, what calibration would have collected for it, and tokens that calibration did not see.
+
+    Attributes:
+        held_out: hidden states [T, d] of fresh tokens for each expert.
+    """
+
+    layer: ExpertLayer
+    weights: ExpertWeights
+    statistics: LayerStatistics
+    held_out: tuple[torch.Tensor, ...]
+
+
+def random_layer(hidden: int, width: int, experts: int, *, active: int = 2, tokens: int = 4096, seed: int = 0) -> RandomLayer:
+    """A layer with `tokens` calibration tokens for each expert, of equal routing weights 1/k, and a quarter as many held out.
+
+    Raises:
+        InputError: a size below 1, or more active experts than experts.
+    """
+    for name, value in (("hidden", hidden), ("width", width), ("experts", experts), ("tokens", tokens)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if not 1 <= active <= experts:
+        raise InputError(f"active must be in [1, {experts}] (experts), got {active}")
+    noise = torch.Generator().manual_seed(seed)
+    layer = ExpertLayer(0, "model.layers.0.mlp.experts", experts, hidden, width, active)
+    weights = ExpertWeights(
+        torch.randn(experts, 2 * width, hidden, generator=noise) * hidden**-0.5,
+        torch.randn(experts, hidden, width, generator=noise) * width**-0.5,
+    )
+    basis_DD = torch.linalg.qr(torch.randn(hidden, hidden, generator=noise))[0] * torch.arange(1, hidden + 1) ** -0.5 * hidden**0.5 / 2
+    inputs = [torch.randn(tokens, hidden, generator=noise) @ basis_DD.T for _ in range(experts)]
+    held_out = tuple(torch.randn(max(1, tokens // 4), hidden, generator=noise) @ basis_DD.T for _ in range(experts))
+    gradient_TD = torch.randn(tokens, hidden, generator=noise) @ basis_DD.roll(1, 0).T
+    return RandomLayer(layer, weights, _statistics(layer, weights, inputs, gradient_TD), held_out)
+
+
+def expert_output(input_ND: torch.Tensor, output_DM: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+    """y [T, d] of one expert with a SiLU gate."""
+    gate_TM, up_TM = (x_TD @ input_ND.T).chunk(2, -1)
+    return (torch.nn.functional.silu(gate_TM) * up_TM) @ output_DM.T
+
+
+def _statistics(layer: ExpertLayer, weights: ExpertWeights, inputs: list[torch.Tensor], gradient_TD: torch.Tensor) -> LayerStatistics:
+    """The sums that calibration makes, with p = 1/k for every token."""
+    square = layer.active**-2
+    count_E = torch.tensor([len(x_TD) for x_TD in inputs])
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in ("input", "output", "x", "h", "outlier", "saliency", "slope")}
+    for x_TD, input_ND, output_DM in zip(inputs, weights.input_END, weights.output_EDM, strict=True):
+        gate_TM, up_TM = (x_TD @ input_ND.T).chunk(2, -1)
+        h_TM = torch.nn.functional.silu(gate_TM) * up_TM
+        y_TD = h_TM @ output_DM.T
+        sigmoid_TM = gate_TM.sigmoid()
+        slope_TN = torch.cat([up_TM * sigmoid_TM * (1 + gate_TM * (1 - sigmoid_TM)), gate_TM * sigmoid_TM], -1)
+        columns["input"].append(square * x_TD.T @ x_TD)
+        columns["output"].append(square * y_TD.T @ y_TD)
+        columns["x"].append(x_TD.abs().mean(0))
+        columns["h"].append(h_TM.abs().mean(0))
+        columns["outlier"].append((h_TM.abs() > 2 * h_TM.abs().mean()).float().mean())
+        columns["saliency"].append(y_TD.norm(dim=-1).mean() / layer.active)
+        columns["slope"].append(square * slope_TN.square().sum(0))
+    stacked = {name: torch.stack(column) for name, column in columns.items()}
+    return LayerStatistics(
+        layer=layer.index,
+        tokens=int(count_E.sum()) // layer.active,
+        count_E=count_E,
+        weight_square_E=count_E * square,
+        input_gram_EDD=stacked["input"],
+        output_gram_EDD=stacked["output"],
+        input_mean_ED=stacked["x"],
+        intermediate_mean_EM=stacked["h"],
+        outlier_E=stacked["outlier"],
+        input_outlier=0.01,
+        principal_rank_E=torch.full((layer.experts,), min(layer.input_rows, layer.hidden) + min(layer.hidden, layer.width)),
+        saliency_E=stacked["saliency"],
+        slope_EN=stacked["slope"],
+        gradient_gram_DD=gradient_TD.T @ gradient_TD,
+        gradient_tokens=len(gradient_TD),
+    )
+
+
+@dataclass(frozen=True)
+class MixtralSize:
+    """Sizes of a random Mixtral; as many layers as `bytes` need when `layers` is not given.
+
+    Attributes:
+        bytes: of all weights in bfloat16, at least.
+    """
+
+    hidden: int = 1024
+    width: int = 1792
+    experts: int = 8
+    layers: int | None = None
+    bytes: int = 4_000_000_000
+    vocabulary: int = 1024
+    context: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.hidden < 64 or self.hidden % 64:
+            raise InputError(f"hidden must be a multiple of 64, the width of a head, got {self.hidden}")
+        for name in ("width", "experts", "context", "bytes"):
+            if getattr(self, name) < 2:
+                raise InputError(f"{name} must be at least 2, got {getattr(self, name)}")
+        if self.vocabulary < 258:
+            raise InputError(f"vocabulary must hold 256 bytes and 2 special tokens, got {self.vocabulary}")
+        if self.layers is not None and self.layers < 1:
+            raise InputError(f"layers must be at least 1, got {self.layers}")
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer in bfloat16."""
+        matrices = self.experts * (3 * self.hidden * self.width + self.hidden) + 4 * self.hidden**2
+        return 2 * (matrices + 2 * self.hidden)
+
+    def config(self) -> MixtralConfig:
+        """The model's configuration."""
+        return MixtralConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.width,
+            num_hidden_layers=self.layers or -(-self.bytes // self.layer_bytes),
+            num_attention_heads=self.hidden // 64,
+            num_key_value_heads=self.hidden // 64,
+            num_local_experts=self.experts,
+            num_experts_per_tok=2,
+            max_position_embeddings=self.context,
+            tie_word_embeddings=True,
+            bos_token_id=256,
+            eos_token_id=257,
+            dtype="bfloat16",
+            architectures=["MixtralForCausalLM"],
+        )
+
+
+def write_random_mixtral(folder: Path, size: MixtralSize, *, seed: int = 0) -> None:
+    """Write a model folder (safetensors under the hub's names, configuration, byte-level tokenizer), holding one layer in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = size.config()
+    noise = torch.Generator().manual_seed(seed)
+    shards = config.num_hidden_layers + 1
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(_shards(config, noise), start=1):
+        name = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        save_file(tensors, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    config.save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
+
+
+def _shards(config: MixtralConfig, noise: torch.Generator) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors of one file after the other: embedding and last norm, then layer by layer."""
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16).normal_(std=WEIGHT_STD, generator=noise)
+
+    d, m = config.hidden_size, config.intermediate_size
+    ones_D = torch.ones(d, dtype=torch.bfloat16)
+    yield {"model.embed_tokens.weight": matrix(config.vocab_size, d), "model.norm.weight": ones_D}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {f"{prefix}self_attn.{name}_proj.weight": matrix(d, d) for name in "qkvo"}
+        tensors |= {f"{prefix}{name}_layernorm.weight": ones_D.clone() for name in ("input", "post_attention")}
+        tensors[f"{prefix}block_sparse_moe.gate.weight"] = matrix(config.num_local_experts, d)
+        for expert in range(config.num_local_experts):
+            for name, shape in (("w1", (m, d)), ("w2", (d, m)), ("w3", (m, d))):
+                tensors[f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"] = matrix(*shape)
+        yield tensors
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token: a tokenizer that any text passes and no training made."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer.add_special_tokens(list(special.values()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -1,0 +1,104 @@
+"""Every benchmark from its command line, on the smallest model there is."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from moesvd_core.errors import InputError, ResourceError
+from moesvd_core.evaluation.benchmarks import memory
+from moesvd_core.evaluation.benchmarks.command import add_arguments, run
+from moesvd_core.evaluation.benchmarks.memory_probe import peak_bytes, resident_bytes
+from moesvd_core.evaluation.benchmarks.table import Cell, Table
+
+torch.set_num_threads(1)
+
+
+def benchmark(*words: str | Path) -> Table:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args([str(word) for word in words]))
+
+
+def rows(table: Table) -> list[dict[str, Cell]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("mixtral", tmp_path_factory.mktemp("command") / "model", fused=False)
+
+
+CALIBRATION = ("--samples", "4", "--calibration-length", "32")
+
+
+def test_quality_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
+    scored = ("--windows", "3", "--length", "24", "--dtype", "float32", "--work", tmp_path / "work", "--output", tmp_path / "table.json")
+    table = benchmark("quality", folder, "--methods", "svd-llm", "--ratios", "0.3", *CALIBRATION, *scored)
+    assert [row["method"] for row in rows(table)] == ["original", "svd-llm"]
+    assert "3 windows of 24 tokens" in table.notes[0] and "4 windows of 32 tokens" in table.notes[0] and "float32" in table.notes[0]
+    assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))["rows"] == rows(table)
+    assert (tmp_path / "work" / "statistics" / "statistics.json").exists()
+
+
+def test_decompose_compares_with_the_loop_at_the_same_ratio() -> None:
+    size = ("--hidden", "128", "--width", "192", "--experts", "4", "--ratio", "0.5")
+    loop, *ours = rows(benchmark("decompose", *size, "--methods", "svd", "svd-llm", "latent"))
+    assert loop["times as fast"] == 1
+    for row in ours:
+        assert float(row["experts' ratio"] or 0) == pytest.approx(0.5, abs=0.06)
+        assert float(row["times as fast"] or 0) == pytest.approx(float(loop["seconds"] or 0) / float(row["seconds"] or 0))
+    errors = {row["method"]: float(row["output error"] or 0) for row in (loop, *ours)}
+    assert 0.1 < errors["svd-llm"] < errors["svd"] < 1.5, "weighting by activations helps where inputs have a falling spectrum"
+
+
+def test_inference_times_the_original_and_every_compressed_model() -> None:
+    size = ("--hidden", "64", "--width", "96", "--experts", "4", "--layers", "1")
+    test = ("--prompt-tokens", "16", "--new-tokens", "2", "--repeats", "1")
+    original, half = rows(benchmark("inference", *size, *test, *CALIBRATION, "--methods", "latent", "--ratios", "0.4"))
+    assert (original["model"], half["model"]) == ("original", "latent 40%")
+    assert float(half["MFLOP/token"] or 0) < float(original["MFLOP/token"] or 0)
+    assert int(half["bytes"] or 0) <= 0.6 * int(original["bytes"] or 0)
+
+
+def test_files_hold_the_ratio_that_was_planned(folder: Path) -> None:
+    table = rows(benchmark("ratios", folder, "--methods", "auto", "moe-svd-refit", "--ratios", "0.2", "0.3", *CALIBRATION))
+    assert [(row["method"], row["asked"]) for row in table] == [(name, ratio) for name in ("auto", "moe-svd-refit") for ratio in (0.2, 0.3)]
+    for row in table:
+        assert float(row["asked"] or 0) <= float(row["planned"] or 0)
+        assert row["in files"] == pytest.approx(row["planned"], abs=1e-9)
+        assert abs(float(row["difference %"] or 0)) <= 0.1
+
+
+def test_memory_measures_a_process_of_its_own(tmp_path: Path) -> None:
+    size = ("--hidden", "64", "--width", "96", "--experts", "4", "--layers", "1", "--samples", "2", "--length", "32")
+    table = benchmark("memory", *size, "--ratio", "0.3", "--folder", tmp_path)
+    by_name = {row["what"]: float(row["MB"] or 0) for row in rows(table)}
+    assert 100 < by_name["interpreter with torch and transformers"] < 1000
+    assert 0 < by_name["peak above it while analysing"] <= by_name["peak above it in all"] < 1500
+    assert not list(tmp_path.iterdir()), "checkpoint and export are removed"
+
+
+def test_the_peak_counts_what_is_gone_again() -> None:
+    before = peak_bytes()
+    assert before >= resident_bytes() > 0
+    block = torch.ones((before - resident_bytes()) // 4 + 10_000_000)
+    del block
+    assert peak_bytes() >= before + 30_000_000
+
+
+def test_a_measured_process_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.sys, "executable", shutil.which("false"))
+    with pytest.raises(ResourceError, match="did not finish: exit status 1"):
+        benchmark("memory", "--hidden", "64", "--width", "8", "--experts", "2", "--layers", "1")
+
+
+def test_bad_settings_are_told_before_any_work(folder: Path) -> None:
+    with pytest.raises(InputError, match="method must be one of"):
+        benchmark("ratios", folder, "--methods", "best")
+    with pytest.raises(InputError, match=r"ratio must be in \(0, 1\), got 1.5"):
+        benchmark("decompose", "--ratio", "1.5")
