@@ -66,6 +66,11 @@ def run_id(model: str, fingerprint: str, calibration: Mapping[str, Any]) -> str:
     return f"{name}-{digest[:8]}"
 
 
+def is_run_id(text: str) -> bool:
+    """Whether a run can have this id; one that comes from a URL is no path out of the folder of runs."""
+    return _ID.fullmatch(text) is not None
+
+
 class RunFolder:
     """A run on disk; makes no claim on it (that is the worker's part)."""
 
@@ -119,7 +124,7 @@ class RunFolder:
         Raises:
             RunError: no such run.
         """
-        if not _ID.fullmatch(run) or (root / run).is_symlink():
+        if not is_run_id(run) or (root / run).is_symlink():
             raise RunError(f"no run {run!r}: an id consists of letters, digits, dots, dashes and underscores")
         return cls.open(root / run)
 
