@@ -1,7 +1,7 @@
 """The one file of code that an export carries, so that it loads with `trust_remote_code=True` where nothing of this project is installed.
 
-It is put together from the modules that the project itself runs (`experts.py`, `plugin.py`, and `deepseek.py` for that family): there is no
-second version of anything. Those modules import torch and transformers only.
+It is put together from the modules that the project itself runs (grouped.py, experts.py, plugin.py, and deepseek.py for that family): there
+is no second version of anything. Those modules import torch, transformers and each other only.
 """
 
 import ast
@@ -10,7 +10,7 @@ from types import ModuleType
 
 import transformers
 
-from moesvd_core import experts
+from moesvd_core import experts, grouped
 from moesvd_core.architectures import deepseek
 from moesvd_core.checkpoint import plugin
 from moesvd_core.errors import UnsupportedModelError
@@ -47,7 +47,7 @@ def shim_source(architecture: str, factored: bool = True) -> str:
     Raises:
         UnsupportedModelError: transformers has no such class, and neither have we.
     """
-    modules = [*([deepseek] if _ported(architecture) else []), *([experts, plugin] if factored else [])]
+    modules = [*([deepseek] if _ported(architecture) else []), *([grouped, experts, plugin] if factored else [])]
     if not _ported(architecture) and not hasattr(transformers, architecture):
         raise UnsupportedModelError(f"model class {architecture} is neither in transformers {transformers.__version__} nor ported here")
     imports: dict[str, None] = {"import transformers": None}

@@ -25,7 +25,7 @@ def staged(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ResourceError: the disk is full, or the folder cannot be written; the destination is as it was.
     """
     destination = Path(os.path.abspath(destination))
-    _refuse(destination, overwrite)
+    refuse_occupied(destination, overwrite=overwrite)
     temporary = destination.with_name(f".{destination.name}{TEMPORARY}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,12 @@ def staged(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def _refuse(destination: Path, overwrite: bool) -> None:
+def refuse_occupied(destination: Path, *, overwrite: bool = False) -> None:
+    """Refuse a destination that holds something else than an export; an earlier export is refused too unless it may be overwritten.
+
+    Raises:
+        InputError: it is occupied.
+    """
     if not destination.exists():
         return
     if not destination.is_dir():
