@@ -115,13 +115,21 @@ def decompose(
     return Decomposition(metric, method, {each: _made(metric, *each, method) for each in product(SIDES, method.structures)})
 
 
-def load(path: Path, weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, method: Method) -> Decomposition:
+def load(
+    path: Path,
+    weights: ExpertWeights,
+    layer: ExpertLayer,
+    statistics: LayerStatistics,
+    method: Method,
+    *,
+    device: torch.device | str = "cpu",
+) -> Decomposition:
     """Read what `Decomposition.save` wrote, for the same weights, statistics and method.
 
     Raises:
         RunError: the file is missing, damaged, or of another layer or method.
     """
-    metric = LayerMetric(weights, layer, statistics)
+    metric = LayerMetric(weights, layer, statistics, device)
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -131,7 +139,11 @@ def load(path: Path, weights: ExpertWeights, layer: ExpertLayer, statistics: Lay
     expected = {"format": FORMAT, **_identity(layer, method)}
     if metadata != expected:
         raise RunError(f"{path.name} holds {metadata}, wanted {expected}; decompose layer {layer.index} again")
-    return Decomposition(metric, method, {each: _loaded(metric, *each, method, tensors) for each in product(SIDES, method.structures)})
+    try:
+        bases = {each: _loaded(metric, *each, method, tensors) for each in product(SIDES, method.structures)}
+    except KeyError as error:
+        raise RunError(f"{path.name} lacks {error}; decompose layer {layer.index} again") from error
+    return Decomposition(metric, method, bases)
 
 
 def _made(metric: LayerMetric, side: Side, structure: Structure, method: Method) -> Basis:

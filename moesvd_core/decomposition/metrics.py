@@ -27,7 +27,7 @@ GRAM_RIDGE = 1e-6
 """Ridge on input Grams, as a share of their mean diagonal."""
 MOST_KEPT = 1 << 28
 """Entries of Wᵀ L W kept for all experts of a layer; several structures and passes ask for the same ones."""
-PSEUDO_SHARE = 0.02
+PSEUDO_SHARE = 0.005
 """Pooled tokens lent to every expert, as a share of an average expert's tokens, so that a rare expert is never measured by noise."""
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_layer import INDEX, TinyLayer, tiny_layer
 
 from moesvd_core.decomposition.decompose import Decomposition, decompose, load
@@ -105,3 +107,13 @@ def test_a_file_of_another_method_is_refused(tiny: TinyLayer, tmp_path: Path) ->
     decomposed(tiny, "svd").save(path)
     with pytest.raises(RunError, match="decompose layer 3 again"):
         load(path, tiny.weights, tiny.layer, tiny.statistics, method("fisher"))
+
+
+def test_a_file_without_all_its_tensors_is_refused(tiny: TinyLayer, tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    decomposed(tiny, "svd").save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith("basis")}, path, metadata)
+    with pytest.raises(RunError, match="lacks 'basis'"):
+        load(path, tiny.weights, tiny.layer, tiny.statistics, method("svd"))
