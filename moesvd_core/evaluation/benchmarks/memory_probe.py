@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 
@@ -31,38 +32,23 @@ class ProbeResult:
 
 
 def measure(folder: Path, settings: ProbeSettings) -> ProbeResult:
-    """Calibrate and decompose `folder/model`, then plan and export it to `folder/export`, noting the peaks."""
-    import torch
-    import transformers  # the interpreter that everything is measured above
-
+    """Do what a run's worker does: analyse `folder/model`, then compress it to `folder/export` and verify that; noting the peaks."""
+    for name in ("torch", "transformers"):
+        import_module(name)
     interpreter = resident_bytes()
     start = time.perf_counter()
-    from moesvd_core.architectures.files import ModelFiles
-    from moesvd_core.architectures.layout import ExpertLayer
-    from moesvd_core.architectures.streaming import LayerStream
-    from moesvd_core.calibration import Calibration, calibrate
-    from moesvd_core.checkpoint.export import export_streamed
-    from moesvd_core.decomposition.factors import LayerFactors
-    from moesvd_core.decomposition.registry import method
-    from moesvd_core.pipeline import Pipeline
+    from moesvd_core.calibration import Calibration
     from moesvd_core.planning import Recipe
+    from moesvd_core.progress import silent
+    from moesvd_core.runs.source import prepare
+    from moesvd_core.runs.stages import ACTIONS
 
-    files = ModelFiles.open(folder / "model")
-    stream = LayerStream(files)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder)
-    calibration = Calibration(settings.dataset, settings.samples, settings.length)
-    statistics = calibrate(stream, tokenizer, calibration, folder=folder / "run" / "statistics")
-    pipeline = Pipeline(stream, statistics, folder / "run")
-    pipeline.curves(method(settings.method))
+    text = {"dataset": settings.dataset, "windows": 2, "length": settings.length}
+    run = prepare(str(folder / "model"), Calibration(settings.dataset, settings.samples, settings.length), folder=folder / "run")
+    ACTIONS["analyze"](run, {"methods": [settings.method], "text": text}, silent)
     analysed, middle = peak_bytes(), time.perf_counter()
-
-    plan = pipeline.plan(Recipe(settings.method, settings.ratio))
-
-    def factors(layer: ExpertLayer) -> LayerFactors | None:
-        with stream.layer(layer.index), torch.no_grad():
-            return pipeline.factors(plan, layer.index)
-
-    export_streamed(files, factors, folder / "export")
+    recipe = Recipe(settings.method, settings.ratio).as_dict()
+    ACTIONS["compress"](run, {"recipe": recipe, "output": str(folder / "export"), "text": text}, silent)
     return ProbeResult(interpreter, analysed, peak_bytes(), middle - start, time.perf_counter() - middle)
 
 

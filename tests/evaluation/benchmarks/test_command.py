@@ -74,6 +74,7 @@ def test_files_hold_the_ratio_that_was_planned(folder: Path) -> None:
         assert abs(float(row["difference %"] or 0)) <= 0.1
 
 
+@pytest.mark.slow
 def test_memory_measures_a_process_of_its_own(tmp_path: Path) -> None:
     size = ("--hidden", "64", "--width", "96", "--experts", "4", "--layers", "1", "--samples", "2", "--length", "32")
     table = benchmark("memory", *size, "--ratio", "0.3", "--folder", tmp_path)
