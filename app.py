@@ -1,0 +1,53 @@
+"""MoE-SVD Explorer: the web app. `python app.py --help` lists the settings; it listens on this machine only unless told otherwise."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing leaves the machine
+
+import gradio as gr
+
+from moesvd_core.errors import InputError
+from pages import model
+from pages.components import assets, demo
+from pages.components.context import Context, PageLink
+from pages.components.settings import Settings
+from pages.components.theme import theme
+
+# One line a page: title, path, what lays it out.
+PAGES = (
+    ("Model", "/", model.build),
+)
+
+
+def create(settings: Settings) -> gr.Blocks:
+    """The app with all its pages."""
+    settings.runs.mkdir(parents=True, exist_ok=True)
+    demo.install(settings.runs)
+    context = Context(settings, tuple(PageLink(title, path) for title, path, _ in PAGES))
+    with gr.Blocks(title="MoE-SVD Explorer", analytics_enabled=False) as app:
+        PAGES[0][2](context)
+    for title, path, build in PAGES[1:]:
+        with app.route(title, path):
+            build(context)
+    return app.queue(default_concurrency_limit=8)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until interrupted. Exit status 2 on settings that cannot be used."""
+    try:
+        settings = Settings.read(arguments)
+        create(settings).launch(
+            server_name=settings.host, server_port=settings.port or None, auth=settings.login, share=False, ssr_mode=False, quiet=True,
+            theme=theme(), css_paths=assets.STYLE, head=assets.HEAD, footer_links=[], run_history=False, mcp_server=False, pwa=False,
+            enable_monitoring=False, max_file_size="1mb", show_error=False, app_kwargs=assets.app_kwargs(settings.runs),
+        )
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

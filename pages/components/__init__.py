@@ -1,0 +1,1 @@
+"""What several pages draw and share. A component knows of no page."""

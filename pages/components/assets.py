@@ -1,0 +1,76 @@
+"""The browser's half of the explorer: style, scripts and plotly, all served from this machine, and the rules it lives by."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moesvd_core import __version__
+
+FOLDER = Path(__file__).parents[2] / "assets"
+STYLE = FOLDER / "explorer.css"
+PLOTLY = '<script src="explorer/plotly.min.js" defer></script>'
+"""Head of components that draw with plotly."""
+HEAD = '<script src="explorer/explorer.js"></script><meta name="color-scheme" content="light dark">'
+"""Head of every page."""
+_SERVED = {
+    "explorer.js": FOLDER / "explorer.js",
+    "plotly.min.js": Path(str(files("plotly") / "package_data" / "plotly.min.js")),
+}
+_RULES = {
+    # Gradio compiles templates and snippets in the browser, hence 'unsafe-eval'; nothing may be fetched from anywhere else.
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; frame-ancestors 'self'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "same-origin",
+}
+
+
+def mount(kind: str) -> str:
+    """`js_on_load` of a component that `explorer.js` brings to life; the script may still be on its way."""
+    given = "{element, props, trigger, watch}"
+    return f"const start = () => window.explorer ? window.explorer.{kind}({given}) : setTimeout(start, 30); start();"
+
+
+def routes(runs: Path) -> Sequence[BaseRoute]:
+    """Addresses beside the pages: the files above, and `/healthz` (200 when runs can be kept, else 503)."""
+
+    def serve(request: Request) -> Response:
+        path = _SERVED.get(request.path_params["name"])
+        if path is None:
+            return JSONResponse({"detail": "not found"}, status_code=404)
+        return FileResponse(path, media_type="text/javascript", headers={"cache-control": "no-cache"})
+
+    def health(request: Request) -> Response:
+        kept = runs.is_dir()
+        return JSONResponse({"status": "ok" if kept else "no folder of runs", "version": __version__}, status_code=200 if kept else 503)
+
+    return [Route("/explorer/{name}", serve), Route("/healthz", health)]
+
+
+class _Rules:
+    """Adds `_RULES` to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def ruled(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *((name.encode(), rule.encode()) for name, rule in _RULES.items())]
+            await send(message)
+
+        await self._app(scope, receive, ruled if scope["type"] == "http" else send)
+
+
+def app_kwargs(runs: Path) -> dict[str, Any]:
+    """What Gradio passes on to FastAPI."""
+    return {"routes": list(routes(runs)), "middleware": [Middleware(_Rules)], "docs_url": None, "redoc_url": None}

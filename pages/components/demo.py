@@ -1,0 +1,38 @@
+"""The finished analysis of the demo model that comes with the program, so that a first start has something real to show."""
+
+import shutil
+from pathlib import Path
+
+from moesvd_core import atomic
+from moesvd_core.errors import RunError
+from moesvd_core.runs.folder import RunFolder
+from pages.components.assets import FOLDER
+
+SHIPPED = FOLDER / "demo-run"
+MODEL = FOLDER / "demo-moe"
+
+
+def install(runs: Path, shipped: Path = SHIPPED, model: Path = MODEL) -> str:
+    """Copy the shipped run among the runs, where it is not there yet, and tell it where the demo model lies on this machine.
+
+    Returns the run's id, "" when no run is shipped. The copy is seen only once it is whole.
+
+    Raises:
+        RunError: the shipped run is damaged.
+    """
+    if not (shipped / "run.json").exists():
+        return ""
+    run = RunFolder.open(shipped)
+    place = runs / run.identity.id
+    if place.exists():
+        return run.identity.id
+    copy = runs / f".{run.identity.id}.copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(shipped, copy)
+    for name, key in (("run.json", "model"), ("source.json", "path")):
+        data = run.read_json(name)
+        if data is None:
+            raise RunError(f"{shipped / name} is missing: restore it from the repository")
+        atomic.write_json(copy / name, {**data, key: str(model)})
+    copy.rename(place)
+    return run.identity.id

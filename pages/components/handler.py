@@ -1,0 +1,55 @@
+"""What a person sees when an event goes wrong: a sentence in the page, never a traceback."""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from moesvd_core.errors import MoesvdError
+from pages.components.text import escape
+
+log = logging.getLogger(__name__)
+
+
+def warn(message: str, title: str = "Please look") -> None:
+    """Show a sentence over the page; it may hold what a stranger wrote."""
+    gr.Warning(escape(message), title=title)
+
+
+def explained(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An event handler (plain or generator) that shows its errors in the page and then leaves all outputs as they are.
+
+    Errors of `moesvd_core.errors` say themselves what to do. Anything else is a bug: it goes to the server's log.
+    """
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def generator(*arguments: Any, **named: Any) -> Any:
+            try:
+                yield from function(*arguments, **named)
+            except Exception as error:
+                _tell(error, function)
+                yield gr.skip()
+
+        return generator
+
+    @functools.wraps(function)
+    def plain(*arguments: Any, **named: Any) -> Any:
+        try:
+            return function(*arguments, **named)
+        except Exception as error:
+            _tell(error, function)
+            return gr.skip()
+
+    return plain
+
+
+def _tell(error: Exception, function: Callable[..., Any]) -> None:
+    if isinstance(error, MoesvdError):
+        warn(str(error), "That did not work")
+    else:
+        log.exception("%s.%s failed", function.__module__, function.__qualname__)
+        warn(f"unexpected {type(error).__name__}: the server's log has the details", "Something broke")

@@ -1,0 +1,62 @@
+"""The head of every page: the way to the other pages, and what is being looked at (model, run, ratio, worker)."""
+
+import gradio as gr
+
+from moesvd_core.runs.client import RunStatus
+from pages.components.assets import mount
+from pages.components.context import Context
+from pages.components.session import ViewState
+from pages.components.text import duration, escape, share
+
+NAME = "MoE-SVD Explorer"
+_WORDS = {
+    "new": "nothing asked yet", "finished": "idle", "failed": "failed", "cancelled": "cancelled", "interrupted": "interrupted",
+    "damaged": "damaged",
+}
+
+
+def box(value: str) -> gr.HTML:
+    """The head's component. Its value carries the view's query, which the browser puts into the address."""
+    return gr.HTML(value, elem_id="explorer-head", js_on_load=mount("head"))
+
+
+def draw(context: Context, title: str, purpose: str, state: ViewState, status: RunStatus | None) -> str:
+    """The head as HTML."""
+    query = f"?{state.query}" if state.query else ""
+    links = "".join(
+        f'<a href="{escape("." + page.path + query)}"{" aria-current=page" if page.title == title else ""}>{escape(page.title)}</a>'
+        for page in context.pages
+    )
+    return (
+        f'<div class="head" data-query="{escape(state.query)}" data-title="{escape(f"{title} · {NAME}")}">'
+        f'<div class="head-bar"><a class="brand" href="{escape("./" + query)}">{NAME}</a><nav aria-label="Pages">{links}</nav>'
+        '<button type="button" class="shade" aria-label="Switch between light and dark"></button></div>'
+        f"{_strip(context, state, status)}<h1>{escape(title)}</h1><p class=purpose>{escape(purpose)}</p></div>"
+    )
+
+
+def worker(status: RunStatus | None) -> str:
+    """What the run's worker does, in a few words."""
+    if status is None:
+        return "no run yet"
+    job = status.job
+    if status.state == "queued":
+        return "starting" if not status.place else f"waits, {status.place} ahead"
+    if status.state != "running" or job is None:
+        return _WORDS.get(status.state, status.state)
+    parts = [f"{job.action} running"]
+    if job.total:
+        parts = [f"{job.stage} {share(job.done / job.total, 0)}"]
+    if job.eta_seconds is not None:
+        parts.append(f"{duration(job.eta_seconds)} left")
+    return ", ".join(parts)
+
+
+def _strip(context: Context, state: ViewState, status: RunStatus | None) -> str:
+    model = "–" if status is None else context.model_name(status.model) or "–"
+    kind = "none" if status is None else status.state
+    return (
+        f'<dl class="strip"><div><dt>Model</dt><dd>{escape(model)}</dd></div><div><dt>Run</dt><dd>{escape(state.run or "–")}</dd></div>'
+        f"<div><dt>Ratio</dt><dd>{escape(share(state.ratio, 0) if state.run else '–')}</dd></div>"
+        f'<div><dt>Worker</dt><dd class="worker {escape(kind)}">{escape(worker(status))}</dd></div></dl>'
+    )

@@ -1,0 +1,159 @@
+"""The frame of a page: header, address, one clock, and views that are drawn from the state.
+
+    def build(context: Context) -> None:
+        with Page(context, "Ratio", "How small the model may become, and what that costs.") as page:
+            plot = figure.box("Expert map", height=480)
+            page.view(lambda state: map_of(context, state), [plot], fields=("run", "method"))
+            plot.select(page.changes(pick), page.state, page.state)       # pick(event, state) returns another ViewState
+
+There is one flow: an event returns a new `ViewState`; header, address and every view that depends on a changed field follow. A view is
+a function of the state alone. While the run works, one event every few seconds keeps header and `ticks` up to date; when a job has
+ended, all views are drawn again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.components.navbar import Navbar
+from gradio.context import get_blocks_context
+
+from moesvd_core.errors import RunError
+from moesvd_core.runs.client import RunStatus
+from moesvd_core.runs.jobs import ENDED
+from pages.components import header
+from pages.components.context import Context
+from pages.components.handler import explained, warn
+from pages.components.session import ViewState, read_query
+
+TICK_SECONDS = 2.0
+Draw = Callable[[ViewState], Any]
+"""state -> the value of one output, or a tuple with one value an output."""
+DrawStatus = Callable[[ViewState, RunStatus | None], Any]
+
+
+@dataclass(frozen=True)
+class _View:
+    draw: Callable[..., Any]
+    outputs: Sequence[Any]
+    fields: tuple[str, ...]
+
+    def values(self, *arguments: Any) -> list[Any]:
+        """One value an output; what cannot be drawn stays as it is, with a word to the person."""
+        made = explained(self.draw)(*arguments)
+        if len(self.outputs) == 1:
+            return [made]
+        return list(made) if isinstance(made, tuple | list) else [gr.skip() for _ in self.outputs]
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What the browser shows now: the state, and how many of the run's jobs had ended."""
+
+    state: ViewState | None = None
+    ended: int = -1
+
+
+class Page:
+    """Use as a context manager inside one route of the app: events are wired when the block ends.
+
+    Attributes:
+        context: what every page is given.
+        state: component with the `ViewState`; events take it as input and return it changed.
+        wake: the clock; an event that submits work without changing the state returns `gr.Timer(active=True)` to it.
+    """
+
+    def __init__(self, context: Context, title: str, purpose: str) -> None:
+        self.context = context
+        self._title, self._purpose = title, purpose
+        Navbar(visible=False)  # the header has the way to the other pages, with the view in its links
+        self.state = gr.State(ViewState())
+        self._shown = gr.State(_Shown())
+        self._ended = gr.State(-1)
+        self._head = header.box(header.draw(context, title, purpose, ViewState(), None))
+        self.wake = gr.Timer(TICK_SECONDS, active=False)
+        self._views: list[_View] = []
+        self._ticks: list[_View] = []
+
+    def view(self, draw: Draw, outputs: Sequence[Any], fields: tuple[str, ...] = ("run", "layer", "method", "ratio")) -> None:
+        """Draw `outputs` from the state: when the page opens, when one of `fields` changes, and when a job of the run has ended."""
+        self._views.append(_View(draw, outputs, fields))
+
+    def ticks(self, draw: DrawStatus, outputs: Sequence[Any]) -> None:
+        """Draw `outputs` from the state and the run's status: as `view`, and every two seconds while the run works."""
+        self._ticks.append(_View(draw, outputs, ("run",)))
+
+    def changes(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A handler that shows its errors in the page. Every handler of a page is wrapped in it."""
+        return explained(function)
+
+    def __enter__(self) -> "Page":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        followers = [output for view in (*self._ticks, *self._views) for output in view.outputs]
+        outputs = [self._shown, self._ended, self._head, self.wake, *followers]
+        blocks = get_blocks_context()
+        if blocks is None:
+            raise RuntimeError("a Page is laid out inside gr.Blocks() or one of its routes")
+        blocks.load(self._open, None, [self.state, *outputs], show_progress="hidden", api_visibility="private")
+        gr.on(
+            [self.state.change, self._ended.change], self._follow, [self.state, self._shown], outputs,
+            show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+        )
+        ticking = [output for view in self._ticks for output in view.outputs]
+        self.wake.tick(
+            self._tick, self.state, [self._ended, self._head, self.wake, *ticking], show_progress="hidden", api_visibility="private",
+        )
+
+    def _open(self, request: gr.Request) -> list[Any]:
+        """The page as its address asks for it."""
+        state, problems = read_query(dict(request.query_params))
+        try:
+            self.context.open(state)
+        except RunError as error:
+            problems.append(f"{error}; another one is shown")
+            state = state.but(run="")
+        if not state.run:
+            state = state.but(run=self.context.first_run())
+        for problem in problems:
+            warn(problem)
+        return [state, *self._follow(state, _Shown())]
+
+    def _follow(self, state: ViewState, shown: _Shown) -> list[Any]:
+        """Everything that depends on the state, where it changed."""
+        status, head = self._look(state)
+        now = _Shown(state, _ended(status))
+        if now == shown:
+            return [gr.skip() for _ in range(4)] + [gr.skip() for view in (*self._ticks, *self._views) for _ in view.outputs]
+        values = [value for view in self._ticks for value in view.values(state, status)]
+        for view in self._views:
+            stale = shown.state is None or now.ended != shown.ended or any(_differ(state, shown.state, name) for name in view.fields)
+            values += view.values(state) if stale else [gr.skip() for _ in view.outputs]
+        return [now, now.ended, head, gr.Timer(active=status is not None and status.busy), *values]
+
+    def _tick(self, state: ViewState) -> list[Any]:
+        """Header and ticking views; the rest follows when a job has ended."""
+        status, head = self._look(state)
+        values = [value for view in self._ticks for value in view.values(state, status)]
+        return [_ended(status), head, gr.Timer(active=status is not None and status.busy), *values]
+
+    def _look(self, state: ViewState) -> tuple[RunStatus | None, str]:
+        """The run's status and the header; a run that is gone is a sentence, not a failure."""
+        try:
+            status = self.context.status(state)
+        except RunError as error:
+            warn(str(error))
+            status = None
+        return status, header.draw(self.context, self._title, self._purpose, state, status)
+
+
+def _ended(status: RunStatus | None) -> int:
+    return 0 if status is None else sum(job.state in ENDED for job in status.jobs)
+
+
+def _differ(one: ViewState, other: ViewState, field: str) -> bool:
+    return bool(getattr(one, field) != getattr(other, field))

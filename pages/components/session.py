@@ -1,0 +1,72 @@
+"""What a person looks at: run, layer, method, ratio. It lives in the address, so that a view can be shared and survives a reload."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlencode
+
+from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.errors import InputError
+from moesvd_core.runs.folder import is_run_id
+
+
+@dataclass(frozen=True)
+class ViewState:
+    """One view, as plain data.
+
+    Attributes:
+        run: id of a run, "" for none.
+        layer: index of a decoder layer, None for none chosen.
+        method: name in `METHODS`.
+        ratio: share of the whole model's parameters that is removed, in [0, 1).
+    """
+
+    run: str = ""
+    layer: int | None = None
+    method: str = "auto"
+    ratio: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.run and not is_run_id(self.run):
+            raise InputError(f"run must be an id of letters, digits, dots, dashes and underscores, got {self.run!r}")
+        if self.layer is not None and not 0 <= self.layer < 10_000:
+            raise InputError(f"layer must be in [0, 10000), got {self.layer}")
+        if self.method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if not 0 <= self.ratio < 1:  # also refuses NaN
+            raise InputError(f"ratio must be in [0, 1), got {self.ratio}")
+
+    def but(self, **changes: Any) -> "ViewState":
+        """The same view with some fields changed; another run forgets the layer.
+
+        Raises:
+            InputError: a value out of bounds.
+        """
+        if changes.get("run", self.run) != self.run:
+            changes = {"layer": None, **changes}
+        return replace(self, **changes)
+
+    @property
+    def query(self) -> str:
+        """The view as the query of an address, "" for a view that shows no run."""
+        fields = {"run": self.run, "layer": self.layer, "method": self.method, "ratio": f"{self.ratio:g}"}
+        return urlencode({name: value for name, value in fields.items() if value not in ("", None)}) if self.run else ""
+
+
+_FIELDS: Mapping[str, Callable[[str], Any]] = {"run": str, "layer": int, "method": str, "ratio": float}
+
+
+def read_query(query: Mapping[str, str]) -> tuple[ViewState, list[str]]:
+    """The view that an address asks for, and what is wrong with it: a field that cannot be read keeps its default."""
+    state, problems = ViewState(), []
+    for name, parse in _FIELDS.items():
+        text = query.get(name, "")[:200]
+        if not text:
+            continue
+        try:
+            state = state.but(**{name: parse(text)})
+        except InputError as error:
+            problems.append(f"The address was not understood: {error}")
+        except ValueError:
+            problems.append(f"The address was not understood: {name} must be a number, got {text!r}")
+    return state, problems

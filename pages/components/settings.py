@@ -1,0 +1,85 @@
+"""How the server was started: from flags, else from the environment, checked before a port is opened."""
+
+import argparse
+import ipaddress
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesvd_core.errors import InputError
+
+PASSWORD_VARIABLE = "MOESVD_PASSWORD"  # noqa: S105 - the name of a variable
+"""The password comes from the environment only: flags can be read by every user of a machine."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the person who started the server decided.
+
+    Attributes:
+        host: address to listen on; anything but loopback needs a password.
+        port: 0 to 65535, 0 for any free one.
+        runs: folder of runs.
+        models: folders in which local models must lie.
+        exports: folder that exports are written to, and the only one that files are downloaded from.
+        user, password: what a visitor must give; None: no login.
+        remote_code: whether models may bring code of their own.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    runs: Path = Path("runs")
+    models: tuple[Path, ...] = (Path("assets"), Path("models"))
+    exports: Path = Path("out")
+    user: str = "moesvd"
+    password: str | None = None
+    remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"port must be in [0, 65535], got {self.port}")
+        if not self.password and not is_loopback(self.host):
+            raise InputError(
+                f"host {self.host} can be reached from other machines: set {PASSWORD_VARIABLE} to a password, or use 127.0.0.1"
+            )
+
+    @property
+    def login(self) -> tuple[str, str] | None:
+        """User and password that a visitor must give, or None."""
+        return (self.user, self.password) if self.password else None
+
+    @classmethod
+    def read(cls, arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> "Settings":
+        """Settings of a command line.
+
+        Raises:
+            InputError: a value out of bounds, or a public address without a password.
+        """
+        found = _parser(environment).parse_args(arguments)
+        return cls(
+            host=found.host, port=found.port, runs=found.runs, exports=found.exports, models=tuple(found.models),
+            user=environment.get("MOESVD_USER") or cls.user, password=environment.get(PASSWORD_VARIABLE) or None,
+            remote_code=found.allow_remote_code,
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    """Flags, with defaults from the environment."""
+    parser = argparse.ArgumentParser(prog="app.py", description="MoE-SVD Explorer", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    models = [Path(folder) for folder in environment.get("MOESVD_MODELS", "").split(os.pathsep) if folder]
+    parser.add_argument("--host", default=environment.get("MOESVD_HOST") or Settings.host, help="address to listen on")
+    parser.add_argument("--port", type=int, default=environment.get("MOESVD_PORT") or Settings.port, help="port, 0 for any free one")
+    parser.add_argument("--runs", type=Path, default=environment.get("MOESVD_RUNS") or Settings.runs, help="folder of runs")
+    parser.add_argument("--models", type=Path, nargs="+", default=models or Settings.models, help="folders that local models must lie in")
+    parser.add_argument("--exports", type=Path, default=environment.get("MOESVD_EXPORTS") or Settings.exports, help="folder of exports")
+    parser.add_argument("--allow-remote-code", action="store_true", help="run code that comes with a model")
+    return parser
