@@ -1,19 +1,19 @@
-"""The backward pass: how much the loss bends under an error of each layer's experts, Γ = E[g gᵀ] (g: gradient at the experts' output).
+"""The backward pass: how much the loss bends under an error of each layer's experts (what is summed up there: `curvature`).
 
 It streams like the forward pass, from the top: a layer is run again from the hidden states that entered it, and the gradient that came
 from above is pushed through. Between layers only that gradient lives. Weights need no gradients.
 
-Shapes: B windows a batch, T tokens a window, D hidden size (of the experts' output in `gram_DD`), V vocabulary.
+Shapes: B windows a batch, T tokens a window, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moesvd_core.calibration.curvature import LayerCurvature
 from moesvd_core.calibration.job import Job, Step, hidden, hooked
 from moesvd_core.errors import StatisticsError
 
@@ -78,40 +78,38 @@ def loss_gradient(job: Job, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
 
 
 def _backward_layer(job: Job, index: int, push: bool) -> None:
-    """Gradient Gram of one layer's experts (if it has any), and the gradient at what enters the layer (if a layer below needs it)."""
+    """Curvature of one layer's experts (if it has any), and the gradient at what enters the layer (if a layer below needs it)."""
     layer = job.experts.get(index)
-    gram_DD = None if layer is None else torch.zeros(layer.hidden, layer.hidden, dtype=torch.float64, device=job.stream.device)
     with job.stream.layer(index):
-        pushed = _push(job, index, gram_DD, push)
+        row_gram = layer is not None and job.calibration.collects_rows(layer.input_rows)
+        curvature = None if layer is None else LayerCurvature(job.experts_module(index), layer, row_gram=row_gram)
+        pushed = _push(job, index, curvature, push)
         if push:
             job.states.put(_gradient(index), pushed)
         else:
             for _ in pushed:
                 pass
-    if gram_DD is not None:
-        if not gram_DD.isfinite().all():
-            raise StatisticsError(f"layer {index}: the gradient at its experts' output is NaN or infinite; calibrate in bfloat16 instead")
+    if curvature is not None:
         statistics = job.layers[index]
-        statistics.gradient_gram_DD = ((gram_DD + gram_DD.T) / 2).float().cpu()
-        statistics.gradient_tokens = sum(ids_BT.numel() for _, ids_BT in _batches(job))
+        curvature.finish(statistics)
         job.layers[index] = statistics
 
 
-def _push(job: Job, index: int, gram_DD: Tensor | None, push: bool) -> Iterator[Tensor]:
-    """Gradients at what enters a loaded layer, batch by batch (none unless `push`); those at its experts' output are added to `gram_DD`."""
+def _push(job: Job, index: int, curvature: LayerCurvature | None, push: bool) -> Iterator[Tensor]:
+    """Gradients at what enters a loaded layer, batch by batch (none unless `push`); those at its experts are added to `curvature`."""
     for number, ids_BT in _batches(job):
         hidden_BTD = job.states.get(hidden(index), number)[: len(ids_BT)]
         above_BTD = job.states.get(_gradient(index + 1), number)
-        at_input_BTD, at_experts_TD = layer_gradient(job, index, ids_BT, hidden_BTD, above_BTD, push)
-        if gram_DD is not None and at_experts_TD is not None:
-            gram_DD += (at_experts_TD.T @ at_experts_TD).double()
+        at_input_BTD, at_experts = layer_gradient(job, index, ids_BT, hidden_BTD, above_BTD, push)
+        if curvature is not None and at_experts is not None:
+            curvature.add(*at_experts)
         if at_input_BTD is not None:
             yield at_input_BTD
 
 
 def layer_gradient(
     job: Job, index: int, ids_BT: Tensor, hidden_BTD: Tensor, above_BTD: Tensor, push: bool
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, tuple[tuple[Tensor, ...], Tensor] | None]:
     """Push a gradient through one loaded layer.
 
     Args:
@@ -120,14 +118,17 @@ def layer_gradient(
         push: whether the gradient at what enters the layer is wanted.
 
     Returns:
-        the gradient at the layer's input [B, T, D] and, float32, at its experts' output [tokens, D]; None where not asked for or not there.
+        the gradient at the layer's input [B, T, D]; and what its experts module was called with, beside the gradient at their output
+        [tokens, D], float32. None where not asked for or not there.
 
     Raises:
         NotDifferentiableError: an operation of the layer has no backward pass.
     """
     outputs: list[Tensor] = []
+    calls: list[tuple[Tensor, ...]] = []
 
-    def capture(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def capture(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        calls.append(tuple(arg.detach() for arg in args))
         outputs.append(output)
         return output.clone()  # a block that changes its experts' output in place must not change what was captured
 
@@ -149,4 +150,4 @@ def layer_gradient(
     if not found:
         return at_input_BTD, None
     # llama4 sums the outputs of all experts, one below the other: each block has the same gradient, the first stands for all.
-    return at_input_BTD, found[0].reshape(-1, found[0].shape[-1])[: ids_BT.numel()].float()
+    return at_input_BTD, (calls[0], found[0].reshape(-1, found[0].shape[-1])[: ids_BT.numel()].float())

@@ -81,10 +81,10 @@ class LayerMoments:
         p_n1 = p_n.unsqueeze(1)
         self.count_E[e] += len(p_n)
         self.weight_square_E[e] += p_n.square().sum()
-        self.input_gram_EDD[e] += _gram(p_n1 * x_nD)
-        self.output_gram_EDD[e] += _gram(p_n1 * y_nD)
+        self.input_gram_EDD[e] += gram(p_n1 * x_nD)
+        self.output_gram_EDD[e] += gram(p_n1 * y_nD)
         if self.intermediate_gram_EMM is not None:
-            self.intermediate_gram_EMM[e] += _gram(p_n1 * h_nM)
+            self.intermediate_gram_EMM[e] += gram(p_n1 * h_nM)
         self.input_sum_ED[e] += x_nD.abs().sum(0)
         self.input_square_ED[e] += x_nD.square().sum(0)
         magnitude_nM = h_nM.abs()
@@ -97,10 +97,7 @@ class LayerMoments:
 
     def _neurons(self, e: int, x_nD: Tensor) -> tuple[Tensor, Tensor]:
         """Neurons h [n, m] and ∂h_i(j)/∂pre_j [n, N] of one expert, float32; a row feeds one neuron, so the gradient of Σ h gives all."""
-        pre_nN = x_nD @ self.weights.input_END[e].T
-        if self.weights.input_bias_EN is not None:
-            pre_nN = pre_nN + self.weights.input_bias_EN[e]
-        pre_nN = pre_nN.float()
+        pre_nN = pre_activations(self.weights, e, x_nD)
         with torch.enable_grad():
             h_nM = self.gate(pre_nN.requires_grad_())
             (slope_nN,) = torch.autograd.grad(h_nM.sum(), pre_nN)
@@ -118,17 +115,17 @@ class LayerMoments:
             layer=self.layer.index,
             tokens=self.tokens,
             count_E=self.count_E.cpu(),
-            weight_square_E=_host(self.weight_square_E),
-            input_gram_EDD=_symmetric(self.input_gram_EDD),
-            output_gram_EDD=_symmetric(self.output_gram_EDD),
-            input_mean_ED=_host(self.input_sum_ED / count_E1),
-            intermediate_mean_EM=_host(self.intermediate_sum_EM / count_E1),
-            outlier_E=_host(self._outlier_shares()),
+            weight_square_E=on_host(self.weight_square_E),
+            input_gram_EDD=symmetric_on_host(self.input_gram_EDD),
+            output_gram_EDD=symmetric_on_host(self.output_gram_EDD),
+            input_mean_ED=on_host(self.input_sum_ED / count_E1),
+            intermediate_mean_EM=on_host(self.intermediate_sum_EM / count_E1),
+            outlier_E=on_host(self._outlier_shares()),
             input_outlier=self._input_outlier(),
             principal_rank_E=principal_ranks(self.weights),
-            saliency_E=_host(self.saliency_E / count_E1.squeeze(1)),
-            slope_EN=_host(self.slope_EN),
-            intermediate_gram_EMM=None if self.intermediate_gram_EMM is None else _symmetric(self.intermediate_gram_EMM),
+            saliency_E=on_host(self.saliency_E / count_E1.squeeze(1)),
+            slope_EN=on_host(self.slope_EN),
+            intermediate_gram_EMM=None if self.intermediate_gram_EMM is None else symmetric_on_host(self.intermediate_gram_EMM),
         )
 
     def _outlier_shares(self) -> Tensor:
@@ -166,18 +163,27 @@ class LayerMoments:
                 )
 
 
+def pre_activations(weights: ExpertWeights, expert: int, x_nD: Tensor) -> Tensor:
+    """What enters the gate of one expert, [n, N]: multiplied in the model's dtype, float32."""
+    pre_nN = x_nD @ weights.input_END[expert].T
+    if weights.input_bias_EN is not None:
+        pre_nN = pre_nN + weights.input_bias_EN[expert]
+    return pre_nN.float()
+
+
 def principal_ranks(weights: ExpertWeights) -> Tensor:
     """r_e = #{σ_i > 1e-2·σ_max}, input plus output matrix (Alg. 1), int64 [E] on the host; from the eigenvalues of the smaller Gram."""
     rank_E = torch.zeros(len(weights.input_END), dtype=torch.int64)
     for matrix_E in (weights.input_END, weights.output_EDM):
         for e, matrix in enumerate(matrix_E):
             matrix = matrix.float()
-            value_R = torch.linalg.eigvalsh(_gram(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T).double())
+            value_R = torch.linalg.eigvalsh(gram(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T).double())
             rank_E[e] += int((value_R > PRINCIPAL**2 * value_R[-1]).sum())
     return rank_E
 
 
-def _gram(x_nD: Tensor) -> Tensor:
+def gram(x_nD: Tensor) -> Tensor:
+    """Σ x xᵀ over the rows, [D, D]."""
     return x_nD.T @ x_nD
 
 
@@ -186,13 +192,14 @@ def _histogram(magnitude_nM: Tensor) -> Tensor:
     return torch.bincount(magnitude_nM.contiguous().view(torch.int32).flatten() >> BIN_SHIFT, minlength=BINS)
 
 
-def _host(value: Tensor) -> Tensor:
+def on_host(value: Tensor) -> Tensor:
+    """A sum as it is kept: float32 on the host."""
     return value.float().cpu()
 
 
-def _symmetric(gram_E: Tensor) -> Tensor:
+def symmetric_on_host(gram_E: Tensor) -> Tensor:
     """Grams as float32 on the host; rounding in the products had left them symmetric only almost."""
-    return torch.stack([_host((gram + gram.T) / 2) for gram in gram_E])
+    return torch.stack([on_host((each + each.T) / 2) for each in gram_E])
 
 
 def _refuse_non_finite_weights(layer: ExpertLayer, weights: ExpertWeights) -> None:

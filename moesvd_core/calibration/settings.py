@@ -9,7 +9,7 @@ from moesvd_core.errors import InputError
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 WIDE = 2048
-"""Expert width above which the intermediate Gram [E, m, m] is left out unless asked for."""
+"""Size above which a Gram of an expert's neurons, [E, m, m], or input rows, [E, n, n], is left out unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Calibration:
         gradient: make the gradient Gram by a backward pass; without it, one measured probe a layer gives its scale.
         gradient_samples: windows of the backward pass, the first ones; None: all.
         intermediate_gram: collect H_e; None: when the experts are at most 2048 wide.
+        row_gram: collect Σ δ δᵀ in the backward pass, not its diagonal alone; None: when an expert has at most 2048 input rows.
         dtype: number format of the weights when the model is opened for calibration; None: the model's own.
     """
 
@@ -38,6 +39,7 @@ class Calibration:
     gradient: bool = True
     gradient_samples: int | None = None
     intermediate_gram: bool | None = None
+    row_gram: bool | None = None
     dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +64,10 @@ class Calibration:
     def collects_intermediate(self, width: int) -> bool:
         """Whether H_e is collected for experts of this width m."""
         return width <= WIDE if self.intermediate_gram is None else self.intermediate_gram
+
+    def collects_rows(self, input_rows: int) -> bool:
+        """Whether Σ δ δᵀ is collected for experts of so many input rows n."""
+        return input_rows <= WIDE if self.row_gram is None else self.row_gram
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON and YAML: the fields above."""

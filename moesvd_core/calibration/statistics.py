@@ -22,7 +22,15 @@ from moesvd_core.errors import StatisticsError
 
 SUMMARY = "statistics.json"
 """File that makes a folder of statistics complete; written last."""
-_SYMMETRIC = ("input_gram_EDD", "output_gram_EDD", "intermediate_gram_EMM", "gradient_gram_DD")
+_SYMMETRIC = (
+    "input_gram_EDD",
+    "output_gram_EDD",
+    "intermediate_gram_EMM",
+    "gradient_gram_DD",
+    "gradient_gram_EDD",
+    "row_gram_ENN",
+    "weighted_input_gram_EDD",
+)
 
 
 @dataclass
@@ -45,7 +53,12 @@ class LayerStatistics:
         saliency_E: mean(p·‖y‖) (REAP).
         slope_EN: Σ p² (∂h_i(j)/∂pre_j)² for every input row j.
         gradient_gram_DD: Γ·tokens = Σ g gᵀ, g the gradient of the summed NLL at the layer's expert output; None without a backward pass.
-        gradient_tokens: tokens behind `gradient_gram_DD`.
+        gradient_tokens: tokens behind `gradient_gram_DD` and everything below.
+        gradient_gram_EDD: Σ p² g gᵀ over the expert's tokens; this and what follows is None without a backward pass.
+        gradient_weight_square_E: Σ p² over the tokens of the backward pass, what `gradient_gram_EDD` has to be divided by.
+        row_square_EN: Σ δ² of every input row, δ = p·(Dᵀ g) ⊙ ∂h/∂pre the gradient of the summed NLL at the expert's pre-activations.
+        row_gram_ENN: Σ δ δᵀ, or None when calibration did not collect it (wide experts).
+        weighted_input_gram_EDD: Σ ‖δ‖² x xᵀ.
     """
 
     layer: int
@@ -64,6 +77,11 @@ class LayerStatistics:
     intermediate_gram_EMM: torch.Tensor | None = None
     gradient_gram_DD: torch.Tensor | None = None
     gradient_tokens: int = 0
+    gradient_gram_EDD: torch.Tensor | None = None
+    gradient_weight_square_E: torch.Tensor | None = None
+    row_square_EN: torch.Tensor | None = None
+    row_gram_ENN: torch.Tensor | None = None
+    weighted_input_gram_EDD: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,7 @@ class Statistics:
         windows, length: windows of text, and tokens in each.
         gradient: how the gradient Grams were made: "backward" pass, or "probe" (an identity scaled by one measured KL a layer).
         stream: the model itself where it is at hand; not saved.
+        decompositions: what `pipeline` has made from them in this session; not saved.
     """
 
     layers: Mapping[int, LayerStatistics]
@@ -105,6 +124,7 @@ class Statistics:
     length: int
     gradient: Literal["backward", "probe"]
     stream: DecoderStream | None = field(default=None, repr=False, compare=False)
+    decompositions: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def tokens(self) -> int:

@@ -30,7 +30,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping
         OSError: the folder cannot be written.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {_KEY: json.dumps({"facts": dict(facts), "digest": _digest(contiguous)})}
+    metadata = {_KEY: json.dumps({"facts": dict(facts), "digest": _digest(contiguous, facts)})}
     try:
         with replacing(path) as temporary:
             save_file(contiguous, temporary, metadata)
@@ -57,14 +57,14 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise StatisticsError(f"{path} is missing: calibrate again") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise StatisticsError(f"{path} is damaged ({type(error).__name__}: {error}): remove it and calibrate again") from error
-    if digest != _digest(tensors):
+    if digest != _digest(tensors, facts):
         raise StatisticsError(f"{path} is damaged (its content does not match its digest): remove it and calibrate again")
     return tensors, facts
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, formats, shapes and bytes."""
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> str:
+    """SHA-256 over the facts, and the names, formats, shapes and bytes of the tensors."""
+    digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

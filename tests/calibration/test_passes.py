@@ -9,7 +9,7 @@ import torch
 from tiny_models import TINY, save_tiny, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from moesvd_core.architectures.experts_io import read_experts, routed_tokens
+from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
 from moesvd_core.architectures.find import EXPERT_LAYER, expert_layers
 from moesvd_core.architectures.streaming import LayerStream, MemoryStream
 from moesvd_core.calibration import Calibration, Statistics, calibrate
@@ -47,6 +47,40 @@ def captured(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[tuple[Any, t
         yield layer, *seen[layer.index], gradient
 
 
+def traced(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[tuple[Any, dict[int, tuple[torch.Tensor, ...]], torch.Tensor]]:
+    """Layer, (rows, x, p, δ) of every used expert, and gradient at the output of every experts module, from one backward pass of the
+    whole model, in which every experts module is written out so that the gradients at the pre-activations can be seen."""
+    layers = expert_layers(model)
+    seen: dict[int, tuple[dict[int, Any], torch.Tensor]] = {}
+    hooks = []
+    for layer in layers:
+        def written_out(module: Any, args: Any, output: torch.Tensor, layer: Any = layer) -> torch.Tensor:
+            weights, gate = read_experts(module, layer), gate_function(module, layer)
+            calls, out = {}, torch.zeros_like(output).reshape(-1, layer.hidden)
+            for e, rows, x, p in routed_tokens(layer, args):
+                pre = x @ weights.input_END[e].T + (0 if weights.input_bias_EN is None else weights.input_bias_EN[e])
+                pre.requires_grad_().retain_grad()
+                y = gate(pre) @ weights.output_EDM[e].T + (0 if weights.output_bias_ED is None else weights.output_bias_ED[e])
+                place = rows + e * (len(out) // layer.experts) * (layer.routing == "scaled-inputs")
+                out = out.index_add(0, place, p[:, None] * y)
+                calls[e] = (rows, x.detach(), p.detach(), pre)
+            close(out.detach(), output.detach().reshape(out.shape))
+            out = out.reshape(output.shape).requires_grad_()
+            out.retain_grad()
+            seen[layer.index] = calls, out
+            return out.clone()
+
+        hooks.append(model.get_submodule(layer.name).register_forward_hook(written_out))
+    logits = model(input_ids=ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    model.zero_grad()
+    for handle in hooks:
+        handle.remove()
+    for layer in layers:
+        calls, out = seen[layer.index]
+        yield layer, {e: (rows, x, p, pre.grad) for e, (rows, x, p, pre) in calls.items()}, out.grad
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_agrees_with_the_whole_model(name: str) -> None:
     model = TINY[name]()
@@ -64,11 +98,19 @@ def test_agrees_with_the_whole_model(name: str) -> None:
         for e, _rows, x, p in routed_tokens(layer, args):
             expected[e] = (p[:, None] * x).T @ (p[:, None] * x)
         close(got.input_gram_EDD, expected)
-    for layer, _, _, gradient in captured(model, ids[: SETTINGS.gradient_samples]):
+    for layer, calls, gradient in traced(model, ids[: SETTINGS.gradient_samples]):
         got = statistics.layers[layer.index]
         per_token = gradient.reshape(-1, layer.hidden)[: ids[:3].numel()]
         assert got.gradient_tokens == ids[:3].numel() and got.gradient_gram_DD is not None
         close(got.gradient_gram_DD, per_token.T @ per_token)
+        for e, (rows, x, p, delta) in calls.items():
+            close(got.gradient_weight_square_E[e], p.square().sum())
+            close(got.gradient_gram_EDD[e], (p[:, None] * per_token[rows]).T @ (p[:, None] * per_token[rows]))
+            close(got.row_gram_ENN[e], delta.T @ delta)
+            close(got.row_square_EN[e], delta.square().sum(0))
+            close(got.weighted_input_gram_EDD[e], (delta.square().sum(1, keepdim=True) * x).T @ x)
+        unused = [e for e in range(layer.experts) if e not in calls]
+        assert not got.row_square_EN[unused].any() and not got.weighted_input_gram_EDD[unused].any()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama4_text", "nemotron_h"])
@@ -87,7 +129,7 @@ def test_batches_do_not_change_the_result() -> None:
     one, all_at_once = measure(1), measure(5)
     for index in one.layers:
         assert torch.equal(one.layers[index].count_E, all_at_once.layers[index].count_E)
-        for field in ("input_gram_EDD", "output_gram_EDD", "slope_EN", "saliency_E", "gradient_gram_DD"):
+        for field in ("input_gram_EDD", "output_gram_EDD", "slope_EN", "saliency_E", "gradient_gram_DD", "row_gram_ENN"):
             close(getattr(one.layers[index], field), getattr(all_at_once.layers[index], field))
 
 

@@ -54,7 +54,7 @@ def test_damage_is_noticed_at_every_place(layer: LayerStatistics, tmp_path: Path
     save(layer, path)
     content = path.read_bytes()
     places = random.Random(0)
-    for _ in range(150):
+    for _ in range(300):
         flipped = bytearray(content)
         flipped[places.randrange(len(content))] ^= 1 << places.randrange(8)
         path.write_bytes(flipped)

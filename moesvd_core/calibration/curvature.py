@@ -1,0 +1,106 @@
+"""Sums of one layer's backward pass: how the loss bends under an error of each expert's matrices, measured where the error is made.
+
+With g the gradient of the summed NLL at the experts' output, a token changes the loss by p·gᵀ ΔW h when the output matrix is off by ΔW,
+and by δᵀ ΔW x when the input matrix is, where δ = p·(Oᵀ g) ⊙ ∂h/∂pre is the gradient at the pre-activations. The second moments of the
+two sides of these products, kept apart, are what the output metric is made of (as in K-FAC). They belong to the expert: the tokens that
+one is sent to bend the loss in directions of their own, and the tokens with a large gradient are not the average ones.
+
+Products are made in float32 a batch at a time and summed in float64.
+
+Shapes: E experts, d hidden size (D), m expert width (M), n input rows (N); lower-case n in a name: the tokens of one expert in one batch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.calibration.moments import gram, on_host, pre_activations, symmetric_on_host
+from moesvd_core.calibration.statistics import LayerStatistics
+from moesvd_core.errors import StatisticsError
+
+
+class LayerCurvature:
+    """Running sums for one loaded experts module.
+
+    Args:
+        module: the native experts module, with weights.
+        layer: its description.
+        row_gram: collect Σ δ δᵀ, [E, n, n]; its diagonal is collected in any case.
+    """
+
+    def __init__(self, module: nn.Module, layer: ExpertLayer, *, row_gram: bool) -> None:
+        self.layer = layer
+        self.weights = read_experts(module, layer)
+        self.gate: Callable[[Tensor], Tensor] = gate_function(module, layer)
+        device = self.weights.input_END.device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.tokens = 0
+        self.gram_DD = zeros(layer.hidden, layer.hidden)
+        self.weight_square_E = zeros(layer.experts)
+        self.gram_EDD = zeros(layer.experts, layer.hidden, layer.hidden)
+        self.row_square_EN = zeros(layer.experts, layer.input_rows)
+        self.row_gram_ENN = zeros(layer.experts, layer.input_rows, layer.input_rows) if row_gram else None
+        self.weighted_input_gram_EDD = zeros(layer.experts, layer.hidden, layer.hidden)
+
+    @torch.no_grad()
+    def add(self, args: Sequence[Tensor], gradient_TD: Tensor) -> None:
+        """Add one call of the experts module.
+
+        Args:
+            args: its positional arguments.
+            gradient_TD: gradient of the summed NLL at its output, float32.
+        """
+        self.tokens += len(gradient_TD)
+        self.gram_DD += gram(gradient_TD)
+        for expert, rows_n, x_nD, p_n in routed_tokens(self.layer, args):
+            self._add_expert(expert, x_nD, p_n.float().unsqueeze(1), gradient_TD[rows_n])
+
+    def _add_expert(self, e: int, x_nD: Tensor, p_n1: Tensor, gradient_nD: Tensor) -> None:
+        gradient_nD = p_n1 * gradient_nD
+        delta_nN = self._row_gradients(e, x_nD, gradient_nD)
+        square_nN = delta_nN.square()
+        self.weight_square_E[e] += p_n1.square().sum()
+        self.gram_EDD[e] += gram(gradient_nD)
+        self.row_square_EN[e] += square_nN.sum(0)
+        if self.row_gram_ENN is not None:
+            self.row_gram_ENN[e] += gram(delta_nN)
+        self.weighted_input_gram_EDD[e] += gram(square_nN.sum(1, keepdim=True).sqrt() * x_nD.float())
+
+    def _row_gradients(self, e: int, x_nD: Tensor, gradient_nD: Tensor) -> Tensor:
+        """δ of one expert's tokens from the gradients at its own output, [n, N], float32."""
+        at_neurons_nM = (gradient_nD.to(x_nD.dtype) @ self.weights.output_EDM[e]).float()
+        pre_nN = pre_activations(self.weights, e, x_nD)
+        with torch.enable_grad():
+            h_nM = self.gate(pre_nN.requires_grad_())
+            (delta_nN,) = torch.autograd.grad(h_nM, pre_nN, at_neurons_nM)
+        return delta_nN
+
+    def finish(self, statistics: LayerStatistics) -> None:
+        """Put the sums into the layer's statistics, on the host and in float32.
+
+        Raises:
+            StatisticsError: a gradient was NaN or infinite; names the layer and, inside the experts, the expert.
+        """
+        if not self.gram_DD.isfinite().all():
+            raise StatisticsError(
+                f"layer {self.layer.index}: the gradient at its experts' output is NaN or infinite; calibrate in bfloat16 instead"
+            )
+        bad_E = (~self.row_square_EN.isfinite().all(1)).nonzero()
+        if len(bad_E):
+            raise StatisticsError(
+                f"layer {self.layer.index}, expert {int(bad_E[0])}: the gradient at its neurons is NaN or infinite; "
+                "calibrate in bfloat16 or float32"
+            )
+        statistics.gradient_tokens = self.tokens
+        statistics.gradient_gram_DD = symmetric_on_host(self.gram_DD[None])[0]
+        statistics.gradient_weight_square_E = on_host(self.weight_square_E)
+        statistics.gradient_gram_EDD = symmetric_on_host(self.gram_EDD)
+        statistics.row_square_EN = on_host(self.row_square_EN)
+        statistics.row_gram_ENN = None if self.row_gram_ENN is None else symmetric_on_host(self.row_gram_ENN)
+        statistics.weighted_input_gram_EDD = symmetric_on_host(self.weighted_input_gram_EDD)
