@@ -19,11 +19,12 @@ STATIONS = {
     "moesvd_core.architectures": ("moesvd_core.experts.gate_of",),  # one gate for reading and running; exports copy experts.py whole
     "moesvd_core.calibration": ("moesvd_core.architectures",),
     "moesvd_core.sensitivity": ("moesvd_core.calibration",),
+    "moesvd_core.similarity": (),
     "moesvd_core.planning": (),
     "moesvd_core.decomposition": ("moesvd_core.architectures.layout", "moesvd_core.calibration.statistics", "moesvd_core.planning"),
     "moesvd_core.experts": (),
     "moesvd_core.checkpoint": ("moesvd_core.architectures", "moesvd_core.decomposition.factors", "moesvd_core.experts"),
-    "moesvd_core.evaluation": ("moesvd_core.architectures", "moesvd_core.calibration.text"),
+    "moesvd_core.evaluation": ("moesvd_core.architectures", "moesvd_core.calibration.text", "moesvd_core.calibration.tensor_files"),
 }
 """The stations that a model passes, and what each may import beside the foundation and itself: a model flows in one direction. Whatever
 is not a station (runs, the command line, the public surface) may use them all, and no station uses it."""
