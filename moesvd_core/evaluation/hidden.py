@@ -8,12 +8,14 @@ Shapes: N windows, L tokens a window, B windows a batch, W windows and P positio
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moesvd_core.architectures.streaming import DecoderStream, MemoryStream
-from moesvd_core.errors import InputError
+from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
+from moesvd_core.errors import InputError, StatisticsError
 from moesvd_core.progress import Progress, Report, silent
 
 BATCH_TOKENS = 4096
@@ -48,7 +50,12 @@ class FinalHidden:
 
 
 def final_hidden(
-    model: PreTrainedModel | DecoderStream, window_NL: torch.Tensor, *, batch: int | None = None, report: Report = silent
+    model: PreTrainedModel | DecoderStream,
+    window_NL: torch.Tensor,
+    *,
+    batch: int | None = None,
+    report: Report = silent,
+    keep: Path | None = None,
 ) -> FinalHidden:
     """Run every window through the decoder, layer by layer; each layer's weights are read once.
 
@@ -57,6 +64,8 @@ def final_hidden(
         window_NL: token ids, int64.
         batch: windows that go through a layer at once; None: as many as make 4,096 tokens.
         report: called after every layer with stage "evaluate".
+        keep: file for the hidden states after each layer; a call that was interrupted goes on from it, with the same result. It must
+            be named after the model: nothing but the windows is compared.
 
     Raises:
         InputError: no windows, or a batch below 1.
@@ -74,12 +83,26 @@ def final_hidden(
         hidden_NLd = torch.cat([hidden_BLd.cpu() for hidden_BLd, _ in embedded])
         del embedded
         total = len(stream.layers)
-        for index in range(total):
+        start, hidden_NLd = _kept(keep, window_NL) or (0, hidden_NLd)
+        for index in range(start, total):
             with stream.layer(index):
                 for part, call in zip(rows, calls, strict=True):
                     hidden_NLd[part] = stream.run_layer(index, hidden_NLd[part].to(stream.device), call[index]).cpu()
+            if keep is not None:
+                save_tensors(keep, {"hidden": hidden_NLd, "windows": window_NL}, {"layers": index + 1})
             report(Progress("evaluate", index + 1, total, f"layer {index}"))
     return FinalHidden(stream, window_NL, hidden_NLd)
+
+
+def _kept(keep: Path | None, window_NL: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+    """Layers done before, and the hidden states after them; None when there are none for these windows."""
+    if keep is None or not keep.exists():
+        return None
+    try:
+        tensors, facts = load_tensors(keep)
+    except StatisticsError:
+        return None  # damaged: it only saves time
+    return (facts["layers"], tensors["hidden"]) if torch.equal(tensors["windows"], window_NL) else None
 
 
 def logit_chunks(final: FinalHidden) -> Iterator[tuple[slice, slice, torch.Tensor]]:

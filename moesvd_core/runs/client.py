@@ -3,6 +3,7 @@
 Everything goes through files, so a client may come and go: closing a tab or restarting the server neither stops a run nor loses it.
 """
 
+import os
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moesvd_core import atomic
 from moesvd_core.errors import InputError, RunError
@@ -19,8 +20,8 @@ from moesvd_core.runs.folder import RunFolder, list_runs, runs_root
 from moesvd_core.runs.jobs import ENDED, INTERRUPTED, Job, JobState, read_jobs
 from moesvd_core.runs.queue import START_SECONDS, Queue
 
-ActionName = Literal["analyze", "sensitivity", "measure", "compress", "export", "evaluate"]
-ACTION_NAMES: tuple[ActionName, ...] = ("analyze", "sensitivity", "measure", "compress", "export", "evaluate")
+ActionName = Literal["analyze", "sensitivity", "similarity", "plan", "measure", "compress", "export", "evaluate"]
+ACTION_NAMES: tuple[ActionName, ...] = get_args(ActionName)
 Launch = Callable[[RunFolder], None]
 """Starts a worker for a run and returns at once."""
 
@@ -60,10 +61,11 @@ class RunStatus:
 
 def launch(run: RunFolder) -> None:
     """Start a worker as a process of its own session: no terminal, no parent to die with."""
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # idle threads of torch leave the cores to the pages
     with (run.station("work") / "worker.log").open("ab") as output:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter, and a path of ours
             [sys.executable, "-m", "moesvd_core", "worker", str(run.path.resolve())],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment,
         )
     threading.Thread(target=process.wait, name=f"reaper of {process.pid}", daemon=True).start()  # a dead child must not stay as a zombie
 
@@ -206,6 +208,7 @@ def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any]) -> Job:
     """
     if action not in ACTION_NAMES:
         raise InputError(f"no action {action!r}: there are {', '.join(ACTION_NAMES)}")
+    _mark_interrupted(run)  # a job that waited for a worker which never came is not done unasked
     with run.locked():
         number = str(len(read_jobs(run.log)) + 1)
         Queue(run.path.parent).join(run, number)

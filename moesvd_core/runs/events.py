@@ -4,14 +4,13 @@ Everything that changes in a run is told here and nowhere else: what was asked f
 add up to (`jobs.fold`), so a reader never meets a file that contradicts another.
 """
 
-import fcntl
-import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from moesvd_core import atomic
 
 Kind = Literal["submitted", "started", "progress", "log", "finished", "failed", "cancelled", "interrupted"]
 
@@ -48,24 +47,7 @@ class EventLog:
         """
         event = Event(time.time(), kind, job, data)
         fields = {"time": round(event.time, 3), "kind": kind, "job": job, **data}
-        line = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                line = b"\n" + line  # a writer was killed in the middle of its line: leave the torn line behind, alone
-            try:
-                written = os.write(descriptor, line)
-                if written < len(line):
-                    raise OSError(f"only {written} of {len(line)} bytes fitted into {self.path}: free some disk space")
-            except OSError:
-                os.ftruncate(descriptor, size)
-                raise
-            if kind != "progress":
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        atomic.append_json(self.path, fields, durable=kind != "progress")
         return event
 
     def read(self, after: int = 0) -> tuple[list[Event], int]:
@@ -73,21 +55,13 @@ class EventLog:
 
         A line that is still being written is left for the next call; a torn line is passed over.
         """
-        try:
-            with self.path.open("rb") as file:
-                file.seek(after)
-                data = file.read()
-        except FileNotFoundError:
-            return [], after
-        whole = data[: data.rfind(b"\n") + 1]
-        events = [event for line in whole.splitlines() if (event := _parsed(line)) is not None]
-        return events, after + len(whole)
+        lines, position = atomic.read_json_lines(self.path, after)
+        return [event for fields in lines if (event := _event(fields)) is not None], position
 
 
-def _parsed(line: bytes) -> Event | None:
-    """The event of one line, or None for a torn one."""
+def _event(fields: dict[str, Any]) -> Event | None:
+    """The event of one line, or None for a line that is none."""
     try:
-        fields = json.loads(line)
         return Event(float(fields.pop("time")), fields.pop("kind"), str(fields.pop("job")), fields)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         return None

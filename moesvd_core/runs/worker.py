@@ -47,7 +47,7 @@ def work(run: RunFolder, actions: Callable[[], Mapping[str, Action]] | None = No
         return []
     done: list[Job] = []
     try:
-        with _Attendant(run) as attendant:
+        with _Attendant(run) as attendant, logging_to(run.station("work") / "worker.log"):
             while not attendant.closing and (job := _next(run)) is not None:
                 attendant.attend(job.id)
                 _do(run, job, actions or _all_actions, attendant, watch)
@@ -235,20 +235,15 @@ class _Attendant:
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Send the program's log to a file as long as the block lasts."""
+    """Send the program's log to a file, and nowhere else, as long as the block lasts."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
+    logger = logging.getLogger("moesvd_core")
+    logger.addHandler(handler)
+    logger.propagate = False
     try:
         yield
     finally:
-        root.removeHandler(handler)
+        logger.propagate = True
+        logger.removeHandler(handler)
         handler.close()
-
-
-def main(path: Path) -> int:
-    """Body of `moesvd worker RUN`: exit status 0 when every job of this worker ended well."""
-    run = RunFolder.open(path)
-    with logging_to(run.station("work") / "worker.log"):
-        return 0 if all(job.state == "finished" for job in work(run)) else 1

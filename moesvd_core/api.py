@@ -1,0 +1,125 @@
+"""What a user imports: the stations of the pipeline on a model in memory. `moesvd_core` hands these out by name."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from moesvd_core import calibration as calibration_room
+from moesvd_core.architectures.files import ModelFiles, resolve_model
+from moesvd_core.architectures.inspect import inspect
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.architectures.streaming import DecoderStream, LayerStream, MemoryStream
+from moesvd_core.calibration import Calibration, Statistics
+from moesvd_core.checkpoint.apply import compressed
+from moesvd_core.checkpoint.export import export
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.errors import InputError
+from moesvd_core.evaluation.perplexity import evaluate
+from moesvd_core.pipeline import Pipeline
+from moesvd_core.planning import Plan, Recipe
+from moesvd_core.progress import Progress, Report, silent
+
+__all__ = ["calibrate", "compress", "evaluate", "export", "inspect", "load_model", "plan"]
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    allow_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, in evaluation mode; original or compressed.
+
+    Args:
+        name_or_path: a folder or a hub id.
+        dtype: "auto" keeps that of the files.
+        device: None: the GPU where there is one, else the host.
+        allow_remote_code: run code that comes with the model, if transformers does not know its type.
+
+    Raises:
+        InputError: no such model.
+        CheckpointError: a file is missing, damaged, unsafe or inconsistent.
+    """
+    folder = resolve_model(name_or_path, allow_remote_code=allow_remote_code)
+    ModelFiles.open(folder, allow_remote_code=allow_remote_code)  # checks what transformers takes on trust
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=allow_remote_code)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=allow_remote_code)
+    return loaded.to(place).eval(), tokenizer
+
+
+def calibrate(
+    model: PreTrainedModel | DecoderStream,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration | None = None,
+    *,
+    report: Report = silent,
+    folder: Path | str | None = None,
+) -> Statistics:
+    """Run text through a model and learn each layer's statistics; made once, used for every ratio and method.
+
+    Args:
+        model: a loaded model, or a stream over one that is larger than the memory.
+        calibration: the settings; None: `Calibration()`.
+        folder: where to keep the result and to go on after an interruption; None: memory only.
+
+    Raises:
+        InputError, StatisticsError, UnsupportedModelError: see `calibration.driver`.
+    """
+    stream = MemoryStream(model) if isinstance(model, PreTrainedModel) else model
+    return calibration_room.calibrate(stream, tokenizer, calibration or Calibration(), report=report, folder=folder)
+
+
+def plan(statistics: Statistics, recipe: Recipe | None = None, *, report: Report = silent) -> Plan:
+    """Ranks of every layer. The first plan of a method decomposes the model; further ratios take milliseconds.
+
+    Args:
+        statistics: from `calibrate`, or loaded from a folder (then the model is read from where it was calibrated).
+        recipe: None: `Recipe()`, 40 % by the recommended method.
+
+    Raises:
+        InputError: names that are not known, or a ratio beyond the method's reach.
+    """
+    return _pipeline(statistics).plan(recipe or Recipe(), report)
+
+
+def compress(model: PreTrainedModel, statistics: Statistics, plan: Plan, *, report: Report = silent) -> PreTrainedModel:
+    """A compressed copy of a loaded model: `generate`, training and `save_pretrained` work. The model itself stays as it is.
+
+    The copy shares every tensor that is not factored with the model.
+
+    Raises:
+        InputError: the plan is of another model.
+    """
+    stream = MemoryStream(model)
+    if list(statistics.expert_layers) != stream.expert_layers:
+        raise InputError("statistics must be of the model that is compressed, got those of one with other layers: calibrate this one")
+    pipeline = _pipeline(statistics, stream)
+
+    def layers() -> Iterator[tuple[ExpertLayer, LayerFactors]]:
+        for done, (index, layer) in enumerate(pipeline.layers.items(), start=1):
+            if (factors := pipeline.factors(plan, index)) is not None:
+                yield layer, factors
+            report(Progress("compress", done, len(pipeline.layers), f"layer {index}"))
+
+    return compressed(model, layers())
+
+
+def _pipeline(statistics: Statistics, stream: DecoderStream | None = None) -> Pipeline:
+    """The pipeline of some statistics; decompositions stay with them.
+
+    Raises:
+        InputError: the model is not at hand.
+    """
+    if stream is None and statistics.stream is None:
+        source = Path(statistics.model.source)
+        if not statistics.model.source or not source.is_dir():
+            raise InputError(f"the model that was calibrated is not at {str(source)!r} any more: load statistics with `stream=`")
+        statistics.stream = LayerStream(source, dtype=getattr(torch, statistics.model.dtype))
+    used = stream or statistics.stream
+    assert used is not None, "one of the two was given or made"  # noqa: S101
+    return Pipeline(used, statistics, cache=statistics.decompositions)

@@ -1,0 +1,283 @@
+"""What each command of `moesvd` does once its words are understood. Torch and transformers are imported only by those that need them."""
+
+import shlex
+from argparse import Namespace
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesvd_core import errors
+from moesvd_core.console import ProgressBars, ranks, show_facts, show_json, show_rows
+from moesvd_core.errors import Cancelled, InputError, MoesvdError
+from moesvd_core.planning import Plan, Recipe
+from moesvd_core.runs.client import Client, enqueue
+from moesvd_core.runs.folder import RunFolder, runs_root
+from moesvd_core.runs.jobs import Job, read_jobs
+from moesvd_core.runs.worker import work
+
+if TYPE_CHECKING:
+    from moesvd_core.architectures.streaming import LayerStream
+
+_PLAN_FACTS = (
+    "method", "ratio", "expert_ratio", "original_parameters", "parameters", "original_active_parameters", "active_parameters",
+    "original_bytes", "bytes", "predicted_loss", "perplexity", "perplexity_stderr", "kl_mean", "top1_agreement",
+    "tokens", "windows", "length", "dataset", "output", "format",
+)
+
+
+# -- work that belongs to a run ------------------------------------------------------------------------------------------------------
+
+
+def compress(given: Namespace) -> None:
+    """`moesvd compress`: from a model to a verified export, with what was measured."""
+    recipe = _recipe(given)
+    run = _prepared(given)
+    arguments = {
+        "recipe": recipe, "output": str(Path(given.output).absolute()), "format": given.format, "dtype": given.dtype,
+        "overwrite": given.overwrite, "text": _text(given), "command": shlex.join(["moesvd", *given.words]),
+    }
+    _show_plan(run, _worked(run, "compress", arguments), given.json)
+
+
+def export(given: Namespace) -> None:
+    """`moesvd export`: another format, ratio or method of a run."""
+    run = opened(given.run)
+    arguments = {
+        "recipe": _recipe(given), "output": str(Path(given.output).absolute()), "format": given.format, "dtype": given.dtype,
+        "overwrite": given.overwrite, "command": shlex.join(["moesvd", *given.words]),
+    }
+    _show_plan(run, _worked(run, "export", arguments), given.json)
+
+
+def plan(given: Namespace) -> None:
+    """`moesvd plan`: which layers get which ranks, and what that comes to."""
+    run = opened(given.run)
+    _show_plan(run, _worked(run, "plan", {"recipe": _recipe(given)}), given.json)
+
+
+def analyze(given: Namespace) -> None:
+    """`moesvd analyze`: everything the explorer shows of a model before anything is compressed."""
+    methods = [Recipe(method=name).method for name in given.method or ["auto"]]
+    run = _prepared(given)
+    text = {"windows": given.windows}
+    record = _worked(run, "analyze", {"methods": methods, "text": text})
+    if given.measure:
+        measured = _worked(run, "sensitivity", {"recipe": {"method": methods[0], "ratio": given.reference_ratio}, "text": text})
+        record = {**record, "sensitivity": measured["file"]}
+    if given.json:
+        show_json({"run": run.identity.id, "path": str(run.path), **record})
+        return
+    reached = {f"largest ratio of {name}": facts["max_ratio"] for name, facts in record["methods"].items()}
+    show_facts(f"run {run.path}", {"perplexity of the original": record["perplexity"], **reached})
+
+
+def runs(given: Namespace) -> None:
+    """`moesvd runs`: every run, and what it is doing."""
+    found = Client().runs()
+    if given.json:
+        show_json([status.as_dict() for status in found])
+        return
+    rows = []
+    for status in found:
+        job = status.job
+        what = status.error if job is None else job.error or " ".join([job.stage, f"{job.done}/{job.total}" if job.total else ""])
+        rows.append((status.id or "?", status.model, status.created, status.state, "" if job is None else job.action, what))
+    show_rows(f"{len(found)} runs in {runs_root()}", ["run", "model", "created", "state", "action", "at"], rows)
+
+
+def cancel(given: Namespace) -> None:
+    """`moesvd cancel`: stop a run's work; what was finished is kept."""
+    run = opened(given.run)
+    Client(run.path.parent).cancel(run)
+
+
+def resume(given: Namespace) -> None:
+    """`moesvd resume`: go on with what was interrupted, cancelled or failed."""
+    run = opened(given.run)
+    jobs = Client(run.path.parent, launch=lambda run: None).resume(run)
+    for job in jobs:
+        _followed(run, job.id)
+
+
+def worker(given: Namespace) -> int:
+    """`moesvd worker`: do the queued jobs of a run; started by the client, in a session of its own."""
+    return 0 if all(job.state == "finished" for job in work(RunFolder.open(Path(given.run)))) else 1
+
+
+def opened(name: str) -> RunFolder:
+    """A run by its folder, or by its id under the runs root.
+
+    Raises:
+        RunError: there is none.
+    """
+    return RunFolder.open(Path(name)) if (Path(name) / "run.json").exists() else RunFolder.named(runs_root(), name)
+
+
+def _prepared(given: Namespace) -> RunFolder:
+    """The run of the model and the calibration that were asked for."""
+    from moesvd_core.calibration.settings import Calibration
+    from moesvd_core.runs.source import prepare
+
+    calibration = Calibration(dataset=given.dataset, samples=given.samples, length=given.length, seed=given.seed, dtype=given.dtype)
+    folder = None if given.run is None else Path(given.run)
+    return prepare(given.model, calibration, folder=folder, allow_remote_code=given.allow_remote_code)
+
+
+def _worked(run: RunFolder, action: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Do one job of a run in this process, or follow the process that is already at work on it."""
+    return _followed(run, enqueue(run, action, arguments).id)
+
+
+def _followed(run: RunFolder, job: str) -> Mapping[str, Any]:
+    """Record of a job once it has ended.
+
+    Raises:
+        MoesvdError: the job failed, by the error that it failed with; or it was cancelled or interrupted.
+    """
+    with ProgressBars() as bars:
+        done = {each.id: each for each in work(run, watch=bars)}
+        if job not in done:
+            bars.say(f"another process works on {run.path}: waiting for it")
+            done[job] = Client(run.path.parent).wait(run, job)
+    return _result(done.get(job) or read_jobs(run.log)[job])
+
+
+def _result(job: Job) -> Mapping[str, Any]:
+    if job.state == "finished":
+        return job.result
+    if job.state == "cancelled":
+        raise Cancelled(f"{job.error}: what was finished is kept, the same command goes on from there")
+    kind = getattr(errors, job.error_kind, MoesvdError)
+    raise kind(job.error) if issubclass(kind, MoesvdError) else MoesvdError(job.error)
+
+
+def _recipe(given: Namespace) -> dict[str, Any]:
+    """The recipe file, if there is one, with what the command line says on top; checked here, before any work.
+
+    Raises:
+        InputError: something in it cannot be used.
+    """
+    from moesvd_core.pipeline import method_of
+
+    base = Recipe()
+    if given.recipe is not None:
+        try:
+            base = Recipe.from_yaml(Path(given.recipe).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe {given.recipe} cannot be read: {error}") from None
+    elif given.ratio is None:
+        raise InputError("ratio is missing: give --ratio, the share of the model's parameters to remove, or --recipe")
+    chosen = {name: getattr(given, name) for name in ("method", "ratio") if getattr(given, name) is not None}
+    recipe = Recipe.from_dict(base.as_dict() | chosen)
+    method_of(recipe)
+    return recipe.as_dict()
+
+
+def _text(given: Namespace) -> dict[str, Any] | None:
+    return {"dataset": given.evaluate_on, "windows": given.windows} if given.windows else None
+
+
+def _show_plan(run: RunFolder, record: Mapping[str, Any], as_json: bool) -> None:
+    """A plan with what was measured and written."""
+    known = run.read_json(*record["file"].split("/")) or {}
+    facts = {**known, **{name: value for name, value in record.items() if name != "file"}, "run": str(run.path)}
+    if as_json:
+        show_json(facts)
+        return
+    show_facts(f"{facts['method']} at {facts['ratio']:.1%}", {name: facts[name] for name in _PLAN_FACTS if facts.get(name) is not None})
+    rows = [
+        (layer.layer, layer.input.structure, ranks(layer.input.ranks), layer.output.structure, ranks(layer.output.ranks),
+         f"{layer.parameters / layer.original_parameters:.0%}", layer.predicted_loss, layer.reason)
+        for layer in Plan.from_dict({name: facts[name] for name in Plan.__dataclass_fields__}).layers
+    ]
+    show_rows("layers", ["layer", "gate and up", "ranks", "down", "ranks", "kept", "predicted loss, nats", "why"], rows)
+
+
+# -- looking at models ---------------------------------------------------------------------------------------------------------------
+
+
+def inspect(given: Namespace) -> None:
+    """`moesvd inspect`: what a model is."""
+    from moesvd_core.architectures.inspect import inspect as look
+
+    facts = look(given.model, trust_remote_code=given.allow_remote_code).as_dict()
+    if given.json:
+        show_json(facts)
+        return
+    show_facts(given.model, {name: value for name, value in facts.items() if name not in ("warnings", "expert_layers")})
+    for warning in facts["warnings"]:
+        print(f"- {warning}")
+
+
+def evaluate(given: Namespace) -> None:
+    """`moesvd evaluate`: perplexity of any model, and its distance to a reference."""
+    from transformers import AutoTokenizer
+
+    from moesvd_core.evaluation.perplexity import evaluate as measure
+
+    stream = _stream(given.model, given)
+    reference = None if given.reference is None else _stream(given.reference, given)
+    tokenizer = AutoTokenizer.from_pretrained(stream.files.folder, trust_remote_code=given.allow_remote_code)
+    with ProgressBars() as bars:
+        evaluation = measure(
+            stream, tokenizer, given.dataset, windows=given.windows, length=given.length, reference=reference, report=bars
+        )
+    facts = {"model": given.model, "reference": given.reference, "bytes": stream.files.bytes, **evaluation.as_dict()}
+    if given.json:
+        show_json(facts)
+    else:
+        show_facts(given.model, {name: value for name, value in facts.items() if value is not None})
+
+
+def compare(given: Namespace) -> None:
+    """`moesvd compare`: two models side by side: quality, size, speed, and what they answer."""
+    from moesvd_core.api import load_model
+    from moesvd_core.evaluation.generation import side_by_side
+    from moesvd_core.evaluation.perplexity import evaluate as measure
+    from moesvd_core.evaluation.speed import measure_speed
+
+    original, tokenizer = load_model(given.original)
+    compressed, _ = load_model(given.compressed)
+    with ProgressBars() as bars:
+        text = {"windows": given.windows, "report": bars}
+        before = measure(original, tokenizer, given.dataset, **text)
+        after = measure(compressed, tokenizer, given.dataset, reference=original, **text)
+        speeds = measure_speed({"original": original, "compressed": compressed}, report=bars)
+    turns = side_by_side([original, compressed], tokenizer, given.prompt) if given.prompt else ()
+    answers: tuple[Any, ...] = deque(turns, maxlen=1).pop() if given.prompt else (None, None)
+    rows = []
+    for name, evaluation, speed, answer in zip((given.original, given.compressed), (before, after), speeds.values(), answers, strict=True):
+        figures = {"prefill_tokens_per_second": speed.prefill.median, "decode_tokens_per_second": speed.decode.median}
+        size = {"weight_bytes": speed.weight_bytes, "peak_bytes": speed.peak_bytes, "flops_per_token": speed.flops_per_token}
+        rows.append({"model": name, **evaluation.as_dict(), **size, **figures, "answer": None if answer is None else answer.text})
+    if given.json:
+        show_json(rows)
+        return
+    names = [name for name in rows[0] if name not in ("model", "answer")]
+    table = [[name, *(row[name] for row in rows)] for name in names]
+    show_rows("compared on the same text and prompt", ["", *(str(row["model"]) for row in rows)], table)
+    for row in rows if given.prompt else []:
+        print(f"\n{row['model']}: {given.prompt}{row['answer']}")
+
+
+def benchmark(given: Namespace) -> None:
+    """`moesvd benchmark`: prints the figures of the documentation again."""
+    from moesvd_core.evaluation.benchmarks.command import run
+
+    with ProgressBars() as bars:
+        table = run(given, bars)
+    print(table.json() if getattr(given, "json", False) else table.text(), end="")
+
+
+def _stream(name: str, given: Namespace) -> "LayerStream":
+    import torch
+
+    from moesvd_core.architectures.files import ModelFiles, resolve_model
+    from moesvd_core.architectures.streaming import LayerStream
+
+    folder = resolve_model(name, allow_remote_code=given.allow_remote_code)
+    files = ModelFiles.open(folder, allow_remote_code=given.allow_remote_code)
+    dtype = None if given.dtype is None else getattr(torch, given.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LayerStream(files, dtype=dtype, device=device, allow_remote_code=given.allow_remote_code)

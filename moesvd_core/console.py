@@ -1,0 +1,96 @@
+"""What the command line shows: progress on stderr, results on stdout, as tables for people or as JSON for machines."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from moesvd_core.progress import Progress
+
+
+class ProgressBars:
+    """A `Report` that draws one bar a stage, with the time left, on stderr; a line a stage where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bars = Bars(*columns, TextColumn("{task.fields[message]}"), console=Console(stderr=True))
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "ProgressBars":
+        if self._bars.console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars.console.is_terminal:
+            self._bars.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        if not self._bars.console.is_terminal:
+            if progress.done == progress.total:
+                print(f"{progress.stage}: {progress.done}/{progress.total} {progress.message}", file=sys.stderr, flush=True)
+            return
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bars.add_task(progress.stage, total=progress.total, message="")
+        self._bars.update(self._tasks[progress.stage], completed=progress.done, total=progress.total, message=progress.message)
+
+    def say(self, text: str) -> None:
+        """Tell something beside the bars."""
+        self._bars.console.print(text, markup=False)
+
+
+def show_json(data: Any) -> None:
+    """Print plain data as JSON."""
+    print(json.dumps(data, ensure_ascii=False, indent=1))
+
+
+def show_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Print names and values, one a line."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in facts.items():
+        table.add_row(name, cell(value))
+    _out().print(table)
+
+
+def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(cell(value) for value in row))
+    _out().print(table)
+
+
+def cell(value: Any) -> str:
+    """A value as people read it: digits grouped, six figures of a fraction at most, nothing for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
+
+
+def ranks(values: Sequence[int]) -> str:
+    """Ranks of a side: minimum · median · maximum of those that are factored, and how many stay dense."""
+    factored = sorted(value for value in values if value >= 0)
+    dense = len(values) - len(factored)
+    if not factored:
+        return "dense"
+    middle = factored[len(factored) // 2]
+    text = f"{factored[0]}" if factored[0] == factored[-1] else f"{factored[0]} · {middle} · {factored[-1]}"
+    return text + (f" (+{dense} dense)" if dense else "")
+
+
+def _out() -> Console:
+    """Standard output; wide when it is a pipe, so that nothing is cut off."""
+    return Console() if sys.stdout.isatty() else Console(width=160, no_color=True)

@@ -1,0 +1,294 @@
+"""The stations put together: a calibrated model on one side, plans and their factors on the other.
+
+A layer is decomposed once for each metric and structure, whichever methods and ratios ask for it: every plan is a slice of that. What was
+decomposed is kept in a folder (a run) or in memory (a session), layer by layer, so that work which was interrupted goes on where it was.
+"""
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesvd_core.architectures.disk_names import expert_tensor
+from moesvd_core.architectures.experts_io import read_experts
+from moesvd_core.architectures.families import family_of
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.architectures.streaming import DecoderStream, LayerCall, LayerStream
+from moesvd_core.calibration.statistics import Statistics
+from moesvd_core.checkpoint.apply import replace_experts
+from moesvd_core.curve_files import load_curves, save_curves
+from moesvd_core.decomposition.decompose import Decomposition, decompose
+from moesvd_core.decomposition.decompose import load as load_decomposition
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.decomposition.registry import Method, method
+from moesvd_core.errors import InputError
+from moesvd_core.planning import ModelShape, Plan, Recipe, SideCurve, SidePlan, Structure, layer_plans, max_ratio, plans
+from moesvd_core.progress import Progress, Report, silent
+from moesvd_core.sensitivity import LayerSensitivity, scores, sensitivities
+
+Cache = MutableMapping[tuple[str, int], Decomposition]
+"""Decompositions by key (`decomposition_key`) and layer."""
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The registry's method with the recipe's own choices.
+
+    Raises:
+        InputError: no such method, metric, structure or allocation.
+    """
+    structures = None if recipe.structure is None else (recipe.structure,)
+    return method(recipe.method).customised(metric=recipe.metric, structures=structures, allocation=recipe.allocation)
+
+
+def shape_of(stream: DecoderStream, dtype: torch.dtype | None = None) -> ModelShape:
+    """The sizes that ratios are counted against, from the headers of the files or from the model itself.
+
+    Args:
+        dtype: floating type of the export; None: that of the files, whatever the model is computed in.
+    """
+    layers = stream.expert_layers
+    if isinstance(stream, LayerStream):
+        family = family_of(stream.config)
+        stored = {key: stream.files.header(key) for key in stream.files.weight_map}
+        main = next(stored[key][0] for key in stored if expert_tensor(key, family))
+    else:
+        tensors = {tensor.data_ptr(): tensor for tensor in stream.model.state_dict().values() if tensor.numel()}  # tied ones once
+        stored = {str(place): (tensor.dtype, tuple(tensor.shape)) for place, tensor in tensors.items()}
+        main = next(stream.model.get_submodule(layers[0].name).parameters()).dtype
+    written = dtype or main
+    parameters = sum(prod(shape) for _, shape in stored.values())
+    silent_parameters = sum(layer.parameters * (layer.experts - layer.active) // layer.experts for layer in layers)
+    embedding: Any = stream.model.get_input_embeddings().weight
+    head = stream.model.get_output_embeddings()
+    tied = head is not None and getattr(head, "weight", None) is embedding
+    return ModelShape(
+        parameters=parameters,
+        active_parameters=parameters - silent_parameters,
+        bytes=sum((written if own == main else own).itemsize * prod(shape) for own, shape in stored.values()),
+        expert_parameters=sum(layer.parameters for layer in layers),
+        bytes_per_expert_parameter=written.itemsize,
+        embedding_parameters=0 if tied else embedding.numel(),
+    )
+
+
+@dataclass
+class Pipeline:
+    """A calibrated model, ready to be planned and factored.
+
+    Attributes:
+        stream: the model.
+        statistics: what calibration learned about it.
+        folder: where decompositions (`factors/`) and curves (`curves/`) are kept; None: in `cache`.
+        dtype: floating type of what is written; None: that of the source.
+        cache: decompositions of this session.
+    """
+
+    stream: DecoderStream
+    statistics: Statistics
+    folder: Path | None = None
+    dtype: torch.dtype | None = None
+    cache: Cache = field(default_factory=dict)
+
+    @cached_property
+    def layers(self) -> dict[int, ExpertLayer]:
+        """Layers with routed experts, by index."""
+        return {layer.index: layer for layer in self.statistics.expert_layers}
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The model's size."""
+        return shape_of(self.stream, self.dtype)
+
+    @cached_property
+    def sensitivities(self) -> list[LayerSensitivity]:
+        """S_L and its parts of every layer."""
+        return sensitivities(self.statistics.layers)
+
+    # -- decomposition ---------------------------------------------------------------------------------------------------------------
+
+    def curves(self, method: Method, report: Report = silent) -> list[SideCurve]:
+        """What every structure of the method loses at every rank, of all layers; layers are decomposed where that was not done yet."""
+        found: dict[tuple[int, str], list[SideCurve]] = {}
+        missing = []
+        for index in self.layers:
+            for single in single_structures(method):
+                curves = self._kept_curves(single, index)
+                if curves is None:
+                    missing.append((index, single))
+                else:
+                    found[index, single.structures[0]] = curves
+        for done, (index, single) in enumerate(missing, start=1):
+            with self.stream.layer(index):
+                found[index, single.structures[0]] = self._decomposition(index, single).curves
+            report(Progress("decompose", done, len(missing), f"layer {index}, {single.structures[0]}, {single.metric} metric"))
+        return [curve for key in sorted(found) for curve in found[key]]
+
+    def _kept_curves(self, single: Method, index: int) -> list[SideCurve] | None:
+        if self.folder is not None:
+            return load_curves(self._file("curves", single, index))
+        kept = self.cache.get((decomposition_key(single), index))
+        return None if kept is None else kept.curves
+
+    def _decomposition(self, index: int, single: Method) -> Decomposition:
+        """One layer by one structure, from the session, the folder, or made now. Needs the layer's weights: ask inside `stream.layer`."""
+        key = (decomposition_key(single), index)
+        if key in self.cache:
+            return self.cache[key]
+        layer = self.layers[index]
+        weights = read_experts(self.stream.model.get_submodule(layer.name), layer)
+        statistics = self.statistics.layers[index]
+        file = None if self.folder is None else self._file("factors", single, index)
+        if file is not None and file.exists():
+            made = load_decomposition(file, weights, layer, statistics, single)
+        else:
+            made = decompose(weights, layer, statistics, single, device=self.stream.device)
+        if file is None:
+            self.cache[key] = made
+        else:
+            if not file.exists():
+                made.save(file)
+            if not (curves := self._file("curves", single, index)).exists():
+                save_curves(curves, made.curves)  # last: a layer with curves has its factors
+        return made
+
+    def _file(self, station: str, single: Method, index: int) -> Path:
+        folder = (self.folder or Path()) / station / decomposition_key(single)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"layer-{index:03d}.safetensors"
+
+    # -- planning --------------------------------------------------------------------------------------------------------------------
+
+    def plans(self, recipe: Recipe, ratios: Sequence[float], report: Report = silent) -> list[Plan]:
+        """Plans of a recipe at many ratios; the recipe's own is not looked at.
+
+        Raises:
+            InputError: a ratio beyond the method's reach, or names that are not known.
+        """
+        chosen, filled = self._filled(recipe)
+        made = plans(self.curves(chosen, report), self.shape, filled, ratios, scores(self.sensitivities, chosen.allocation))
+        return [replace(plan, metric=chosen.metric) for plan in made]
+
+    def plan(self, recipe: Recipe, report: Report = silent) -> Plan:
+        """The plan of a recipe at its ratio.
+
+        Raises:
+            InputError: as `plans`.
+        """
+        return self.plans(recipe, [recipe.ratio], report)[0]
+
+    def max_ratio(self, recipe: Recipe, report: Report = silent) -> float:
+        """The largest ratio that the recipe reaches."""
+        chosen, filled = self._filled(recipe)
+        return max_ratio(self.curves(chosen, report), self.shape, filled)
+
+    def layer_plans(self, recipe: Recipe, report: Report = silent) -> dict[int, Plan]:
+        """For each layer the plan that cuts it alone by the recipe's ratio of its own experts."""
+        chosen, filled = self._filled(recipe)
+        made = layer_plans(self.curves(chosen, report), self.shape, filled)
+        return {index: replace(plan, metric=chosen.metric) for index, plan in made.items()}
+
+    @staticmethod
+    def _filled(recipe: Recipe) -> tuple[Method, Recipe]:
+        chosen = method_of(recipe)
+        return chosen, replace(recipe, allocation=chosen.allocation)
+
+    # -- factors ---------------------------------------------------------------------------------------------------------------------
+
+    def factors(self, plan: Plan, index: int) -> LayerFactors | None:
+        """What a plan stores for one layer, or None where it stays as it is. Ask inside `stream.layer(index)`.
+
+        Raises:
+            InputError: the plan is of another model.
+        """
+        layer_plan = next((layer for layer in plan.layers if layer.layer == index), None)
+        if layer_plan is None or not layer_plan.selected:
+            return None
+        if index not in self.layers:
+            raise InputError(f"the plan decomposes layer {index}, but this model has experts in layers {sorted(self.layers)}: plan again")
+        base = method(plan.method).customised(metric=plan.metric)
+        dense = SidePlan("dense", (), 0, 0.0)
+        halves = {
+            side: self._decomposition(index, _single(base, _structure(side_plan))).materialise(
+                replace(layer_plan, **{"input": dense, "output": dense, side: side_plan})  # type: ignore[arg-type]
+            )
+            for side, side_plan in (("input", layer_plan.input), ("output", layer_plan.output))
+            if side_plan.structure != "dense"
+        }
+        whole = next(iter(halves.values()))
+        return replace(
+            whole,
+            input=halves["input"].input if "input" in halves else whole.input,
+            output=halves["output"].output if "output" in halves else whole.output,
+        )
+
+    def compressed(self, plan: Plan) -> "CompressedStream":
+        """The model as the plan makes it, layer by layer, nothing written."""
+        return CompressedStream(self, plan)
+
+
+class CompressedStream:
+    """A `DecoderStream` whose layers carry a plan's factors for as long as they are used; the model below stays as it is.
+
+    Raises (all methods):
+        InputError: the plan is of another model.
+    """
+
+    def __init__(self, pipeline: Pipeline, plan: Plan) -> None:
+        self._pipeline, self._plan, self._stream = pipeline, plan, pipeline.stream
+        self._held: dict[int, int] = {}
+        self.model, self.layers, self.config = self._stream.model, self._stream.layers, self._stream.config
+        self.device, self.dtype = self._stream.device, self._stream.dtype
+        self.embed, self.head = self._stream.embed, self._stream.head
+
+    @property
+    def expert_layers(self) -> list[ExpertLayer]:
+        """Layers with routed experts."""
+        return self._stream.expert_layers
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The decoder layer with its factors; nested uses make them once."""
+        with self._stream.layer(index) as module:
+            factors = None if self._held.get(index) else self._pipeline.factors(self._plan, index)
+            if factors is None:
+                yield module
+                return
+            layer = self._pipeline.layers[index]
+            native = self.model.get_submodule(layer.name)
+            replace_experts(self.model, layer, factors)
+            self._held[index] = 1
+            try:
+                yield module
+            finally:
+                del self._held[index]
+                self.model.set_submodule(layer.name, native)
+
+    def run_layer(self, index: int, hidden_BTD: Tensor, call: LayerCall) -> Tensor:
+        """Hidden states [B, T, D] after the layer."""
+        with self.layer(index):
+            return self._stream.run_layer(index, hidden_BTD, call)
+
+
+def single_structures(method: Method) -> list[Method]:
+    """A method cut into one for each structure, so that methods which share one share its decompositions."""
+    return [_single(method, structure) for structure in method.structures]
+
+
+def decomposition_key(single: Method) -> str:
+    """Name under which a method of one structure keeps its decompositions: what decides them and nothing else."""
+    return "-".join([single.metric, single.structures[0], *(["refit"] if single.refit else [])])
+
+
+def _single(method: Method, structure: Structure) -> Method:
+    return replace(method, structures=(structure,), refit=method.refit and structure == "shared-v")
+
+
+def _structure(side: SidePlan) -> Structure:
+    assert side.structure != "dense", "dense sides have no decomposition"  # noqa: S101 - the caller looked
+    return side.structure

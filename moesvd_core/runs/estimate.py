@@ -1,0 +1,102 @@
+"""What a run will need of memory and disk, against what the machine has: refused beforehand rather than killed half-way.
+
+Figures are upper estimates from the model's shape: one decoder layer with its Gram matrices in memory, hidden states of the calibration
+text, factors and the export on disk.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from moesvd_core.calibration.settings import Calibration
+from moesvd_core.calibration.text import DEFAULT_LENGTH
+from moesvd_core.errors import ResourceError
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_PROGRAM = 600 * 2**20
+"""Interpreter, torch and transformers."""
+_SLACK = 0.02
+"""Share of a file system that is left free."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes.
+
+    Attributes:
+        memory: at the peak, above what is in use now.
+        run_disk: written into the run folder, all stations together.
+        export_disk: of the exported model; 0 when none is written.
+        flops: floating-point operations of calibration (forward and backward).
+    """
+
+    memory: int
+    run_disk: int
+    export_disk: int
+    flops: int
+
+
+def estimate(facts: Mapping[str, Any], calibration: Calibration, form: Literal["factored", "dense"] | None = None) -> Estimate:
+    """What analysing a model needs, and writing it in a format.
+
+    Args:
+        facts: `ModelFacts.as_dict()`.
+        form: None: nothing is exported.
+    """
+    number = _BYTES[calibration.dtype or facts["dtype"]] if (calibration.dtype or facts["dtype"]) in _BYTES else 4
+    layers, experts, hidden, width = facts["moe_layers"], facts["experts"], facts["hidden"], facts["width"]
+    length = min(calibration.length or DEFAULT_LENGTH, facts["context_length"] or DEFAULT_LENGTH)
+    states = calibration.samples * length * hidden * number
+    layer_experts = facts["expert_parameters"] // max(1, layers)
+    outside = facts["parameters"] - facts["expert_parameters"]
+    intermediate = experts * width**2 if calibration.collects_intermediate(width) else 0
+    grams = 8 * (2 * experts * hidden**2 + intermediate + hidden**2)
+    batch = calibration.batch * length * (8 * hidden + 4 * facts["active"] * width) * 4
+    return Estimate(
+        memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * grams + batch,
+        run_disk=(facts["layers"] + 2) * states + layers * grams // 2 + 2 * 4 * facts["expert_parameters"] * 2,
+        export_disk=0 if form is None else int(facts["bytes"] * 1.1),
+        flops=6 * facts["active_parameters"] * calibration.samples * length,
+    )
+
+
+def require(needed: Estimate, run: Path, output: Path | None) -> None:
+    """Compare an estimate with the machine.
+
+    Raises:
+        ResourceError: not enough; the message says of what, how much is needed and how much there is.
+    """
+    free_memory = psutil.virtual_memory().available
+    if needed.memory > free_memory:
+        raise ResourceError(
+            f"not enough memory: about {_gib(needed.memory)} are needed and {_gib(free_memory)} are free; "
+            "use a smaller batch, close other programs, or a larger machine"
+        )
+    wanted: dict[int, tuple[Path, int]] = {}
+    for path, size in ((run, needed.run_disk), (output, needed.export_disk)):
+        if path is not None:
+            place = _existing(path)
+            device = place.stat().st_dev
+            wanted[device] = (place, size + wanted.get(device, (place, 0))[1])
+    for place, size in wanted.values():
+        disk = shutil.disk_usage(place)
+        held = sum(file.stat().st_size for file in run.rglob("*.safetensors")) if run.stat().st_dev == place.stat().st_dev else 0
+        if size - held > disk.free - _SLACK * disk.total:
+            raise ResourceError(
+                f"not enough disk at {place}: about {_gib(size - held)} are needed and {_gib(disk.free)} are free; "
+                "make room, use fewer samples, or put run and output elsewhere"
+            )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder at or above `path` that exists."""
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)

@@ -1,0 +1,121 @@
+"""What a run knows of how alike its experts are: compared layer by layer by its worker, read by the pages.
+
+    evaluations/similarity.layer-003.json                   both sides of a layer: its experts, and the same shuffled
+    evaluations/similarity.random.input-512x256x8.json      random matrices of a layer's shape, the same for every layer that has it
+    evaluations/similarity.json                             means over the pairs, of all layers; written last
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from moesvd_core import atomic
+from moesvd_core.architectures.experts_io import read_experts
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.architectures.streaming import DecoderStream
+from moesvd_core.errors import RunError
+from moesvd_core.progress import Progress, Report
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.similarity import Sampling, Side, SideSimilarity, Source, compare, random_control
+
+LayerSimilarity = dict[Side, dict[Source, SideSimilarity]]
+"""Both sides of a layer: the experts, and the controls beside them."""
+SIDES: tuple[Side, Side] = ("input", "output")
+
+
+def compare_layers(run: RunFolder, stream: DecoderStream, sampling: Sampling, report: Report) -> str:
+    """Compare the experts of every layer that was not compared yet, and write what came out; returns the name of the summary's file.
+
+    Raises:
+        InputError, StatisticsError: as `similarity.compare`.
+    """
+    folder = run.station("evaluations")
+    layers = stream.expert_layers
+    rows = []
+    for done, layer in enumerate(layers, start=1):
+        found = _own(run, layer.index, sampling)
+        if found is None:
+            found = _compared(stream, layer, sampling)
+            data = {"sampling": asdict(sampling)} | {side: {name: each.as_dict() for name, each in found[side].items()} for side in SIDES}
+            atomic.write_json(folder / _layer_file(layer.index), data)
+        shown = {side: {**found[side], "random": _random(run, found[side]["experts"], sampling, stream.device)} for side in SIDES}
+        rows.append({"layer": layer.index} | {side: {name: each.summary() for name, each in shown[side].items()} for side in SIDES})
+        report(Progress("similarity", done, len(layers), f"layer {layer.index}: {len(shown['input']['experts'].experts)} experts compared"))
+    atomic.write_json(folder / "similarity.json", {"sampling": asdict(sampling), "layers": rows})
+    return "evaluations/similarity.json"
+
+
+def read_summary(run: RunFolder) -> list[dict[str, Any]] | None:
+    """Means of every layer: {"layer", "input": {"experts" | "shuffled" | "random": `SideSimilarity.summary`}, "output": ...}, or None.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    data = run.read_json("evaluations", "similarity.json")
+    return None if data is None else list(data["layers"])
+
+
+def read_layer(run: RunFolder, layer: int) -> LayerSimilarity | None:
+    """Every pair of one layer's experts, with both controls, or None when it was not compared.
+
+    Raises:
+        RunError: a file is damaged or missing.
+    """
+    data = run.read_json("evaluations", "similarity.json")
+    sampling = None if data is None else Sampling(**data["sampling"])
+    found = None if sampling is None else _own(run, layer, sampling)
+    if found is None or sampling is None:
+        return None
+    shown: LayerSimilarity = {}
+    for side in SIDES:
+        control = _kept_random(run, found[side]["experts"])
+        if control is None:
+            raise RunError(f"run {run.identity.id} lacks {_random_file(found[side]['experts'])}: compare the experts again")
+        shown[side] = {**found[side], "random": control}
+    return shown
+
+
+def _own(run: RunFolder, layer: int, sampling: Sampling) -> LayerSimilarity | None:
+    """What was found for a layer by this sampling, or None."""
+    data = run.read_json("evaluations", _layer_file(layer))
+    if data is None or data.get("sampling") != asdict(sampling):
+        return None
+    return {side: {name: _parsed(each, _layer_file(layer)) for name, each in data[side].items()} for side in SIDES}
+
+
+def _compared(stream: DecoderStream, layer: ExpertLayer, sampling: Sampling) -> LayerSimilarity:
+    with stream.layer(layer.index), torch.no_grad():
+        weights = read_experts(stream.model.get_submodule(layer.name), layer)
+        return {"input": compare(weights.input_END, "input", sampling), "output": compare(weights.output_EDM, "output", sampling)}
+
+
+def _random(run: RunFolder, like: SideSimilarity, sampling: Sampling, device: torch.device) -> SideSimilarity:
+    """The control of a shape: made once."""
+    kept = _kept_random(run, like)
+    if kept is not None:
+        return kept
+    made = random_control(like, sampling, device)
+    atomic.write_json(run.station("evaluations") / _random_file(like), made.as_dict())
+    return made
+
+
+def _kept_random(run: RunFolder, like: SideSimilarity) -> SideSimilarity | None:
+    data = run.read_json("evaluations", _random_file(like))
+    return None if data is None else _parsed(data, _random_file(like))
+
+
+def _parsed(data: Mapping[str, Any], file: str) -> SideSimilarity:
+    try:
+        return SideSimilarity.from_dict(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"evaluations/{file} is damaged ({type(error).__name__}: {error}): delete it, it will be made again") from error
+
+
+def _layer_file(layer: int) -> str:
+    return f"similarity.layer-{layer:03d}.json"
+
+
+def _random_file(like: SideSimilarity) -> str:
+    return f"similarity.random.{like.side}-{like.rows}x{like.columns}x{len(like.experts)}.json"

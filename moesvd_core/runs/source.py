@@ -1,0 +1,119 @@
+"""The model that a run is about: found, described, and recognised when it is opened again.
+
+A run keeps results for weeks; a model folder may be replaced meanwhile. Statistics of one model must never be applied to another, so a run
+notes a fingerprint and compares it whenever it opens the model.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesvd_core import atomic
+from moesvd_core.architectures.files import ModelFiles, resolve_model
+from moesvd_core.architectures.inspect import inspect
+from moesvd_core.calibration.settings import Calibration
+from moesvd_core.errors import InputError, RunError
+from moesvd_core.progress import Progress, Report, silent
+from moesvd_core.runs.folder import Identity, RunFolder, now, run_id, runs_root
+
+SOURCE_FILE = "source.json"
+_LOOKED_AT = 256
+"""Tensors whose first row enters the fingerprint, spread evenly over the model."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Content of source.json.
+
+    Attributes:
+        path: folder of the model's files.
+        fingerprint: see `fingerprint`.
+        facts: `ModelFacts.as_dict()`.
+    """
+
+    path: str
+    fingerprint: str
+    facts: dict[str, Any]
+
+
+def fingerprint(files: ModelFiles) -> str:
+    """Stands for a model's content: configuration, names and shapes of all tensors, and the first row of some.
+
+    Copies of a model have the same one, wherever they lie; a fine-tuned or compressed model has another.
+    """
+    digest = hashlib.sha256(json.dumps(files.config, sort_keys=True).encode())
+    keys = sorted(files.weight_map)
+    for key in keys:
+        digest.update(f"{key} {files.header(key)}\n".encode())
+    for key in keys[:: -(-len(keys) // _LOOKED_AT)]:
+        sample = files.read_slice(key, 0, 1) if files.header(key)[1] else files.read(key)
+        digest.update(sample.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def prepare(
+    model: str,
+    calibration: Calibration,
+    *,
+    root: Path | None = None,
+    folder: Path | None = None,
+    model_roots: Sequence[Path] | None = None,
+    allow_remote_code: bool = False,
+) -> RunFolder:
+    """Make the run of a model and a calibration, or open it when it is there.
+
+    Args:
+        model: a folder, or a hub id (which is fetched by the run's first job, not here).
+        root: folder of runs; None: `$MOESVD_RUNS`, else ./runs.
+        folder: the run's own folder; None: one under `root` named after model and calibration.
+        model_roots: folders in which local models must lie; None: anywhere.
+
+    Raises:
+        InputError: no such model, or one that cannot be compressed.
+        RunError: the folder holds something else.
+    """
+    local = Path(model).exists()
+    if local:
+        path = resolve_model(model, roots=model_roots, allow_remote_code=allow_remote_code)
+        content = fingerprint(ModelFiles.open(path, allow_remote_code=allow_remote_code))
+        name = path.name
+    else:
+        content, name = model, model
+    identity = Identity(
+        id=run_id(name, content, calibration.as_dict()),
+        model=str(path) if local else model,
+        calibration=calibration.as_dict(),
+        created=now(),
+        remote_code=allow_remote_code,
+    )
+    return RunFolder.create(folder or (root or runs_root()) / identity.id, identity)
+
+
+def find_source(run: RunFolder, report: Report = silent) -> Source:
+    """The run's model: fetched from the hub where need be, described once, and checked to be the one of before.
+
+    Raises:
+        InputError: the model cannot be found, read or compressed.
+        RunError: it is not the model that this run was made for.
+    """
+    model, remote = run.identity.model, run.identity.remote_code
+    report(Progress("inspect", 0, 1, f"looking for {model}"))
+    known = run.read_json(SOURCE_FILE)
+    path = Path(known["path"]) if known and Path(known["path"]).exists() else resolve_model(model, allow_remote_code=remote)
+    content = fingerprint(ModelFiles.open(path, allow_remote_code=remote))
+    if known and known["fingerprint"] != content:
+        raise RunError(f"{path} is not the model any more that run {run.identity.id} was made for: restore it, or start a new run")
+    if known and known["path"] == str(path):
+        source = Source(**known)
+    else:
+        source = Source(str(path), content, inspect(path, trust_remote_code=remote).as_dict())
+        atomic.write_json(run.path / SOURCE_FILE, vars(source))
+    if source.facts["factored"]:
+        raise InputError(f"{model} is compressed already: give the original")
+    report(Progress("inspect", 1, 1, f"{source.facts['model_type']}, {source.facts['parameters']:,} parameters"))
+    return source

@@ -1,0 +1,284 @@
+"""What a run can be asked to do. Each action finds on disk what earlier ones left, makes the rest, and returns a small record.
+
+Actions are called by the worker as `action(run, arguments, report)`; arguments come from pages and the command line as plain data and are
+checked here.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from itertools import count
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from moesvd_core import atomic
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.checkpoint.card import CardFacts
+from moesvd_core.checkpoint.export import FORMATS, Format, export_streamed
+from moesvd_core.checkpoint.staging import FACTS, refuse_occupied
+from moesvd_core.checkpoint.verify import verify
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.errors import InputError, RunError
+from moesvd_core.evaluation.perplexity import Evaluation
+from moesvd_core.pipeline import method_of
+from moesvd_core.planning import Plan, Recipe
+from moesvd_core.progress import Progress, Report
+from moesvd_core.runs.estimate import estimate, require
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.similarity import compare_layers
+from moesvd_core.runs.workbench import Text, Workbench, plan_key
+from moesvd_core.runs.worker import Action
+from moesvd_core.sensitivity import Effect, correlations, expert_table, layer_table, measure
+from moesvd_core.similarity import Sampling
+
+Arguments = Mapping[str, Any]
+Record = Mapping[str, Any]
+
+
+def analyze(run: RunFolder, arguments: Arguments, report: Report) -> Record:
+    """Calibrate, decompose, and plan every ratio, for each of `methods`; then evaluate the original on `text`.
+
+    Arguments: methods (list of names, default ["auto"]), text (fields of `Text`).
+    """
+    recipes = [Recipe(method=name) for name in _known(arguments, "methods", "text").get("methods", ["auto"])]
+    bench = _started(run, report)
+    tables = [bench.all_plans(recipe) for recipe in recipes]
+    _write_sensitivity(bench, "sensitivity", None, None)
+    evaluation = bench.original(_text(arguments))
+    bench.tidy()
+    return {
+        "methods": {recipe.method: {"max_ratio": table["max_ratio"]} for recipe, table in zip(recipes, tables, strict=True)},
+        "perplexity": evaluation.perplexity,
+    }
+
+
+def sensitivity(run: RunFolder, arguments: Arguments, report: Report) -> Record:
+    """Decompose each layer alone, and measure what that does to the model.
+
+    Arguments: recipe (its ratio is taken from each layer's own experts), text.
+    """
+    recipe = Recipe.from_dict(dict(_known(arguments, "recipe", "text").get("recipe", {})))
+    text = _text(arguments)
+    bench = _started(run, report)
+    plans = bench.pipeline.layer_plans(recipe, report)
+    bench.original(text)
+    done = count()
+    bench.report = lambda progress: report(Progress("sensitivity", 0, len(plans), progress.message))
+
+    def effect(index: int) -> Effect:
+        layers = next(done)
+        bench.report = lambda progress: report(Progress("sensitivity", layers, len(plans), f"layer {index} alone: {progress.message}"))
+        evaluation = bench.compressed(f"{plan_key(recipe)}.layer-{index:03d}", plans[index], text)
+        if evaluation.delta_nll is None or evaluation.kl_mean is None:
+            raise RunError(f"evaluation of layer {index} lacks the comparison with the original: delete the run's evaluations")
+        return Effect(evaluation.delta_nll, evaluation.kl_mean)
+
+    effects = measure(plans, effect, report)
+    name = f"sensitivity-{plan_key(recipe)}"
+    _write_sensitivity(bench, name, {index: plan.predicted_loss for index, plan in plans.items()}, effects)
+    bench.tidy()
+    return {"file": f"evaluations/{name}.json"}
+
+
+def similarity(run: RunFolder, arguments: Arguments, report: Report) -> Record:
+    """Compare the experts of every layer with each other and with controls. Arguments: experts, seed (fields of `Sampling`)."""
+    sampling = Sampling(**_known(arguments, "experts", "seed"))
+    bench = _started(run, report)
+    return {"file": compare_layers(run, bench.stream, sampling, report)}
+
+
+def plan(run: RunFolder, arguments: Arguments, report: Report) -> Record:
+    """Plan a recipe. Arguments: recipe."""
+    recipe = Recipe.from_dict(dict(_known(arguments, "recipe").get("recipe", {})))
+    method_of(recipe)
+    return _recorded(bench := _started(run, report), recipe, bench.plan(recipe), None)
+
+
+def measure_plan(run: RunFolder, arguments: Arguments, report: Report) -> Record:
+    """Evaluate what a recipe makes of the model, without writing the model.
+
+    Arguments: recipe, text.
+    """
+    recipe = Recipe.from_dict(dict(_known(arguments, "recipe", "text").get("recipe", {})))
+    bench = _started(run, report)
+    plan = bench.plan(recipe)
+    return _recorded(bench, recipe, plan, _text(arguments))
+
+
+def compress(run: RunFolder, arguments: Arguments, report: Report) -> Record:
+    """Plan, evaluate, and write the compressed model; it is there only once it was reloaded and verified.
+
+    Arguments: recipe, output (folder; default `exports/` of the run), format, dtype (of the export; default the source's), overwrite,
+    text (None: do not evaluate), command (for the model card).
+    """
+    known = _known(arguments, "recipe", "output", "format", "dtype", "overwrite", "text", "command")
+    recipe = Recipe.from_dict(dict(known.get("recipe", {})))
+    form: Format = known.get("format", "factored")
+    if form not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
+    output = Path(known["output"]) if known.get("output") else run.station("exports") / f"{plan_key(recipe)}-{form}"
+    dtype = None if known.get("dtype") is None else _dtype(known["dtype"])
+    text = None if known.get("text", {}) is None else _text(arguments)
+    method_of(recipe)
+    refuse_occupied(output, overwrite=True)
+    bench = _started(run, report, output=output, form=form)
+    _refuse_out_of_reach(recipe, bench)
+    bench.pipeline.dtype = dtype
+    plan = bench.plan(recipe)
+    record = dict(_recorded(bench, recipe, plan, text))
+    _export(bench, plan, output, form, bool(known.get("overwrite", False)), _card(bench, plan, record, known.get("command")))
+    return record | {"output": str(output), "format": form}
+
+
+def export(run: RunFolder, arguments: Arguments, report: Report) -> Record:
+    """As `compress`, without evaluating (figures that were measured before are put on the card)."""
+    return compress(run, {**arguments, "text": None}, report)
+
+
+def evaluate(run: RunFolder, arguments: Arguments, report: Report) -> Record:
+    """Evaluate the original on a text. Arguments: text."""
+    _known(arguments, "text")
+    bench = _started(run, report)
+    evaluation = bench.original(_text(arguments))
+    bench.tidy()
+    return evaluation.as_dict()
+
+
+ACTIONS: Mapping[str, Action] = MappingProxyType({
+    "analyze": analyze, "sensitivity": sensitivity, "similarity": similarity, "plan": plan, "measure": measure_plan,
+    "compress": compress, "export": export, "evaluate": evaluate,
+})
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _started(run: RunFolder, report: Report, *, output: Path | None = None, form: Format = "factored") -> Workbench:
+    """A workbench for a run whose needs this machine can meet.
+
+    Raises:
+        ResourceError: it cannot.
+    """
+    bench = Workbench(run, report)
+    require(estimate(bench.source.facts, bench.calibration, form if output else None), run.path, output)
+    for station in ("statistics", "plans", "evaluations", "work"):
+        atomic.sweep(run.station(station))
+    return bench
+
+
+def _refuse_out_of_reach(recipe: Recipe, bench: Workbench) -> None:
+    """Refuse at once, before minutes of calibration, a ratio that no method can reach; planning knows each method's own bound.
+
+    Raises:
+        InputError: more would have to go than there is in experts.
+    """
+    most = bench.source.facts["expert_parameters"] / bench.source.facts["parameters"]
+    if recipe.ratio > most:
+        bound = int(1e4 * most) / 1e4
+        raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on this model, got {recipe.ratio:g}: the rest is no expert")
+
+
+def _known(arguments: Arguments, *names: str) -> Arguments:
+    """The arguments, if there are no others than these."""
+    unknown = sorted(set(arguments) - set(names))
+    if unknown:
+        raise InputError(f"this action has no argument {unknown[0]!r}: it has {', '.join(names)}")
+    return arguments
+
+
+def _text(arguments: Arguments) -> Text:
+    given = dict(arguments.get("text") or {})
+    names = [item.name for item in fields(Text)]
+    if unknown := sorted(set(given) - set(names)):
+        raise InputError(f"text has no setting {unknown[0]!r}: it has {', '.join(names)}")
+    return Text(**given)
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise InputError(f"dtype must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _recorded(bench: Workbench, recipe: Recipe, plan: Plan, text: Text | None) -> Record:
+    """Everything that is known of a plan, written to `evaluations/`; the record names the file and says the main figures."""
+    if text is None:
+        measured = sorted(bench.run.station("evaluations").glob(f"plan.{plan_key(recipe)}--*.json"))
+        file = f"evaluations/{measured[0].name}" if measured else f"plans/{plan_key(recipe)}.json"
+        return {"file": file, "ratio": plan.ratio}
+    evaluation, original = bench.compressed(plan_key(recipe), plan, text), bench.original(text)
+    name = f"plan.{plan_key(recipe)}--{text.key}.json"
+    whole = plan.as_dict() | evaluation.as_dict() | {"original": original.as_dict(), "recipe": recipe.as_dict()}
+    atomic.write_json(bench.run.station("evaluations") / name, whole)
+    bench.tidy()
+    return {"file": f"evaluations/{name}", "ratio": plan.ratio, "perplexity": evaluation.perplexity, "kl_mean": evaluation.kl_mean}
+
+
+def _export(bench: Workbench, plan: Plan, output: Path, form: Format, overwrite: bool, card: CardFacts) -> None:
+    """Write the model, unless this very export is already there: then an earlier worker was killed just after it had finished."""
+    if _same_export(output, plan, form):
+        verify(output, report=bench.report)
+        return
+    pipeline = bench.pipeline
+
+    def factors(layer: ExpertLayer) -> LayerFactors | None:
+        with bench.stream.layer(layer.index):
+            return pipeline.factors(plan, layer.index)
+
+    export_streamed(bench.files, factors, output, format=form, dtype=pipeline.dtype, card=card, overwrite=overwrite, report=bench.report)
+
+
+def _same_export(output: Path, plan: Plan, form: Format) -> bool:
+    """Whether the output is an export of this plan in this format."""
+    try:
+        facts = json.loads((output / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(facts.get("format") == form and facts.get("plan") == json.loads(json.dumps(plan.as_dict())))
+
+
+def _card(bench: Workbench, plan: Plan, record: Record, command: str | None) -> CardFacts:
+    """What the model card says beyond the files."""
+    calibration, statistics = bench.calibration, bench.statistics
+    known = bench.run.read_json(*str(record["file"]).split("/")) or {}
+    figures = []
+    if "perplexity" in known:
+        on = f"{known['dataset']}, {known['windows']} windows of {known['length']} tokens"
+        before, after = Evaluation(**known["original"]), Evaluation(**{item.name: known[item.name] for item in fields(Evaluation)})
+        figures = [
+            (f"perplexity ({on})", _pm(before), _pm(after)),
+            (f"KL to the original, nats a token ({on})", "0", f"{after.kl_mean:.4f}"),
+            (f"same most likely token ({on})", "100 %", f"{100 * (after.top1_agreement or 0):.1f} %"),
+        ]
+    active = ("active parameters a token", f"{plan.original_active_parameters:,}", f"{plan.active_parameters:,}")
+    return CardFacts(
+        source=Path(bench.run.identity.model).name,
+        method=plan.method,
+        calibration=f"{calibration.dataset}, {statistics.windows} windows of {statistics.length} tokens, seed {calibration.seed}",
+        command=command,
+        figures=(active, *figures),
+        licence=bench.source.facts.get("licence"),
+        plan=plan.as_dict(),
+    )
+
+
+def _pm(evaluation: Evaluation) -> str:
+    error = evaluation.perplexity_stderr
+    return f"{evaluation.perplexity:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def _write_sensitivity(bench: Workbench, name: str, predicted: Mapping[int, float] | None, effects: Mapping[int, Effect] | None) -> None:
+    """Tables of layers and experts, and how well each metric ranks the layers."""
+    layers = bench.pipeline.sensitivities
+    table = layer_table(layers, predicted, effects)
+    data = {"layers": _rows(table), "experts": _rows(expert_table(layers)), "correlations": _rows(correlations(table))}
+    atomic.write_json(bench.run.station("evaluations") / f"{name}.json", data)
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    """A data frame as plain data; what is not known is None."""
+    return [{name: None if value != value else value for name, value in row.items()} for row in table.to_dict("records")]
