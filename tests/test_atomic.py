@@ -35,3 +35,15 @@ def test_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("whole")
     atomic.sweep(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_lines_come_back_and_one_that_is_still_being_written_waits(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert atomic.read_json_lines(path) == ([], 0)
+    atomic.append_json(path, {"a": 1})
+    with path.open("ab") as file:
+        file.write(b'{"b": ')
+    lines, position = atomic.read_json_lines(path)
+    assert lines == [{"a": 1}]
+    atomic.append_json(path, {"c": 3})
+    assert atomic.read_json_lines(path, position)[0] == [{"c": 3}]
