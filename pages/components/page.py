@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from gradio.components.navbar import Navbar
-from gradio.context import get_blocks_context
+from gradio.context import Context as Drawing
 
 from moesvd_core.errors import RunError
 from moesvd_core.runs.client import RunStatus
@@ -67,7 +66,6 @@ class Page:
     def __init__(self, context: Context, title: str, purpose: str) -> None:
         self.context = context
         self._title, self._purpose = title, purpose
-        Navbar(visible=False)  # the header has the way to the other pages, with the view in its links
         self.state = gr.State(ViewState())
         self._shown = gr.State(_Shown())
         self._ended = gr.State(-1)
@@ -96,7 +94,7 @@ class Page:
             return
         followers = [output for view in (*self._ticks, *self._views) for output in view.outputs]
         outputs = [self._shown, self._ended, self._head, self.wake, *followers]
-        blocks = get_blocks_context()
+        blocks = Drawing.root_block
         if blocks is None:
             raise RuntimeError("a Page is laid out inside gr.Blocks() or one of its routes")
         blocks.load(self._open, None, [self.state, *outputs], show_progress="hidden", api_visibility="private")
