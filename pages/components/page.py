@@ -7,8 +7,8 @@
             plot.select(page.changes(pick), page.state, page.state)       # pick(event, state) returns another ViewState
 
 There is one flow: an event returns a new `ViewState`; header, address and every view that depends on a changed field follow. A view is
-a function of the state alone. While the run works, one event every few seconds keeps header and `ticks` up to date; when a job has
-ended, all views are drawn again.
+a function of the state, and of controls of its page that are not worth an address. While the run works, one event every few seconds
+keeps header and `ticks` up to date; when a job has ended, all views are drawn again.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,10 @@ from pages.components.handler import explained, warn
 from pages.components.session import ViewState, read_query
 
 TICK_SECONDS = 2.0
-Draw = Callable[[ViewState], Any]
-"""state -> the value of one output, or a tuple with one value an output."""
+FIELDS = ("run", "layer", "method", "ratio")
+"""Of `ViewState`: what a view may depend on."""
+Draw = Callable[..., Any]
+"""state, values of the view's controls -> the value of one output, or a tuple with one value an output."""
 DrawStatus = Callable[[ViewState, RunStatus | None], Any]
 
 
@@ -37,6 +39,7 @@ class _View:
     draw: Callable[..., Any]
     outputs: Sequence[Any]
     fields: tuple[str, ...]
+    controls: Sequence[Any] = ()
 
     def values(self, *arguments: Any) -> list[Any]:
         """One value an output; what cannot be drawn stays as it is, with a word to the person."""
@@ -74,9 +77,18 @@ class Page:
         self._views: list[_View] = []
         self._ticks: list[_View] = []
 
-    def view(self, draw: Draw, outputs: Sequence[Any], fields: tuple[str, ...] = ("run", "layer", "method", "ratio")) -> None:
-        """Draw `outputs` from the state: when the page opens, when one of `fields` changes, and when a job of the run has ended."""
-        self._views.append(_View(draw, outputs, fields))
+    def view(self, draw: Draw, outputs: Sequence[Any], fields: tuple[str, ...] = FIELDS, controls: Sequence[Any] = ()) -> None:
+        """Draw `outputs` from the state: when the page opens, when one of `fields` changes, and when a job of the run has ended.
+
+        Args:
+            controls: components of this page whose values `draw` takes after the state; a person who changes one redraws the view.
+        """
+        self._views.append(_View(draw, outputs, fields, controls))
+        if controls:
+            gr.on(
+                [control.input for control in controls], explained(draw), [self.state, *controls], list(outputs),
+                show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+            )
 
     def ticks(self, draw: DrawStatus, outputs: Sequence[Any]) -> None:
         """Draw `outputs` from the state and the run's status: as `view`, and every two seconds while the run works."""
@@ -97,9 +109,10 @@ class Page:
         blocks = Drawing.root_block
         if blocks is None:
             raise RuntimeError("a Page is laid out inside gr.Blocks() or one of its routes")
-        blocks.load(self._open, None, [self.state, *outputs], show_progress="hidden", api_visibility="private")
+        controls = [control for view in self._views for control in view.controls]
+        blocks.load(self._open, controls, [self.state, *outputs], show_progress="hidden", api_visibility="private")
         gr.on(
-            [self.state.change, self._ended.change], self._follow, [self.state, self._shown], outputs,
+            [self.state.change, self._ended.change], self._follow, [self.state, self._shown, *controls], outputs,
             show_progress="hidden", trigger_mode="always_last", api_visibility="private",
         )
         ticking = [output for view in self._ticks for output in view.outputs]
@@ -107,7 +120,7 @@ class Page:
             self._tick, self.state, [self._ended, self._head, self.wake, *ticking], show_progress="hidden", api_visibility="private",
         )
 
-    def _open(self, request: gr.Request) -> list[Any]:
+    def _open(self, request: gr.Request, *controls: Any) -> list[Any]:
         """The page as its address asks for it."""
         state, problems = read_query(dict(request.query_params))
         try:
@@ -119,18 +132,20 @@ class Page:
             state = state.but(run=self.context.first_run())
         for problem in problems:
             warn(problem)
-        return [state, *self._follow(state, _Shown())]
+        return [state, *self._follow(state, _Shown(), *controls)]
 
-    def _follow(self, state: ViewState, shown: _Shown) -> list[Any]:
+    def _follow(self, state: ViewState, shown: _Shown, *controls: Any) -> list[Any]:
         """Everything that depends on the state, where it changed."""
         status, head = self._look(state)
         now = _Shown(state, _ended(status))
         if now == shown:
             return [gr.skip() for _ in range(4)] + [gr.skip() for view in (*self._ticks, *self._views) for _ in view.outputs]
         values = [value for view in self._ticks for value in view.values(state, status)]
+        given = iter(controls)
         for view in self._views:
+            own = [next(given) for _ in view.controls]
             stale = shown.state is None or now.ended != shown.ended or any(_differ(state, shown.state, name) for name in view.fields)
-            values += view.values(state) if stale else [gr.skip() for _ in view.outputs]
+            values += view.values(state, *own) if stale else [gr.skip() for _ in view.outputs]
         return [now, now.ended, head, gr.Timer(active=status is not None and status.busy), *values]
 
     def _tick(self, state: ViewState) -> list[Any]:
