@@ -29,6 +29,10 @@ class ResourceError(MoesvdError):
     """Not enough memory or disk; the message says how much is needed and how much there is."""
 
 
+class HubError(MoesvdError):
+    """The hub cannot be reached or refuses; the message says what was changed there."""
+
+
 class RunError(MoesvdError):
     """A run folder that cannot be used as asked: unknown, busy, damaged or of another model."""
 

@@ -16,11 +16,11 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def check_manifest(folder: Path) -> int:
-    """Compare every file with its checksum; returns how many there are.
+def read_manifest(folder: Path) -> dict[str, str]:
+    """File name -> sha256 of every file that an export consists of, beside the manifest itself. Nothing but the manifest is read.
 
     Raises:
-        CheckpointError: the manifest is missing or damaged, or a file is missing, changed or not listed.
+        CheckpointError: the manifest is missing or damaged.
     """
     try:
         lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
@@ -33,6 +33,16 @@ def check_manifest(folder: Path) -> int:
         if not match:
             raise CheckpointError(f"{folder / MANIFEST}: line {line[:80]!r} is no checksum and file name; make the export again")
         listed[match[2]] = match[1]
+    return listed
+
+
+def check_manifest(folder: Path) -> int:
+    """Compare every file with its checksum; returns how many there are.
+
+    Raises:
+        CheckpointError: the manifest is missing or damaged, or a file is missing, changed or not listed.
+    """
+    listed = read_manifest(folder)
     present = {path.name for path in folder.iterdir() if path.name != MANIFEST}
     for name in sorted(present ^ listed.keys()):
         what = "is not listed in the manifest" if name in present else "is listed in the manifest, but missing"
