@@ -12,7 +12,7 @@ INDEX = 3
 
 @dataclass
 class TinyLayer:
-    """What `tiny_layer` makes; x, p, g are the tokens that the statistics are sums over."""
+    """What `tiny_layer` makes; x, p, h, g, δ are the tokens that the statistics are sums over."""
 
     weights: ExpertWeights
     layer: ExpertLayer
@@ -21,6 +21,7 @@ class TinyLayer:
     p_TE: torch.Tensor
     h_TEM: torch.Tensor
     g_TD: torch.Tensor
+    delta_TEN: torch.Tensor
 
 
 def tiny_layer(
@@ -34,6 +35,7 @@ def tiny_layer(
     starved: int | None = None,
     intermediate: bool = True,
     gradient: bool = True,
+    measured: bool = True,
 ) -> TinyLayer:
     """Random experts in float64 and exact statistics of random tokens, two experts a token.
 
@@ -42,6 +44,7 @@ def tiny_layer(
         starved: an expert that no token reaches.
         intermediate: collect H_e.
         gradient: collect Γ.
+        measured: collect the backward pass's sums of each expert, too.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -68,6 +71,8 @@ def tiny_layer(
     else:
         h_TEM, slope_TEN = pre_TEN, torch.ones_like(pre_TEN)
     y_TED = torch.einsum("tem,edm->ted", h_TEM, weights.output_EDM)
+    at_neurons_TEM = torch.einsum("te,td,edm->tem", p_TE, g_TD, weights.output_EDM)
+    delta_TEN = at_neurons_TEM[:, :, layer.neuron_of_row()] * slope_TEN
     square_TE = p_TE.square()
     count_E = kept_TE.sum(0)
     routed_E1 = count_E.clamp(min=1)[:, None]
@@ -89,4 +94,10 @@ def tiny_layer(
         gradient_gram_DD=g_TD.T @ g_TD if gradient else None,
         gradient_tokens=tokens if gradient else 0,
     )
-    return TinyLayer(weights, layer, statistics, x_TD, p_TE, h_TEM, g_TD)
+    if gradient and measured:
+        statistics.gradient_gram_EDD = torch.einsum("te,td,tf->edf", square_TE, g_TD, g_TD)
+        statistics.gradient_weight_square_E = square_TE.sum(0)
+        statistics.row_square_EN = delta_TEN.square().sum(0)
+        statistics.row_gram_ENN = torch.einsum("ten,tek->enk", delta_TEN, delta_TEN)
+        statistics.weighted_input_gram_EDD = torch.einsum("te,td,tf->edf", delta_TEN.square().sum(2), x_TD, x_TD)
+    return TinyLayer(weights, layer, statistics, x_TD, p_TE, h_TEM, g_TD, delta_TEN)

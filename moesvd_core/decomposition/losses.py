@@ -6,7 +6,7 @@ tr L ΔW G ΔWᵀ with the inner products that are given (see `metrics`).
 
 import torch
 
-from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, symmetric
+from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky
 
 
 def tail_losses(gain_R: torch.Tensor, rest: float = 0.0) -> torch.Tensor:
@@ -54,11 +54,3 @@ def fit_gains(basis_RS: torch.Tensor, inner: Gram, outer_SS: torch.Tensor) -> to
     seen_RS = torch.linalg.solve_triangular(lower_RR, inner.times(basis_RS), upper=False)
     gain_R: torch.Tensor = ((seen_RS @ outer_SS) * seen_RS).sum(1)
     return gain_R
-
-
-def fit_gains_through(weight_NM: torch.Tensor, left: RootedGram, right: Gram, basis_RM: torch.Tensor) -> torch.Tensor:
-    """`fit_gains` for a wide W, without forming Wᵀ L W."""
-    seen_RM = right.times(basis_RM)
-    lower_RR = cholesky(symmetric(seen_RM @ basis_RM.T))
-    fitted_RN = torch.linalg.solve_triangular(lower_RR, seen_RM @ weight_NM.T, upper=False)
-    return left.root_times(fitted_RN).square().sum(1)

@@ -2,9 +2,9 @@
 
 Shapes: E experts, d = D hidden size, m width, n input rows; a side's matrix W is rows × columns: input n × d, output d × m.
 
-The error of ΔW for expert e is tr L_e ΔW G_e ΔWᵀ: G_e weighs the inputs of the matrix, L_e its outputs. In the "output" metric
-(engine: second-order change of the summed NLL) the right weight is the Gram of the tokens routed to the expert, and the left weight is
-Γ = E[g gᵀ] on the output side and ρ_j = (Dᵀ Γ D)_jj · E[(∂h_j/∂pre_j)²] a neuron on the input side; the Grams carry p².
+The error of ΔW for expert e is tr L_e ΔW G_e ΔWᵀ: G_e weighs the inputs of the matrix, L_e its outputs. In the "output" metric it is the
+second-order change of the summed NLL; what weighs there is told by `curvature`. G_e is the Gram of the tokens routed to the expert, with
+p² in it, but for the output metric's input side, where tokens count by their gradient.
 
 The optimum never needs both Grams at their size: with rows >= columns everything happens in the space of the columns, through
 Wᵀ L W ("right": W ≈ W X V), otherwise in the space of the rows, through W G Wᵀ ("left": W ≈ U K W), which for the output side is the
@@ -17,18 +17,16 @@ import torch
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
+from moesvd_core.decomposition.curvature import GRAM_RIDGE, PSEUDO_SHARE, curvature_of
 from moesvd_core.decomposition.grams import DiagonalGram, FullGram, Gram, ImpliedGram, RootedGram, ridged, symmetric
 from moesvd_core.errors import CheckpointError, StatisticsError
 from moesvd_core.planning import Metric, Side
 
-GRADIENT_RIDGE = 1e-4
-"""Ridge on Γ and ρ, as a share of their mean."""
-GRAM_RIDGE = 1e-6
-"""Ridge on input Grams, as a share of their mean diagonal."""
+EXPERT_SUMS = ("input_gram_EDD", "output_gram_EDD", "intermediate_gram_EMM", "slope_EN", "weight_square_E")
+BACKWARD_SUMS = ("gradient_gram_EDD", "gradient_weight_square_E", "row_square_EN", "weighted_input_gram_EDD")
+"""What a backward pass collects for every expert: all of it or nothing."""
 MOST_KEPT = 1 << 28
 """Entries of Wᵀ L W kept for all experts of a layer; several structures and passes ask for the same ones."""
-PSEUDO_SHARE = 0.005
-"""Pooled tokens lent to every expert, as a share of an average expert's tokens, so that a rare expert is never measured by noise."""
 
 
 class LayerMetric:
@@ -52,6 +50,7 @@ class LayerMetric:
         self.statistics = statistics
         self.device = torch.device(device)
         self._read: dict[tuple[Metric, int], torch.Tensor] = {}
+        self._curvature = curvature_of(weights, layer, statistics, self.device)
         self.pseudo_tokens = PSEUDO_SHARE * float(statistics.count_E.sum()) / layer.experts
 
     # -- what a side looks like ------------------------------------------------------------------------------------------------------
@@ -96,20 +95,21 @@ class LayerMetric:
         if metric != "output":
             return self._ones(rows)
         if side == "output":
-            return self._gradient_gram
-        return DiagonalGram(self._row_weight[expert])
+            return self._curvature.of_output(expert)
+        return self._curvature.of_rows(expert)
 
     def right(self, side: Side, metric: Metric, expert: int) -> Gram:
         """G_e [columns, columns]."""
         return self.right_of_input(metric, expert) if side == "input" else self.right_of_output(metric, expert)
 
     def right_of_input(self, metric: Metric, expert: int) -> RootedGram:
-        """G_e of the input matrix, [D, D]: C_e, but for the metrics that look at no Gram."""
+        """G_e of the input matrix, [D, D]: C_e, or what a backward pass puts in its place; nothing but lengths in the simpler metrics."""
         if metric == "plain":
             return self._ones(self.layer.hidden)
         if metric == "scaled":
             return DiagonalGram(self._channel_mean(self.statistics.input_mean_ED, expert))
-        return FullGram(self._input_gram(expert))
+        weighted_DD = self._curvature.input_gram(expert) if metric == "output" else None
+        return FullGram(self._input_gram(expert) if weighted_DD is None else weighted_DD)
 
     def right_of_output(self, metric: Metric, expert: int) -> Gram:
         """G_e of the output matrix, [M, M]: H_e, but for the metrics that look at no Gram."""
@@ -207,44 +207,6 @@ class LayerMetric:
         energy = float(self.statistics.output_gram_EDD.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
         return energy / float((norms_E * self.statistics.count_E).sum().clamp(min=torch.finfo(torch.float64).tiny))
 
-    @cached_property
-    def _gradient_gram(self) -> FullGram:
-        """Γ a token, ridged; the identity when calibration made no backward pass."""
-        gram_DD, tokens = self.statistics.gradient_gram_DD, self.statistics.gradient_tokens
-        if gram_DD is None:
-            return FullGram(torch.eye(self.layer.hidden, dtype=torch.float64, device=self.device))
-        return FullGram(ridged(symmetric(gram_DD.to(self.device, torch.float64)) / tokens, GRADIENT_RIDGE))
-
-    @cached_property
-    def _row_weight(self) -> torch.Tensor:
-        """ρ of every input row, [E, n], ridged: curvature of its neuron times the neuron's mean squared slope."""
-        neuron_N = self.layer.neuron_of_row().to(self.device)
-        curvature_EM = torch.stack([self._curvature(expert) for expert in range(self.layer.experts)])
-        weight_EN = curvature_EM[:, neuron_N] * self._mean_slope
-        mean = float(weight_EN.mean())
-        return weight_EN + (GRADIENT_RIDGE * mean if mean > 0 else 1.0)
-
-    def _curvature(self, expert: int) -> torch.Tensor:
-        """(Dᵀ Γ D)_jj, [m]."""
-        weight_DM = self.weight("output", expert)
-        return (self._gradient_gram.times(weight_DM.T).T * weight_DM).sum(0).double()
-
-    @cached_property
-    def _mean_slope(self) -> torch.Tensor:
-        """Mean squared slope of every input row, weighted by p², [E, n]; rare experts lean on the layer's mean of the kind of row.
-
-        The Gram that it multiplies carries p² already, hence the division by Σ p² and not by the tokens.
-        """
-        slope_EN = self.statistics.slope_EN.to(self.device, torch.float64)
-        square_E1 = self.statistics.weight_square_E.to(self.device, torch.float64)[:, None]
-        total = square_E1.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        kind_N = _kind_of_row(self.layer).to(self.device)
-        pooled_N = torch.zeros_like(slope_EN[0])
-        for kind in range(int(kind_N.max()) + 1):
-            pooled_N[kind_N == kind] = slope_EN[:, kind_N == kind].mean(1).sum() / total
-        lent = PSEUDO_SHARE * total / self.layer.experts
-        return (slope_EN + lent * pooled_N) / (square_E1 + lent)
-
     def _channel_mean(self, mean_ES: torch.Tensor, expert: int) -> torch.Tensor:
         """mean |x| of every channel: ASVD's scaling squared, at its α = ½. Never zero; an expert without tokens leans on the others."""
         own_S = mean_ES[expert] if int(self.statistics.count_E[expert]) else mean_ES.mean(0)
@@ -253,26 +215,21 @@ class LayerMetric:
         return mean_S + (GRAM_RIDGE * average if average > 0 else 1.0)
 
 
-def _kind_of_row(layer: ExpertLayer) -> torch.Tensor:
-    """0 for gate rows and 1 for up rows, int64 [n]; all 0 without a gate."""
-    row_N = torch.arange(layer.input_rows)
-    if layer.rows == "interleaved":
-        return row_N % 2
-    return row_N // layer.width
-
-
 def _check(weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics) -> None:
     if statistics.layer != layer.index:
         raise StatisticsError(f"statistics of layer {statistics.layer} cannot be used for layer {layer.index}")
     if statistics.tokens <= 0 or int(statistics.count_E.sum()) == 0:
         raise StatisticsError(f"layer {layer.index}: no calibration token reached its experts; calibrate on at least one window of text")
-    if statistics.gradient_gram_DD is not None and statistics.gradient_tokens <= 0:
+    if (statistics.gradient_gram_DD is not None or statistics.gradient_gram_EDD is not None) and statistics.gradient_tokens <= 0:
         raise StatisticsError(f"layer {layer.index}: gradient_tokens must be > 0 beside a gradient Gram, got {statistics.gradient_tokens}")
     for name, tensor in (("input", weights.input_END), ("output", weights.output_EDM)):
         for expert, weight in enumerate(tensor):
             if not bool(torch.isfinite(weight).all()):
                 raise CheckpointError(f"layer {layer.index}, expert {expert}: NaN or Inf in the {name} matrix; the checkpoint is damaged")
-    for name in ("input_gram_EDD", "output_gram_EDD", "intermediate_gram_EMM", "slope_EN", "weight_square_E"):
+    lacking = [name for name in BACKWARD_SUMS if getattr(statistics, name) is None]
+    if 0 < len(lacking) < len(BACKWARD_SUMS):
+        raise StatisticsError(f"layer {layer.index}: {lacking[0]} is missing beside other sums of the backward pass; calibrate again")
+    for name in (*EXPERT_SUMS, *BACKWARD_SUMS, "row_gram_ENN"):
         for expert, tensor in enumerate(getattr(statistics, name) if getattr(statistics, name) is not None else ()):
             if not bool(torch.isfinite(tensor).all()):
                 raise StatisticsError(f"layer {layer.index}, expert {expert}: {name} holds NaN or Inf; calibrate again")

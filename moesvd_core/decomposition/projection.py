@@ -1,4 +1,4 @@
-"""The best nested projections in a weighted inner product: one eigendecomposition, every rank.
+"""The best nested projections in a weighted inner product: one eigendecomposition, every rank; and fits to directions that are given.
 
 Shapes: S size of the space, R ranks.
 """
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moesvd_core.decomposition.grams import RootedGram
+from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, symmetric
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,18 @@ def best_projection(inner: RootedGram, outer_SS: torch.Tensor, ranks: int) -> Pr
     peak_R1 = vector_RS.gather(1, vector_RS.abs().argmax(1, keepdim=True))
     vector_RS = vector_RS * torch.where(peak_R1 < 0, -1.0, 1.0)
     return Projection(inner.inverse_root_times(vector_RS), gain_S[:ranks], float(gain_S[ranks:].sum()))
+
+
+def orthonormal(inner: Gram, basis_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """V̂ G and V̂ [R, S]: V made orthonormal in G from the top, so that W (V̂ G)ᵀ V̂, cut after any row, is fitted by least squares."""
+    seen_RS = inner.times(basis_RS)
+    lower_RR = cholesky(symmetric(seen_RS @ basis_RS.T))
+    read_RS = torch.linalg.solve_triangular(lower_RR, seen_RS, upper=False)
+    return read_RS, torch.linalg.solve_triangular(lower_RR, basis_RS, upper=False)
+
+
+def reader(inner: Gram, basis_RS: torch.Tensor) -> torch.Tensor:
+    """(V G Vᵀ)^{-1} V G [R, S]: reads the coefficients of the rows of V off a vector, by least squares in G; its transpose fits W to V."""
+    seen_RS = inner.times(basis_RS)
+    reader_RS: torch.Tensor = torch.cholesky_solve(seen_RS, cholesky(symmetric(seen_RS @ basis_RS.T)))
+    return reader_RS

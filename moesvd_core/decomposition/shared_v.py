@@ -16,10 +16,9 @@ import torch
 
 from moesvd_core.decomposition.curves import SharedGroup, break_even, shared_curve
 from moesvd_core.decomposition.factors import DenseFactors, RightGroup, SharedRightFactors, SideFactors, balanced
-from moesvd_core.decomposition.latent import fitted
-from moesvd_core.decomposition.losses import fit_gains_through, pair_losses, tail_losses
+from moesvd_core.decomposition.losses import pair_losses
 from moesvd_core.decomposition.metrics import LayerMetric
-from moesvd_core.decomposition.projection import best_projection
+from moesvd_core.decomposition.projection import best_projection, orthonormal, reader
 from moesvd_core.errors import InputError
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 
@@ -129,7 +128,9 @@ class SharedVBasis:
         metric, side, kind = self._metric, self._side, self._kind
         left_KNR, right_RM = found.pairs(metric, side, kind, sharing, rank)
         if sharing.refit:
-            left_KNR = torch.stack([fitted(metric, side, expert, right_RM.double()) for expert in sharing.experts])
+            readers = [reader(metric.right(side, kind, expert), right_RM.double()) for expert in sharing.experts]
+            fits = [metric.weight(side, each) @ fit.T.to(metric.dtype) for each, fit in zip(sharing.experts, readers, strict=True)]
+            left_KNR = torch.stack(fits)
         left_KNR, right_RM = balanced(left_KNR, right_RM)
         return RightGroup(sharing.experts, right_RM.cpu(), left_KNR.cpu(), sharing.sums)
 
@@ -201,18 +202,18 @@ def _losses(metric: LayerMetric, side: Side, kind: Metric, sharing: Sharing, fou
     left_KNR, right_RM = found.pairs(metric, side, kind, sharing, found.basis_KRS.shape[1])
     loss_R = torch.zeros(len(right_RM) + 1, dtype=torch.float64, device=metric.device)
     for expert, used in zip(sharing.experts, sharing.sums, strict=True):
-        left_NR = None if sharing.refit else left_KNR[list(used)].sum(0).double()
-        loss_R += _expert_losses(metric, side, expert, left_NR, right_RM.double())
+        if sharing.refit:
+            read_RM, fitted_RM = orthonormal(metric.right(side, kind, expert), right_RM.double())
+            loss_R += _expert_losses(metric, side, expert, metric.weight(side, expert).double() @ read_RM.T, fitted_RM)
+        else:
+            loss_R += _expert_losses(metric, side, expert, left_KNR[list(used)].sum(0).double(), right_RM.double())
     return loss_R
 
 
-def _expert_losses(metric: LayerMetric, side: Side, expert: int, left_NR: torch.Tensor | None, right_RM: torch.Tensor) -> torch.Tensor:
-    """Loss of one expert at every rank with a given left factor, or with the best one for each rank, [R+1], output metric."""
+def _expert_losses(metric: LayerMetric, side: Side, expert: int, left_NR: torch.Tensor, right_RM: torch.Tensor) -> torch.Tensor:
+    """Loss of one expert at every rank, [R+1], output metric."""
     weight_NM = metric.weight(side, expert).double()
     left, right = metric.left(side, "output", expert), metric.right(side, "output", expert)
     total = metric.energy(side, expert)
-    if left_NR is None:
-        gain_R = fit_gains_through(weight_NM, left, right, right_RM)
-        return tail_losses(gain_R, total - float(gain_R.sum()))
     seen_RM, weighed_RN = right.times(right_RM), left.times(left_NR.T)
     return pair_losses(total, (weighed_RN * (seen_RM @ weight_NM.T)).sum(1), (weighed_RN @ left_NR) * (seen_RM @ right_RM.T))

@@ -16,15 +16,16 @@ def of(tiny: TinyLayer) -> LayerMetric:
     return LayerMetric(tiny.weights, tiny.layer, tiny.statistics)
 
 
-def layer_metric(shape: str = "wide") -> LayerMetric:
-    return of(tiny_layer(4, *SHAPES[shape]))
+def layer_metric(shape: str = "wide", **options: bool) -> LayerMetric:
+    return of(tiny_layer(4, *SHAPES[shape], **options))
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["plain", "scaled", "input", "output"])
-def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str, side: Side) -> None:
-    metric = layer_metric(shape)
+@pytest.mark.parametrize("measured", [True, False])
+def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str, side: Side, measured: bool) -> None:
+    metric = layer_metric(shape, measured=measured)
     basis = LatentBasis.made(metric, side, kind)
     most = basis.curve.gain_SR.shape[1]
     for rank in {0, 1, most // 2, most}:

@@ -6,53 +6,103 @@ from tiny_layer import TinyLayer, tiny_layer
 
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.decomposition import metrics
+from moesvd_core.decomposition import curvature, metrics
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.errors import CheckpointError, StatisticsError
-from moesvd_core.planning import SIDES
+from moesvd_core.planning import SIDES, Side
 
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """No shrinkage and next to no ridge: what is left are the formulas."""
-    monkeypatch.setattr(metrics, "PSEUDO_SHARE", 0.0)
-    monkeypatch.setattr(metrics, "GRAM_RIDGE", 1e-13)
-    monkeypatch.setattr(metrics, "GRADIENT_RIDGE", 1e-13)
+    for module in (metrics, curvature):
+        monkeypatch.setattr(module, "PSEUDO_SHARE", 0.0)
+        monkeypatch.setattr(module, "GRAM_RIDGE", 1e-13)
+    monkeypatch.setattr(curvature, "GRADIENT_RIDGE", 1e-13)
+    monkeypatch.setattr(curvature, "ROW_RIDGE", 1e-13)
 
 
 def made(tiny: TinyLayer) -> LayerMetric:
     return LayerMetric(tiny.weights, tiny.layer, tiny.statistics)
 
 
+def lost(metric: LayerMetric, side: Side, expert: int, delta_NM: torch.Tensor) -> torch.Tensor:
+    """Predicted loss of an error, nats a token."""
+    weighed_NM = metric.left(side, "output", expert).full() @ metric.right(side, "output", expert).times(delta_NM)
+    return metric.unit * (weighed_NM @ delta_NM.T).trace()
+
+
 @pytest.mark.usefixtures("exact")
-def test_output_error_is_the_second_order_change_of_the_loss() -> None:
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_error_of_a_single_token_is_half_the_square_of_what_it_does_to_the_loss(gated: bool) -> None:
+    """Nothing is taken as independent where there is one token; all that is left are scales, positions and weights."""
+    tiny = tiny_layer(tokens=1, gated=gated)
+    metric = made(tiny)
+    for expert in tiny.p_TE[0].nonzero()[:, 0].tolist():
+        for side, left_N, right_M in (
+            ("input", tiny.delta_TEN[0, expert], tiny.x_TD[0]),
+            ("output", tiny.p_TE[0, expert] * tiny.g_TD[0], tiny.h_TEM[0, expert]),
+        ):
+            delta_NM = torch.randn(metric.shape(side), dtype=torch.float64)
+            wanted = 0.5 * (left_N @ delta_NM @ right_M).square()
+            torch.testing.assert_close(lost(metric, side, expert, delta_NM), wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("rows", ["gram", "squares"])
+def test_each_experts_own_tokens_weigh_its_errors(rows: str) -> None:
     tiny = tiny_layer()
+    if rows == "squares":
+        tiny.statistics.row_gram_ENN = None
+    metric = made(tiny)
+    for expert in range(4):
+        p_T, delta_TN = tiny.p_TE[:, expert], tiny.delta_TEN[:, expert]
+        gamma_DD = (p_T[:, None] * tiny.g_TD).T @ (p_T[:, None] * tiny.g_TD) / p_T.square().sum()
+        torch.testing.assert_close(metric.left("output", "output", expert).full(), gamma_DD)
+        row_NN = delta_TN.T @ delta_TN / delta_TN.square().sum()
+        torch.testing.assert_close(metric.left("input", "output", expert).full(), row_NN if rows == "gram" else row_NN.diagonal().diag())
+        weighted_TD = delta_TN.norm(dim=1, keepdim=True) * tiny.x_TD
+        torch.testing.assert_close(metric.right_of_input("output", expert).full(), weighted_TD.T @ weighted_TD)
+        plain_TD = p_T[:, None] * tiny.x_TD
+        torch.testing.assert_close(metric.right_of_input("input", expert).full(), plain_TD.T @ plain_TD)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_backward_pass_over_a_part_of_the_text_stands_for_all_of_it(side: Side) -> None:
+    tiny = tiny_layer()
+    delta_NM = torch.randn(made(tiny).shape(side), dtype=torch.float64)
+    over_all = lost(made(tiny), side, 1, delta_NM)
+    tiny.statistics.tokens *= 2
+    for name in ("count_E", "weight_square_E", "input_gram_EDD", "output_gram_EDD", "intermediate_gram_EMM", "slope_EN"):
+        setattr(tiny.statistics, name, 2 * getattr(tiny.statistics, name))
+    torch.testing.assert_close(lost(made(tiny), side, 1, delta_NM), over_all)
+
+
+@pytest.mark.usefixtures("exact")
+def test_without_sums_of_each_expert_output_errors_are_weighed_by_the_layers_gradients() -> None:
+    tiny = tiny_layer(measured=False)
     metric = made(tiny)
     delta_DM = torch.randn(10, 7, dtype=torch.float64)
     change_TD = tiny.p_TE[:, :1] * (tiny.h_TEM[:, 0] @ delta_DM.T)
     gamma_DD = tiny.g_TD.T @ tiny.g_TD / len(tiny.g_TD)
     wanted = 0.5 * torch.einsum("td,de,te->", change_TD, gamma_DD, change_TD) / len(change_TD)
-    weighed_DM = metric.left("output", "output", 0).full() @ metric.right("output", "output", 0).times(delta_DM)
-    got = metric.unit * (weighed_DM @ delta_DM.T).trace()
-    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(lost(metric, "output", 0, delta_DM), wanted)
 
 
 @pytest.mark.usefixtures("exact")
-def test_input_error_is_the_second_order_change_of_the_loss_of_one_neuron() -> None:
-    tiny = tiny_layer(gated=False)
+def test_without_sums_of_each_expert_input_errors_are_weighed_by_slopes_and_the_layers_gradients() -> None:
+    tiny = tiny_layer(gated=False, measured=False)
     metric = made(tiny)
     delta_ND = torch.zeros(7, 10, dtype=torch.float64)
     delta_ND[2] = torch.randn(10, dtype=torch.float64)
     change_TD = tiny.p_TE[:, :1] * (tiny.x_TD @ delta_ND.T @ tiny.weights.output_EDM[0].T)
     gamma_DD = tiny.g_TD.T @ tiny.g_TD / len(tiny.g_TD)
     wanted = 0.5 * torch.einsum("td,de,te->", change_TD, gamma_DD, change_TD) / len(change_TD)
-    weighed_ND = metric.left("input", "output", 0).full() @ metric.right("input", "output", 0).times(delta_ND)
-    got = metric.unit * (weighed_ND @ delta_ND.T).trace()
-    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(lost(metric, "input", 0, delta_ND), wanted)
 
 
 def test_row_weights_follow_the_neurons_of_interleaved_rows() -> None:
-    tiny = tiny_layer()
+    tiny = tiny_layer(measured=False)
     order_N = torch.arange(14).view(2, 7).T.flatten()
     mixed = ExpertLayer(**{**tiny.layer.__dict__, "rows": "interleaved"})
     statistics = LayerStatistics(**{**tiny.statistics.__dict__, "slope_EN": tiny.statistics.slope_EN[:, order_N]})
@@ -64,8 +114,12 @@ def test_a_starved_expert_leans_on_the_average_token() -> None:
     tiny = tiny_layer(starved=2)
     metric = made(tiny)
     pooled_DD = tiny.statistics.input_gram_EDD.sum(0) / tiny.statistics.count_E.sum()
-    gram_DD = metric.right_of_input("output", 2).full()
+    gram_DD = metric.right_of_input("input", 2).full()
     torch.testing.assert_close(gram_DD, metric.pseudo_tokens * pooled_DD, rtol=1e-4, atol=1e-4)
+    weighted_DD = curvature.PSEUDO_SHARE * tiny.statistics.weighted_input_gram_EDD.mean(0)
+    torch.testing.assert_close(metric.right_of_input("output", 2).full(), weighted_DD, rtol=1e-4, atol=1e-4)
+    pooled_DD = tiny.statistics.gradient_gram_EDD.sum(0) / tiny.statistics.gradient_weight_square_E.sum()
+    torch.testing.assert_close(metric.left("output", "output", 2).full(), pooled_DD, rtol=1e-3, atol=1e-3)
     for side in SIDES:
         assert metric.energy(side, 2) > 0
         assert float(metric.left(side, "output", 2).full().diagonal().min()) > 0
@@ -114,7 +168,7 @@ def test_a_weight_that_is_not_finite_is_named(name: str) -> None:
         made(tiny)
 
 
-@pytest.mark.parametrize("name", ["input_gram_EDD", "output_gram_EDD", "intermediate_gram_EMM", "slope_EN", "weight_square_E"])
+@pytest.mark.parametrize("name", [*metrics.EXPERT_SUMS, *metrics.BACKWARD_SUMS, "row_gram_ENN"])
 def test_a_statistic_that_is_not_finite_is_named(name: str) -> None:
     tiny = tiny_layer()
     getattr(tiny.statistics, name)[1] = float("inf")
@@ -127,6 +181,13 @@ def test_gradients_that_are_not_finite_are_named() -> None:
     assert tiny.statistics.gradient_gram_DD is not None
     tiny.statistics.gradient_gram_DD[0, 0] = float("nan")
     with pytest.raises(StatisticsError, match="layer 3: the gradient Gram"):
+        made(tiny)
+
+
+def test_half_a_backward_pass_is_refused() -> None:
+    tiny = tiny_layer()
+    tiny.statistics.weighted_input_gram_EDD = None
+    with pytest.raises(StatisticsError, match="layer 3: weighted_input_gram_EDD is missing beside other sums"):
         made(tiny)
 
 

@@ -27,8 +27,9 @@ def root(matrix_SS: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str, side: Side) -> None:
-    metric = layer_metric(shape)
+@pytest.mark.parametrize("measured", [True, False])
+def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str, side: Side, measured: bool) -> None:
+    metric = layer_metric(shape, measured=measured)
     basis = PerExpertBasis.made(metric, side, kind)
     most = basis.curve.gain_SR.shape[1]
     for rank in {0, 1, most // 2, most}:
