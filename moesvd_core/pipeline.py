@@ -46,6 +46,14 @@ def method_of(recipe: Recipe) -> Method:
     return method(recipe.method).customised(metric=recipe.metric, structures=structures, allocation=recipe.allocation)
 
 
+def expert_dtype(stream: DecoderStream) -> torch.dtype:
+    """Floating type in which the model's experts are stored; a stream may compute in another."""
+    if isinstance(stream, LayerStream):
+        family = family_of(stream.config)
+        return next(stream.files.header(key)[0] for key in stream.files.weight_map if expert_tensor(key, family))
+    return next(stream.model.get_submodule(stream.expert_layers[0].name).parameters()).dtype
+
+
 def shape_of(stream: DecoderStream, dtype: torch.dtype | None = None) -> ModelShape:
     """The sizes that ratios are counted against, from the headers of the files or from the model itself.
 
@@ -54,15 +62,13 @@ def shape_of(stream: DecoderStream, dtype: torch.dtype | None = None) -> ModelSh
     """
     layers = stream.expert_layers
     if isinstance(stream, LayerStream):
-        family = family_of(stream.config)
-        stored = {key: stream.files.header(key) for key in stream.files.weight_map}
-        main = next(stored[key][0] for key in stored if expert_tensor(key, family))
+        stored = [stream.files.header(key) for key in stream.files.weight_map]
     else:
         tensors = {tensor.data_ptr(): tensor for tensor in stream.model.state_dict().values() if tensor.numel()}  # tied ones once
-        stored = {str(place): (tensor.dtype, tuple(tensor.shape)) for place, tensor in tensors.items()}
-        main = next(stream.model.get_submodule(layers[0].name).parameters()).dtype
+        stored = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors.values()]
+    main = expert_dtype(stream)
     written = dtype or main
-    parameters = sum(prod(shape) for _, shape in stored.values())
+    parameters = sum(prod(shape) for _, shape in stored)
     silent_parameters = sum(layer.parameters * (layer.experts - layer.active) // layer.experts for layer in layers)
     embedding: Any = stream.model.get_input_embeddings().weight
     head = stream.model.get_output_embeddings()
@@ -70,7 +76,7 @@ def shape_of(stream: DecoderStream, dtype: torch.dtype | None = None) -> ModelSh
     return ModelShape(
         parameters=parameters,
         active_parameters=parameters - silent_parameters,
-        bytes=sum((written if own == main else own).itemsize * prod(shape) for own, shape in stored.values()),
+        bytes=sum((written if own == main else own).itemsize * prod(shape) for own, shape in stored),
         expert_parameters=sum(layer.parameters for layer in layers),
         bytes_per_expert_parameter=written.itemsize,
         embedding_parameters=0 if tied else embedding.numel(),

@@ -4,7 +4,6 @@ Actions are called by the worker as `action(run, arguments, report)`; arguments 
 checked here.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from itertools import count
@@ -15,18 +14,14 @@ from typing import Any
 import torch
 
 from moesvd_core import atomic
-from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.checkpoint.card import CardFacts
-from moesvd_core.checkpoint.export import FORMATS, Format, export_streamed
-from moesvd_core.checkpoint.staging import FACTS, refuse_occupied
-from moesvd_core.checkpoint.verify import verify
-from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.checkpoint.export import FORMATS, Format
+from moesvd_core.checkpoint.staging import refuse_occupied
 from moesvd_core.errors import InputError, RunError
-from moesvd_core.evaluation.perplexity import Evaluation
 from moesvd_core.pipeline import method_of
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress, Report
 from moesvd_core.runs.estimate import estimate, require
+from moesvd_core.runs.exporting import card_facts, write_export
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.similarity import compare_layers
 from moesvd_core.runs.workbench import Text, Workbench, plan_key
@@ -129,8 +124,9 @@ def compress(run: RunFolder, arguments: Arguments, report: Report) -> Record:
     bench.pipeline.dtype = dtype
     plan = bench.plan(recipe)
     record = dict(_recorded(bench, recipe, plan, text))
-    _export(bench, plan, output, form, bool(known.get("overwrite", False)), _card(bench, plan, record, known.get("command")))
-    return record | {"output": str(output), "format": form}
+    card = card_facts(bench, plan, bench.run.read_json(*record["file"].split("/")) or {}, known.get("command"))
+    stored = write_export(bench, plan, output, form, card, overwrite=bool(known.get("overwrite", False)))
+    return record | stored | {"output": str(output), "format": form}
 
 
 def export(run: RunFolder, arguments: Arguments, report: Report) -> Record:
@@ -207,8 +203,8 @@ def _dtype(name: str) -> torch.dtype:
 def _recorded(bench: Workbench, recipe: Recipe, plan: Plan, text: Text | None) -> Record:
     """Everything that is known of a plan, written to `evaluations/`; the record names the file and says the main figures."""
     if text is None:
-        measured = sorted(bench.run.station("evaluations").glob(f"plan.{plan_key(recipe)}--*.json"))
-        file = f"evaluations/{measured[0].name}" if measured else f"plans/{plan_key(recipe)}.json"
+        measured = sorted(bench.run.station("evaluations").glob(f"plan.{plan_key(recipe)}--*.json"), key=lambda path: path.stat().st_mtime)
+        file = f"evaluations/{measured[-1].name}" if measured else f"plans/{plan_key(recipe)}.json"
         return {"file": file, "ratio": plan.ratio}
     evaluation, original = bench.compressed(plan_key(recipe), plan, text), bench.original(text)
     name = f"plan.{plan_key(recipe)}--{text.key}.json"
@@ -216,59 +212,6 @@ def _recorded(bench: Workbench, recipe: Recipe, plan: Plan, text: Text | None) -
     atomic.write_json(bench.run.station("evaluations") / name, whole)
     bench.tidy()
     return {"file": f"evaluations/{name}", "ratio": plan.ratio, "perplexity": evaluation.perplexity, "kl_mean": evaluation.kl_mean}
-
-
-def _export(bench: Workbench, plan: Plan, output: Path, form: Format, overwrite: bool, card: CardFacts) -> None:
-    """Write the model, unless this very export is already there: then an earlier worker was killed just after it had finished."""
-    if _same_export(output, plan, form):
-        verify(output, report=bench.report)
-        return
-    pipeline = bench.pipeline
-
-    def factors(layer: ExpertLayer) -> LayerFactors | None:
-        with bench.stream.layer(layer.index):
-            return pipeline.factors(plan, layer.index)
-
-    export_streamed(bench.files, factors, output, format=form, dtype=pipeline.dtype, card=card, overwrite=overwrite, report=bench.report)
-
-
-def _same_export(output: Path, plan: Plan, form: Format) -> bool:
-    """Whether the output is an export of this plan in this format."""
-    try:
-        facts = json.loads((output / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(facts.get("format") == form and facts.get("plan") == json.loads(json.dumps(plan.as_dict())))
-
-
-def _card(bench: Workbench, plan: Plan, record: Record, command: str | None) -> CardFacts:
-    """What the model card says beyond the files."""
-    calibration, statistics = bench.calibration, bench.statistics
-    known = bench.run.read_json(*str(record["file"]).split("/")) or {}
-    figures = []
-    if "perplexity" in known:
-        on = f"{known['dataset']}, {known['windows']} windows of {known['length']} tokens"
-        before, after = Evaluation(**known["original"]), Evaluation(**{item.name: known[item.name] for item in fields(Evaluation)})
-        figures = [
-            (f"perplexity ({on})", _pm(before), _pm(after)),
-            (f"KL to the original, nats a token ({on})", "0", f"{after.kl_mean:.4f}"),
-            (f"same most likely token ({on})", "100 %", f"{100 * (after.top1_agreement or 0):.1f} %"),
-        ]
-    active = ("active parameters a token", f"{plan.original_active_parameters:,}", f"{plan.active_parameters:,}")
-    return CardFacts(
-        source=Path(bench.run.identity.model).name,
-        method=plan.method,
-        calibration=f"{calibration.dataset}, {statistics.windows} windows of {statistics.length} tokens, seed {calibration.seed}",
-        command=command,
-        figures=(active, *figures),
-        licence=bench.source.facts.get("licence"),
-        plan=plan.as_dict(),
-    )
-
-
-def _pm(evaluation: Evaluation) -> str:
-    error = evaluation.perplexity_stderr
-    return f"{evaluation.perplexity:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def _write_sensitivity(bench: Workbench, name: str, predicted: Mapping[int, float] | None, effects: Mapping[int, Effect] | None) -> None:

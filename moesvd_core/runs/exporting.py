@@ -1,0 +1,97 @@
+"""From a run's plan to a folder that others load: written, verified, and counted."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.checkpoint.card import CardFacts
+from moesvd_core.checkpoint.export import Format, export_streamed
+from moesvd_core.checkpoint.staging import FACTS
+from moesvd_core.checkpoint.verify import verify
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.errors import CheckpointError
+from moesvd_core.evaluation.perplexity import Evaluation
+from moesvd_core.pipeline import expert_dtype
+from moesvd_core.planning import Plan
+from moesvd_core.runs.workbench import Workbench
+
+TOLERANCE = 1e-3
+"""By how much stored parameters may differ from the plan's, as a share."""
+
+
+def write_export(bench: Workbench, plan: Plan, output: Path, form: Format, card: CardFacts, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the model; returns what was stored: ratio, parameters and bytes, counted from the files.
+
+    Nothing is written when this very export is already there: then an earlier worker was killed just after it had finished.
+
+    Raises:
+        InputError: the output is occupied.
+        CheckpointError: what was stored is not what was planned, or did not pass verification.
+    """
+    if not _same_export(output, plan, form):
+        _write(bench, plan, output, form, card, overwrite)
+    else:
+        verify(output, report=bench.report)
+    facts = json.loads((output / FACTS).read_text(encoding="utf-8"))
+    if form == "factored" and abs(facts["parameters"] - plan.parameters) > TOLERANCE * plan.parameters:
+        stored, planned = f"{facts['parameters']:,}", f"{plan.parameters:,}"
+        raise CheckpointError(f"{output}: stores {stored} parameters, planned were {planned}; plan and export again")
+    return {name: facts[name] for name in ("ratio", "parameters", "bytes")}
+
+
+def _write(bench: Workbench, plan: Plan, output: Path, form: Format, card: CardFacts, overwrite: bool) -> None:
+    pipeline = bench.pipeline
+
+    def factors(layer: ExpertLayer) -> LayerFactors | None:
+        with bench.stream.layer(layer.index):
+            return pipeline.factors(plan, layer.index)
+
+    written = pipeline.dtype or expert_dtype(bench.stream)
+    source = bench.stream if bench.stream.dtype == written else bench.files  # what is written must be what was run
+    export_streamed(source, factors, output, format=form, dtype=pipeline.dtype, card=card, overwrite=overwrite, report=bench.report)
+
+
+def _same_export(output: Path, plan: Plan, form: Format) -> bool:
+    """Whether the output is an export of this plan in this format."""
+    try:
+        facts = json.loads((output / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(facts.get("format") == form and facts.get("plan") == json.loads(json.dumps(plan.as_dict())))
+
+
+def card_facts(bench: Workbench, plan: Plan, known: Mapping[str, Any], command: str | None) -> CardFacts:
+    """What the model card says beyond the files.
+
+    Args:
+        known: the plan's record in the run; has the figures of an evaluation if there was one.
+        command: the command that makes the export again.
+    """
+    calibration, statistics = bench.calibration, bench.statistics
+    figures = []
+    if "perplexity" in known:
+        on = f"{known['dataset']}, {known['windows']} windows of {known['length']} tokens"
+        before, after = Evaluation(**known["original"]), Evaluation(**{item.name: known[item.name] for item in fields(Evaluation)})
+        figures = [
+            (f"perplexity ({on})", _pm(before), _pm(after)),
+            (f"KL to the original, nats a token ({on})", "0", f"{after.kl_mean:.4f}"),
+            (f"same most likely token ({on})", "100 %", f"{100 * (after.top1_agreement or 0):.1f} %"),
+        ]
+    active = ("active parameters a token", f"{plan.original_active_parameters:,}", f"{plan.active_parameters:,}")
+    return CardFacts(
+        source=Path(bench.run.identity.model).name,
+        method=plan.method,
+        calibration=f"{calibration.dataset}, {statistics.windows} windows of {statistics.length} tokens, seed {calibration.seed}",
+        command=command,
+        figures=(active, *figures),
+        licence=bench.source.facts.get("licence"),
+        plan=plan.as_dict(),
+    )
+
+
+def _pm(evaluation: Evaluation) -> str:
+    error = evaluation.perplexity_stderr
+    return f"{evaluation.perplexity:.2f}" + ("" if error is None else f" ± {error:.2f}")
