@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing leaves the machine
 
@@ -16,7 +16,7 @@ from pages.components.settings import Settings
 from pages.components.theme import theme
 
 # One line a page: title, path, what lays it out.
-PAGES = (
+PAGES: tuple[tuple[str, str, Callable[[Context], None]], ...] = (
     ("Model", "/", model.build),
 )
 
@@ -26,12 +26,14 @@ def create(settings: Settings) -> gr.Blocks:
     settings.runs.mkdir(parents=True, exist_ok=True)
     demo.install(settings.runs)
     context = Context(settings, tuple(PageLink(title, path) for title, path, _ in PAGES))
-    with gr.Blocks(title="MoE-SVD Explorer", analytics_enabled=False) as app:
+    app = gr.Blocks(title="MoE-SVD Explorer", analytics_enabled=False)
+    with app:
         PAGES[0][2](context)
     for title, path, build in PAGES[1:]:
         with app.route(title, path, show_in_navbar=False):  # the header has the way, with the view in its links
             build(context)
-    return app.queue(default_concurrency_limit=8)
+    app.queue(default_concurrency_limit=8)
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

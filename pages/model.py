@@ -1,6 +1,7 @@
 """Model: choose one, see within seconds what it is and whether it fits, analyse it; and the runs that are there."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -69,14 +70,15 @@ def _fields() -> list[Any]:
     return [dataset, samples, length, seed, batch, methods]
 
 
-def calibration_of(values: tuple[Any, ...]) -> Calibration:
+def calibration_of(context: Context, values: tuple[Any, ...]) -> Calibration:
     """The settings that the fields hold; an empty field has its usual value.
 
     Raises:
-        InputError: a value out of bounds.
+        InputError: a value out of bounds, or a text that a visitor may not read.
     """
     names = ("dataset", "samples", "length", "seed", "batch")
-    return Calibration(**{name: value for name, value in zip(names, values, strict=True) if value not in (None, "")})
+    given: dict[str, Any] = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    return Calibration(**given | {"dataset": context.find_text(given.get("dataset", ""))})
 
 
 def _probe(context: Context) -> Callable[..., Any]:
@@ -94,7 +96,7 @@ def _needs(context: Context) -> Callable[..., Any]:
         """What analysing the model takes under these settings."""
         if facts is None:
             return ""
-        needed = estimate(facts, calibration_of(values))
+        needed = estimate(facts, calibration_of(context, values))
         return needs_html(facts, needed, machine.seconds(needed.flops), machine.look(context.settings.runs))
 
     return needs
@@ -107,7 +109,7 @@ def _analyse(context: Context) -> Callable[..., Any]:
             raise InputError("no method is chosen to plan for: choose at least one, auto is recommended")
         settings = context.settings
         run = prepare(
-            context.find_model(text or ""), calibration_of(values), root=settings.runs, model_roots=settings.models,
+            context.find_model(text or ""), calibration_of(context, values), root=settings.runs, model_roots=settings.models,
             allow_remote_code=settings.remote_code,
         )
         if context.client.status(run).busy:
@@ -128,6 +130,8 @@ def _run_shown(context: Context) -> Callable[[ViewState], Any]:
         used = Calibration.from_dict(dict(run.identity.calibration))
         values = (used.dataset, used.samples, used.length, used.seed, used.batch)
         named = gr.Dropdown(choices=context.models(), value=model)
+        if facts is None and Path(run.identity.model).is_dir():
+            facts = inspect(run.identity.model, trust_remote_code=run.identity.remote_code).as_dict()
         if facts is None:
             return named, None, empty(model, "Its facts appear once the worker has looked at it."), "", *values
         return named, facts, facts_html(model, f"run {run.identity.id}", facts), _needs(context)(facts, *values), *values

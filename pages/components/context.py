@@ -1,23 +1,15 @@
 """What every page is given: where runs, models and exports lie, and what the person who started the server allowed."""
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from moesvd_core.architectures.files import resolve_model
-from moesvd_core.errors import InputError, RunError
+from moesvd_core.errors import RunError
 from moesvd_core.runs.client import Client, RunStatus
 from moesvd_core.runs.folder import RunFolder
+from pages.components import places
 from pages.components.session import ViewState
 from pages.components.settings import Settings
-
-DEMO_MODEL = "demo-moe"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w][\w.-]{0,95}")
-_DEPTH = 3
-"""How far below a declared folder models are looked for."""
 
 
 @dataclass(frozen=True)
@@ -79,40 +71,27 @@ class Context:
 
     def models(self) -> list[str]:
         """Names of the models under the declared folders, the demo model first."""
-        found = {self.model_name(str(path)) for root in self.settings.models for path in _model_folders(root, _DEPTH)}
-        return sorted(found, key=lambda name: (Path(name).name != DEMO_MODEL, name))
+        return places.model_names(self.settings.models)
 
     def find_model(self, text: str) -> str:
-        """The model that a person named: a folder under a declared one, or a hub id. Nothing is fetched.
+        """The model that a visitor named: a folder under a declared one, or a hub id.
 
         Raises:
-            InputError: neither; whether something lies elsewhere on the machine is not told.
+            InputError: neither.
         """
-        name = text.strip()
-        roots = self.settings.models
-        if not name:
-            raise InputError("no model is named: choose one of the list, or write a folder or a hub id (owner/name)")
-        if "\0" not in name and len(name) < 4096:
-            path = Path(name)
-            for candidate in (path, *(root / path for root in roots), *(root for root in roots if root.name == name)):
-                if any(candidate.resolve().is_relative_to(root.resolve()) for root in roots) and candidate.is_dir():
-                    resolve_model(candidate, roots=roots, allow_remote_code=self.settings.remote_code)
-                    return str(candidate)
-        if _HUB_ID.fullmatch(name) and ".." not in name and "--" not in name and not Path(name).exists():
-            return name
-        allowed = ", ".join(str(root) for root in roots)
-        raise InputError(f"{name[:200]!r} is neither a model folder under {allowed} nor a hub id (owner/name): check the spelling")
+        return places.find_model(text, self.settings.models, self.settings.remote_code)
+
+    def find_text(self, text: str) -> str:
+        """The data set that a visitor named: "sotu", a text file under a declared folder, or a data set of the hub.
+
+        Raises:
+            InputError: none of them.
+        """
+        return places.find_text(text, self.settings.models)
 
     def model_name(self, model: str) -> str:
-        """A model's name for people, which `find_model` understands: without the folders that the machine keeps it in."""
-        if not Path(model).exists():
-            return Path(model).name if Path(model).is_absolute() else model
-        place = Path(model).resolve()
-        for root in self.settings.models:
-            if place.is_relative_to(root.resolve()):
-                inside = place.relative_to(root.resolve())
-                return root.name if inside == Path() else str(inside)
-        return place.name
+        """A model's name for people: without the folders that the machine keeps it in."""
+        return places.model_name(model, self.settings.models)
 
     def require_run(self, state: ViewState) -> RunFolder:
         """The run of a view.
@@ -124,13 +103,3 @@ class Context:
         if run is None:
             raise RunError("no run is chosen: analyse a model first, or choose a run on the Model page")
         return run
-
-
-def _model_folders(root: Path, depth: int) -> Iterator[Path]:
-    """Folders with a config.json and weights, at most `depth` levels down; links are not followed."""
-    if (root / "config.json").is_file() and any(root.glob("*.safetensors")):
-        yield root
-    elif depth and root.is_dir():
-        for path in sorted(root.iterdir()):
-            if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
-                yield from _model_folders(path, depth - 1)

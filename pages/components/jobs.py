@@ -73,9 +73,9 @@ def draw(status: RunStatus | None) -> str:
     job = status.job
     title = ACTION_WORDS.get(job.action, job.action)
     waiting = [each for each in status.jobs if each.state == "queued" and each is not job]
-    more = f" {len(waiting)} more of this run wait." if waiting else ""
+    more = f" Then {len(waiting)} more of this run." if waiting else ""
     if job.state == "queued":
-        ahead = "Its worker starts." if not status.place else f"{status.place} jobs of this machine come first; it starts by itself."
+        ahead = "Its worker starts." if not status.place else f"{_jobs(status.place)} first on this machine; then it starts by itself."
         return _frame(f"{title} waits", "queued", 0.0, ahead + more)
     if job.state == "running":
         done = job.done / job.total if job.total else 0.0
@@ -132,6 +132,10 @@ def _frame(title: str, kind: str, done: float | None, text: str) -> str:
         f'<div class="job-head"><p class="job-title" role="status">{escape(title)}</p><p>{percent}</p></div>'
         f"{bar}<p class=job-text>{escape(text)}</p></div>"
     )
+
+
+def _jobs(number: int) -> str:
+    return "1 job comes" if number == 1 else f"{number} jobs come"
 
 
 def _clock(seconds: float) -> str:

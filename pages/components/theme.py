@@ -59,7 +59,8 @@ _PLAIN = {
     "button_large_text_size": _SMALL, "button_medium_text_size": _SMALL, "button_small_text_size": _SMALL, "chatbot_text_size": _SMALL,
     "block_border_width": "0px", "block_padding": "0px", "block_shadow": "none", "block_title_text_weight": "500",
     "block_label_border_width": "0px", "panel_border_width": "0px", "panel_background_fill": "transparent",
-    "layout_gap": "24px", "form_gap_width": "16px", "button_border_width": "1px", "input_shadow": "none", "input_shadow_focus": "none",
+    "layout_gap": "24px", "form_gap_width": "16px", "button_border_width": "1px",
+    "input_border_width": "1px", "input_shadow": "none", "input_shadow_focus": "none",
     "button_primary_shadow": "none", "button_secondary_shadow": "none", "checkbox_label_shadow": "none", "checkbox_shadow": "none",
     "button_large_text_weight": "500", "button_medium_text_weight": "500", "button_small_text_weight": "500",
 }
