@@ -8,6 +8,7 @@ import os
 import stat
 import tarfile
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
@@ -31,8 +32,8 @@ class Archive:
 
     def __init__(self, folder: Path) -> None:
         self.name = f"{folder.name}.tar"
-        self._open: list[int] = []
-        self._parts: list[tuple[int | None, bytes, int]] = []  # (file, bytes, length): the file's content, or else the bytes
+        self._files: list[FileIO] = []
+        self._parts: list[tuple[FileIO | None, bytes, int]] = []  # (file, bytes, length): the file's content, or else the bytes
         try:
             for file in (*sorted(read_manifest(folder)), MANIFEST):
                 self._add(folder, file)
@@ -48,14 +49,16 @@ class Archive:
             descriptor = os.open(folder / file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not make the open wait
         except OSError as error:
             raise CheckpointError(f"{folder / file}: cannot be opened ({error.strerror}); make the export again") from error
-        self._open.append(descriptor)
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
+            os.close(descriptor)
             raise CheckpointError(f"{folder / file}: is not a regular file; make the export again")
+        opened = FileIO(descriptor)
+        self._files.append(opened)
         member = tarfile.TarInfo(f"{folder.name}/{file}")
         member.size, member.mtime, member.mode = found.st_size, int(found.st_mtime), 0o644
         self._constant(member.tobuf(tarfile.GNU_FORMAT))
-        self._parts.append((descriptor, b"", found.st_size))
+        self._parts.append((opened, b"", found.st_size))
         self._constant(bytes(-found.st_size % _BLOCK))
 
     def _constant(self, data: bytes) -> None:
@@ -70,19 +73,19 @@ class Archive:
         """
         if not 0 <= start <= self.size:
             raise InputError(f"start must be in [0, {self.size}], the bytes of the archive, got {start}")
-        for descriptor, data, length in self._parts:
+        for file, data, length in self._parts:
             if start >= length:
                 start -= length
                 continue
-            if descriptor is None:
+            if file is None:
                 yield data[start:]
             else:
-                yield from self._content(descriptor, start, length)
+                yield from self._content(file, start, length)
             start = 0
 
-    def _content(self, descriptor: int, position: int, length: int) -> Iterator[bytes]:
+    def _content(self, file: FileIO, position: int, length: int) -> Iterator[bytes]:
         while position < length:
-            data = os.pread(descriptor, min(CHUNK, length - position), position)
+            data = os.pread(file.fileno(), min(CHUNK, length - position), position)
             if not data:
                 raise CheckpointError(f"{self.name}: a file became shorter while it was sent; make the export again")
             position += len(data)
@@ -90,8 +93,8 @@ class Archive:
 
     def close(self) -> None:
         """Close all files."""
-        while self._open:
-            os.close(self._open.pop())
+        while self._files:
+            self._files.pop().close()
 
     def __enter__(self) -> "Archive":
         return self

@@ -12,16 +12,17 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moesvd_core import __version__
+from pages.components import downloads
 
 FOLDER = Path(__file__).parents[2] / "assets"
-STYLE = FOLDER / "explorer.css"
 PLOTLY = '<script src="explorer/plotly.min.js" defer></script>'
 """Head of components that draw with plotly."""
-HEAD = '<script src="explorer/explorer.js"></script><meta name="color-scheme" content="light dark">'
-"""Head of every page."""
+HEAD = '<link rel="stylesheet" href="explorer/explorer.css"><script src="explorer/explorer.js"></script>'
+"""Head of every page. A link, since Gradio rewrites the selectors of styles that it is given."""
 _SERVED = {
-    "explorer.js": FOLDER / "explorer.js",
-    "plotly.min.js": Path(str(files("plotly") / "package_data" / "plotly.min.js")),
+    "explorer.css": (FOLDER / "explorer.css", "text/css"),
+    "explorer.js": (FOLDER / "explorer.js", "text/javascript"),
+    "plotly.min.js": (Path(str(files("plotly") / "package_data" / "plotly.min.js")), "text/javascript"),
 }
 _RULES = {
     # Gradio compiles templates and snippets in the browser, hence 'unsafe-eval'; nothing may be fetched from anywhere else.
@@ -44,10 +45,10 @@ def routes(runs: Path) -> Sequence[BaseRoute]:
     """Addresses beside the pages: the files above, and `/healthz` (200 when runs can be kept, else 503)."""
 
     def serve(request: Request) -> Response:
-        path = _SERVED.get(request.path_params["name"])
-        if path is None:
+        found = _SERVED.get(request.path_params["name"])
+        if found is None:
             return JSONResponse({"detail": "not found"}, status_code=404)
-        return FileResponse(path, media_type="text/javascript", headers={"cache-control": "no-cache"})
+        return FileResponse(found[0], media_type=found[1], headers={"cache-control": "no-cache"})
 
     def health(request: Request) -> Response:
         kept = runs.is_dir()
@@ -73,4 +74,4 @@ class _Rules:
 
 def app_kwargs(runs: Path) -> dict[str, Any]:
     """What Gradio passes on to FastAPI."""
-    return {"routes": list(routes(runs)), "middleware": [Middleware(_Rules)], "docs_url": None, "redoc_url": None}
+    return {"routes": [*routes(runs), *downloads.routes(runs)], "middleware": [Middleware(_Rules)], "docs_url": None, "redoc_url": None}

@@ -1,26 +1,15 @@
 """A name from outside reaches the listed files of a finished export of its own run, and nothing else."""
 
-import json
 from pathlib import Path
 
 import pytest
+from run_exports import add_export
 from run_helpers import new_run
 
-from moesvd_core.checkpoint.manifest import MANIFEST, write_manifest
+from moesvd_core.checkpoint.manifest import MANIFEST
 from moesvd_core.errors import CheckpointError, MoesvdError, RunError
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.exports import ExportFolder, export_name, list_exports, open_export
-from moesvd_core.runs.folder import RunFolder
-
-
-def add_export(run: RunFolder, name: str = "tiny-auto-40-factored") -> Path:
-    folder = run.station("exports") / name
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(bytes(1000))
-    (folder / "README.md").write_text("# tiny")
-    (folder / "moesvd.json").write_text(json.dumps({"format": "factored", "ratio": 0.41, "parameters": 59}))
-    write_manifest(folder)
-    return folder
 
 
 def test_an_export_is_listed_with_its_facts_and_checksums(tmp_path: Path) -> None:
@@ -30,10 +19,10 @@ def test_an_export_is_listed_with_its_facts_and_checksums(tmp_path: Path) -> Non
     (found,) = list_exports(run)
     assert isinstance(found, ExportFolder)
     assert found == open_export(run, folder.name)
-    assert [file.name for file in found.files] == ["model.safetensors", MANIFEST, "moesvd.json", "README.md"]
+    assert {file.name for file in found.files} == {"model.safetensors", MANIFEST, "moesvd.json", "README.md"}
     assert found.files[0].sha256 == "541b3e9daa09b20bf85fa273e5cbd3e80185aa4ec298e765db87742b70138a53"  # of 1000 zero bytes
     assert found.size == sum(path.stat().st_size for path in folder.iterdir())
-    assert (found.facts["ratio"], found.card()) == (0.41, "# tiny")
+    assert (found.facts["ratio"], found.card()) == (0.41, (folder / "README.md").read_text(encoding="utf-8"))
     assert found.file("model.safetensors") == folder / "model.safetensors"
 
 
