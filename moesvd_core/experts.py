@@ -1,10 +1,10 @@
 """The module that takes the place of `experts` in an unmodified transformers block, and computes with factors instead of matrices.
 
-An export carries a copy of this file, so that a checkpoint loads where nothing of this project is installed: it must import torch and
-transformers only.
+An export carries a copy of this file, so that a checkpoint loads where nothing of this project is installed: it must import nothing of ours
+but `grouped.py`.
 
-Shapes: T tokens, k active experts a token, P = T·k pairs of a token and one of its experts (sorted by expert), E experts, d hidden size,
-m expert width, n input rows, G members of a group, R rank, N rows and C columns of one expert's matrix.
+Shapes: T tokens, k active experts a token, P pairs of a token and one of its experts (see `grouped.py`), E experts, d hidden size, m expert
+width, n input rows, G members of a group, R rank, N rows and C columns of one expert's matrix.
 
 A side (input: gate and up stacked; output: down) is one expert's matrix `W_e [N, C]`, stored in one of these structures:
 
@@ -16,11 +16,13 @@ A side (input: gate and up stacked; output: down) is one expert's matrix `W_e [N
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import transformers.integrations.moe  # noqa: F401 - registers the grouped product that CPUs use
 from torch import nn
+
+from moesvd_core.grouped import Pairs, Runs, grouped_linear
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -70,78 +72,9 @@ def segments(ranks: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
     return [(width, members) for width, members in slabs if members]
 
 
-def grouped_linear(x_PC: torch.Tensor, weight_GNC: torch.Tensor, end_G: torch.Tensor) -> torch.Tensor:
-    """Multiply consecutive runs of rows by one matrix each: rows end_G[g-1]..end_G[g]-1 by `weight_GNC[g]`, giving [P, N].
-
-    Rows after the last end are not computed: their content is undefined on GPUs. One kernel on GPUs where strides are multiples of 16
-    bytes (ranks in multiples of 8); elsewhere a loop over the runs inside one operator.
-    """
-    x_PC = x_PC.to(weight_GNC.dtype)
-    if weight_GNC.numel() == 0:
-        return x_PC.new_zeros(len(x_PC), weight_GNC.shape[1])
-    aligned = all(size * weight_GNC.element_size() % 16 == 0 for size in weight_GNC.shape[1:])
-    if x_PC.is_cuda and aligned and torch.cuda.get_device_capability(x_PC.device) >= (8, 0):
-        return torch.nn.functional.grouped_mm(x_PC, weight_GNC.transpose(1, 2), offs=end_G)
-    product: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x_PC, weight_GNC.transpose(1, 2), end_G)
-    return product
-
-
-class Runs:
-    """Rows arranged by group, for one grouped product over some of the groups.
-
-    Attributes:
-        row_Q: which row of the source stands at each place; rows of no group come last (on CPUs: not at all).
-        end_G: where each group's run ends, int32.
-        valid_Q1: False for places after the last run, or None when there are none.
-    """
-
-    def __init__(self, group_P: torch.Tensor, groups: int) -> None:
-        """Arrange rows by `group_P`; a row whose group is `groups` belongs to none."""
-        group_Q, self.row_Q = torch.sort(group_P, stable=True)
-        ids_G = torch.arange(groups, device=group_P.device)
-        self.end_G = torch.searchsorted(group_Q, ids_G, right=True).to(torch.int32)
-        self.valid_Q1: torch.Tensor | None = None
-        if group_P.is_cuda:  # cutting the tail off would make the host wait for the device
-            self.valid_Q1 = (group_Q < groups)[:, None]
-        else:
-            self.row_Q = self.row_Q[: int(self.end_G[-1])]
-
-    def take(self, x_PC: torch.Tensor) -> torch.Tensor:
-        """The source's rows in the order of the runs [Q, C]; zeros beyond the last run, which keeps its gradient clean."""
-        x_QC = x_PC[self.row_Q]
-        return x_QC if self.valid_Q1 is None else x_QC.masked_fill(~self.valid_Q1, 0)
-
-    def clean(self, y_QN: torch.Tensor) -> torch.Tensor:
-        """Zero what a grouped product left undefined."""
-        return y_QN if self.valid_Q1 is None else y_QN.masked_fill(~self.valid_Q1, 0)
-
-
-class Pairs:
-    """Which experts answer which tokens, as pairs sorted by expert.
-
-    Attributes:
-        expert_P, token_P: the two ends of each pair.
-        end_E: where each expert's run of pairs ends, int32.
-    """
-
-    def __init__(self, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None, experts: int) -> None:
-        """Take the router's choice: experts, and the weights of their answers (None: every answer counts fully)."""
-        self._shape = index_Tk.shape
-        self.expert_P, self._order_P = torch.sort(index_Tk.reshape(-1), stable=True)
-        self.token_P = self._order_P // index_Tk.shape[1]
-        self._weight_P1 = None if weight_Tk is None else weight_Tk.reshape(-1)[self._order_P, None]
-        ids_E = torch.arange(experts, device=index_Tk.device)
-        self.end_E = torch.searchsorted(self.expert_P, ids_E, right=True).to(torch.int32)
-
-    def spread(self, x_TC: torch.Tensor) -> torch.Tensor:
-        """Each token's row for each of its pairs [P, C]."""
-        return x_TC[self.token_P]
-
-    def combine(self, y_PN: torch.Tensor) -> torch.Tensor:
-        """Each token's weighted sum of its experts' answers [T, N], always added in the order of the router's choice."""
-        weighted_PN = y_PN if self._weight_P1 is None else y_PN * self._weight_P1
-        chosen_PN = torch.empty_like(weighted_PN).index_copy(0, self._order_P, weighted_PN)
-        return chosen_PN.view(*self._shape, -1).sum(1)
+def places(members: Sequence[int], experts: int) -> list[int]:
+    """Where each of the experts stands among the members; their number for those that are none."""
+    return [members.index(expert) if expert in members else len(members) for expert in range(experts)]
 
 
 class Side(nn.Module):
@@ -166,14 +99,14 @@ class Side(nn.Module):
         """Every expert's matrix, multiplied out [E, N, C]."""
         raise NotImplementedError
 
-    def table(self, name: str, values: Sequence[Any], device: torch.device) -> torch.Tensor:
-        """A constant of the structure on the device of the data.
+    def table(self, name: str, device: torch.device, make: Callable[[], list[Any]]) -> torch.Tensor:
+        """A constant of the structure on the device of the data, made once.
 
         Not a buffer: those that are not saved come back from a checkpoint uninitialised, and those that are would be cast and offloaded.
         """
         key = (name, device)
         if key not in self._tables:
-            self._tables[key] = torch.tensor(values, device=device)
+            self._tables[key] = torch.tensor(make(), device=device)
         return self._tables[key]
 
 
@@ -222,9 +155,10 @@ class PerExpertSide(Side):
         exact = torch.promote_types(x_PC.dtype, torch.float32)  # parts of one matrix are added up
         y_PN = torch.zeros(len(x_PC), self.rows, dtype=exact, device=x_PC.device)
         for i, (members, weights) in enumerate(products):
-            runs = Runs(self._places(i, members, x_PC.device)[pairs.expert_P], len(members))
-            if len(runs.row_Q) == 0:
+            if pairs.hit is not None and pairs.hit.isdisjoint(members):
                 continue
+            place_E = self.table(f"slab {i}", x_PC.device, partial(places, members, len(self.ranks)))
+            runs = Runs(place_E[pairs.expert_P], len(members), ascending=True)
             y_QC = runs.take(x_PC)
             for weight in weights:
                 y_QC = runs.clean(grouped_linear(y_QC, weight, runs.end_G))
@@ -239,11 +173,6 @@ class PerExpertSide(Side):
         if self.whole:
             full_ENC[list(self.whole)] = self.dense
         return full_ENC
-
-    def _places(self, slab: int, members: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Where each expert stands in the slab; its length for experts that are not in it."""
-        places = {expert: place for place, expert in enumerate(members)}
-        return self.table(f"slab {slab}", [places.get(e, len(members)) for e in range(len(self.ranks))], device)
 
 
 class SharedRightSide(Side):
@@ -275,10 +204,10 @@ class SharedRightSide(Side):
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         if len(self.groups) == 1:
             return self._expand(0, self._narrow(x_PC), pairs.expert_P, pairs)
-        group_P = self.table("groups", self._group_of_expert(), x_PC.device)[pairs.expert_P]
+        group_P = self.table("groups", x_PC.device, self._group_of_expert)[pairs.expert_P]
         y_PN = x_PC.new_zeros(len(x_PC), self.rows)
         for g in range(len(self.groups)):
-            runs = Runs(torch.where(group_P == g, 0, 1), 1)
+            runs = Runs(torch.where(group_P == g, 0, 1), 1, ascending=True)
             if len(runs.row_Q) > 0:
                 z_QR = runs.clean(grouped_linear(runs.take(x_PC), getattr(self, f"right_{g}")[None], runs.end_G))
                 y_QN = self._expand(g, z_QR, pairs.expert_P[runs.row_Q], pairs)
@@ -301,13 +230,17 @@ class SharedRightSide(Side):
         left_KNR = getattr(self, f"left_{g}")
         if self.latent:
             return grouped_linear(z_QR, left_KNR, pairs.end_E)
-        uses = dict(zip(self.groups[g]["experts"], self.groups[g]["sums"], strict=True))
-        depth, none = max(len(used) for used in uses.values()), len(left_KNR)
-        padded = [[*uses.get(expert, ()), *[none] * depth][:depth] for expert in range(self.experts)]
-        runs = Runs(self.table(f"sums {g}", padded, z_QR.device)[expert_Q].reshape(-1), none)
-        runs.row_Q = runs.row_Q // depth
+        used_QS = self.table(f"sums {g}", z_QR.device, partial(self._sums_of_expert, g))[expert_Q]
+        runs = Runs(used_QS.reshape(-1), len(left_KNR))
+        runs.row_Q = runs.row_Q // used_QS.shape[1]
         y_XN = runs.clean(grouped_linear(runs.take(z_QR), left_KNR, runs.end_G))
         return y_XN.new_zeros(len(z_QR), self.rows).index_add(0, runs.row_Q, y_XN)
+
+    def _sums_of_expert(self, g: int) -> list[list[int]]:
+        """The group's U's that each expert adds up, filled up with the number of U's, which stands for none."""
+        uses = dict(zip(self.groups[g]["experts"], self.groups[g]["sums"], strict=True))
+        depth, none = max(len(used) for used in uses.values()), self.groups[g]["stored"]
+        return [[*uses.get(expert, ()), *[none] * depth][:depth] for expert in range(self.experts)]
 
     def _group_of_expert(self) -> list[int]:
         group_of = {expert: g for g, group in enumerate(self.groups) for expert in group["experts"]}
