@@ -19,12 +19,12 @@ def facts_html(name: str, remark: str, facts: Mapping[str, Any]) -> str:
     """
     shared = facts["shared_experts"]
     pairs = [
-        ("Family", str(facts["family"]), str(facts["model_type"])),
+        ("Family", str(facts["family"]), "" if facts["model_type"] == facts["family"] else str(facts["model_type"])),
         ("Layers", str(facts["layers"]), f"{facts['moe_layers']} with experts"),
         ("Experts a layer", str(facts["experts"]), f"{facts['hidden']:,} × {facts['width']:,} each"),
         ("Active a token", str(facts["active"]), f"and {shared} shared" if shared else "no shared experts"),
         ("Parameters", count(facts["parameters"]), f"{share(facts['expert_parameters'] / facts['parameters'])} in experts"),
-        ("Active parameters", count(facts["active_parameters"]), f"{share(facts['active_parameters'] / facts['parameters'])} a token"),
+        ("Active parameters", count(facts["active_parameters"]), f"{share(facts['active_parameters'] / facts['parameters'])} of all"),
         ("On disk", size(facts["bytes"]), str(facts["dtype"])),
         ("Context", f"{facts['context_length']:,}" if facts["context_length"] else "–", "tokens"),
         ("Licence", str(facts["licence"] or "–"), "as the model card says" if facts["licence"] else "none is named"),
@@ -44,7 +44,7 @@ def needs_html(facts: Mapping[str, Any], needed: Estimate, calibration_seconds: 
         _need("Disk to analyse", needed.run_disk, machine.disk_free, "statistics, factors, hidden states"),
         _need("Memory to compare", comparison, machine.memory_free, "original and compressed side by side"),
     ]
-    time = f"<dd>about {duration(_rounded(calibration_seconds))}<span>on an idle machine, within a factor of two</span></dd>"
+    time = f"<dd>about {duration(_rounded(calibration_seconds))}<span>roughly, when nothing else runs</span></dd>"
     rows.append(f"<div class=need><dt>Time to calibrate</dt>{time}</div>")
     cards = f", {', '.join(machine.gpus)}" if machine.gpus else ", no graphics card"
     text = f"This machine: {machine.cores} cores, {size(machine.memory_total)} memory{cards}."
