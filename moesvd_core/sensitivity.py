@@ -17,6 +17,8 @@ from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.errors import InputError, StatisticsError
 from moesvd_core.progress import Progress, Report, silent
 
+PARTS = ("f", "r", "a")
+"""Columns of `layer_table` that S_L is made of."""
 METRICS = ("S_L", "OWL", "predicted")
 """Columns of `layer_table` that claim to rank layers without measuring."""
 TRUTHS = ("measured_nll", "measured_kl")
@@ -158,7 +160,7 @@ def layer_table(
                 "measured_kl": effect.kl,
             }
         )
-    return pd.DataFrame(rows, columns=["layer", "f", "r", "a", *METRICS, *TRUTHS])
+    return pd.DataFrame(rows, columns=["layer", *PARTS, *METRICS, *TRUTHS])
 
 
 def expert_table(layers: Iterable[LayerSensitivity]) -> pd.DataFrame:
@@ -181,7 +183,7 @@ def expert_table(layers: Iterable[LayerSensitivity]) -> pd.DataFrame:
 
 
 def correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """How well each metric ranks the layers: Spearman's correlation with each measured effect, one row a metric.
+    """How well each metric ranks the layers, and each part of S_L alone: Spearman's correlation with each measured effect, one row each.
 
     Args:
         table: from `layer_table`; layers that were not measured are left out.
@@ -190,7 +192,7 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
         Columns metric, measured_nll, measured_kl, layers (how many were compared); NaN where there is nothing to compare.
     """
     rows: list[dict[str, float | str]] = []
-    for metric in METRICS:
+    for metric in (*PARTS, *METRICS):
         known = table.dropna(subset=[metric, *TRUTHS])
         row: dict[str, float | str] = {"metric": metric}
         for truth in TRUTHS:

@@ -92,7 +92,7 @@ def test_sensitivity_measures_every_layer_alone(run: RunFolder) -> None:
     job = do(run, "sensitivity", recipe={"method": "auto", "ratio": 0.5}, text=TEXT)
     rows = run.read_json(*job.result["file"].split("/"))
     assert all(row["measured_kl"] > 0 and row["predicted"] > 0 for row in rows["layers"])
-    assert {row["metric"] for row in rows["correlations"]} == {"S_L", "OWL", "predicted"}
+    assert {row["metric"] for row in rows["correlations"]} == {"f", "r", "a", "S_L", "OWL", "predicted"}
 
 
 @pytest.mark.parametrize(
