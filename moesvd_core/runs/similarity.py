@@ -5,8 +5,10 @@
     evaluations/similarity.json                             means over the pairs, of all layers; written last
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,11 +41,11 @@ def compare_layers(run: RunFolder, stream: DecoderStream, sampling: Sampling, re
         if found is None:
             found = _compared(stream, layer, sampling)
             data = {"sampling": asdict(sampling)} | {side: {name: each.as_dict() for name, each in found[side].items()} for side in SIDES}
-            atomic.write_json(folder / _layer_file(layer.index), data)
+            _write(folder / _layer_file(layer.index), data)
         shown = {side: {**found[side], "random": _random(run, found[side]["experts"], sampling, stream.device)} for side in SIDES}
         rows.append({"layer": layer.index} | {side: {name: each.summary() for name, each in shown[side].items()} for side in SIDES})
         report(Progress("similarity", done, len(layers), f"layer {layer.index}: {len(shown['input']['experts'].experts)} experts compared"))
-    atomic.write_json(folder / "similarity.json", {"sampling": asdict(sampling), "layers": rows})
+    _write(folder / "similarity.json", {"sampling": asdict(sampling), "layers": rows})
     return "evaluations/similarity.json"
 
 
@@ -97,7 +99,7 @@ def _random(run: RunFolder, like: SideSimilarity, sampling: Sampling, device: to
     if kept is not None:
         return kept
     made = random_control(like, sampling, device)
-    atomic.write_json(run.station("evaluations") / _random_file(like), made.as_dict())
+    _write(run.station("evaluations") / _random_file(like), made.as_dict())
     return made
 
 
@@ -111,6 +113,11 @@ def _parsed(data: Mapping[str, Any], file: str) -> SideSimilarity:
         return SideSimilarity.from_dict(data)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"evaluations/{file} is damaged ({type(error).__name__}: {error}): delete it, it will be made again") from error
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    """JSON on one line: these are long lists of numbers that nobody reads line by line."""
+    atomic.write_text(path, json.dumps(data, allow_nan=False, separators=(",", ":")))
 
 
 def _layer_file(layer: int) -> str:
