@@ -2,6 +2,7 @@
 
 import copy
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from tiny_factors import INPUT_FORMS, OUTPUT_FORMS, layer_factors, model_factors
 from tiny_models import TINY, tiny_batch, tiny_model
 from transformers import PreTrainedModel
 
+from moesvd_core import experts, grouped
 from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.checkpoint.apply import compressed, factored_modules, replace_experts
 from moesvd_core.decomposition.factors import LayerFactors
-from moesvd_core.experts import Runs, make_side, segments
+from moesvd_core.experts import make_side, segments
+from moesvd_core.grouped import Runs
 
 torch.set_num_threads(1)
 
@@ -41,9 +44,9 @@ def test_answers_as_the_multiplied_out_experts_in_every_family(name: str) -> Non
 
 
 @pytest.mark.parametrize(("input_form", "output_form"), [*product(INPUT_FORMS, ["dense"]), *product(["latent"], OUTPUT_FORMS)])
-@pytest.mark.parametrize("experts", [4, 12])
-def test_every_structure_equals_its_matrices(input_form: str, output_form: str, experts: int) -> None:
-    model = tiny_model("mixtral", num_local_experts=experts)
+@pytest.mark.parametrize("count", [4, 12])
+def test_every_structure_equals_its_matrices(input_form: str, output_form: str, count: int) -> None:
+    model = tiny_model("mixtral", num_local_experts=count)
     layer = expert_layers(model)[0]
     factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), input_form, output_form)
     dense = multiplied_out(model, [(layer, factors)]).get_submodule(layer.name)
@@ -51,7 +54,7 @@ def test_every_structure_equals_its_matrices(input_form: str, output_form: str, 
     assert torch.allclose(factored.input.matrices(), factors.input.reconstruct(), atol=1e-6)
     assert torch.allclose(factored.output.matrices(), factors.output.reconstruct(), atol=1e-6)
     assert factors.parameters == sum(parameter.numel() for parameter in factored.parameters())
-    hidden_TD, index_Tk = torch.randn(50, layer.hidden), torch.stack([torch.randperm(experts)[:2] for _ in range(50)])
+    hidden_TD, index_Tk = torch.randn(50, layer.hidden), torch.stack([torch.randperm(count)[:2] for _ in range(50)])
     weight_Tk = torch.rand(50, 2)
     for tokens in (50, 1):
         call = hidden_TD[:tokens], index_Tk[:tokens], weight_Tk[:tokens]
@@ -144,6 +147,54 @@ def test_rows_of_no_group_are_neither_computed_nor_given_a_gradient() -> None:
     runs = Runs(torch.tensor([2, 0, 2, 1, 0]), 2)
     assert runs.row_Q.tolist() == [1, 4, 3]
     assert runs.end_G.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("input_form", ["ragged", "many-ranks", "summed", "groups"])
+def test_rows_that_gpus_leave_undefined_reach_neither_answers_nor_gradients(input_form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral", num_local_experts=12)
+    layer = expert_layers(model)[0]
+    weights = read_experts(model.get_submodule(layer.name), layer)
+    factored = replace_experts(model, layer, layer_factors(layer, weights, input_form, "groups"))
+    call = torch.randn(20, layer.hidden, requires_grad=True), torch.randint(12, (20, 2)), torch.rand(20, 2)
+    expected = factored(*call)
+    expected.square().sum().backward()
+    gradient, call[0].grad = call[0].grad, None
+
+    class Undefined(torch.autograd.Function):
+        """As a GPU's kernel: rows behind the last run hold anything, in the answer and in its gradient."""
+
+        @staticmethod
+        def forward(ctx: Any, y_PN: torch.Tensor, end: int) -> torch.Tensor:
+            ctx.end = end
+            return torch.cat([y_PN[:end], torch.full_like(y_PN[end:], torch.nan)])
+
+        @staticmethod
+        def backward(ctx: Any, grad_PN: torch.Tensor) -> tuple[torch.Tensor, None]:
+            assert not grad_PN[ctx.end :].any()
+            return grad_PN, None
+
+    class UndefinedGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x_PC: torch.Tensor, end: int) -> torch.Tensor:
+            ctx.end = end
+            return x_PC.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad_PC: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return torch.cat([grad_PC[: ctx.end], torch.full_like(grad_PC[ctx.end :], torch.nan)]), None
+
+    real = experts.grouped_linear
+
+    def as_on_a_gpu(x_PC: torch.Tensor, weight_GNC: torch.Tensor, end_G: torch.Tensor) -> torch.Tensor:
+        end = int(end_G[-1])
+        return Undefined.apply(real(UndefinedGradient.apply(x_PC, end), weight_GNC, end_G), end)
+
+    monkeypatch.setattr(grouped, "keeps_tail", lambda group_P: True)
+    monkeypatch.setattr(experts, "grouped_linear", as_on_a_gpu)
+    answer = factored(*call)
+    answer.square().sum().backward()
+    assert torch.allclose(answer, expected, atol=1e-5)
+    assert torch.allclose(call[0].grad, gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_structure_says_that_the_checkpoint_is_newer() -> None:
