@@ -14,7 +14,7 @@ def add_export(run: RunFolder, name: str = NAME, size: int = 1000) -> Path:
     folder = run.station("exports") / name
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(size))
-    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n\n# tiny, compressed by 41.0 %\n\nFactors.\n", encoding="utf-8")
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n\n# tiny, compressed\n\nFactors.\n", encoding="utf-8")
     facts = {"format": "factored", "ratio": 0.41, "parameters": 59, "original_parameters": 100, "method": "auto", "bytes": size}
     (folder / "moesvd.json").write_text(json.dumps(facts), encoding="utf-8")
     write_manifest(folder)

@@ -1,0 +1,85 @@
+"""What a run already knows of plans and of how good they are, read from its files; nothing is planned or measured here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moesvd_core.errors import RunError
+from moesvd_core.planning import Plan, Recipe
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.workbench import plan_key
+
+_PLAN_FIELDS = Plan.__dataclass_fields__
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on one text: the original, or what a recipe makes of it.
+
+    Attributes:
+        recipe: None for the original.
+        ratio: removed, of the whole model's parameters; 0 for the original.
+        bytes: of all tensors.
+        figures: fields of `Evaluation`; those of the distance to the original are None for the original.
+    """
+
+    recipe: Recipe | None
+    ratio: float
+    bytes: int
+    figures: dict[str, Any]
+
+
+def reach(run: RunFolder, method: str) -> float | None:
+    """The largest ratio that a method reaches, None when it was not analysed.
+
+    Raises:
+        RunError: the table of plans is damaged.
+    """
+    table = _table(run, method)
+    return None if table is None else float(table["max_ratio"])
+
+
+def known_plan(run: RunFolder, recipe: Recipe) -> Plan | None:
+    """The plan of a recipe if it was made: alone, or (for a method as it is) among the plans of all whole percents.
+
+    Raises:
+        RunError: its file is damaged.
+        InputError: its content is no plan.
+    """
+    made = run.read_json("plans", f"{plan_key(recipe)}.json")
+    if made is None and recipe == Recipe(method=recipe.method, ratio=recipe.ratio):
+        table = _table(run, recipe.method) or {"plans": []}
+        made = next((plan for plan in table["plans"] if abs(plan["asked_ratio"] - recipe.ratio) < 1e-9), None)
+    return None if made is None else Plan.from_dict({name: made[name] for name in _PLAN_FIELDS if name in made})
+
+
+def measurements(run: RunFolder) -> list[Measured]:
+    """Everything that was measured: text by text, on each the original first, then by ratio; a damaged file is passed over.
+
+    Whoever finds one missing can measure it again, so it is not worth an error.
+    """
+    found: dict[tuple[str, int, int], dict[str, Measured]] = {}
+    for record in _records(run):
+        original, recipe = record["original"], Recipe.from_dict(record["recipe"])
+        text = (str(original["dataset"]), int(original["windows"]), int(original["length"]))
+        rows = found.setdefault(text, {})
+        rows[""] = Measured(None, 0.0, int(record["original_bytes"]), original)
+        figures = {name: record[name] for name in original}
+        rows[plan_key(recipe)] = Measured(recipe, float(record["ratio"]), int(record["bytes"]), figures)
+    return [row for text in sorted(found) for row in sorted(found[text].values(), key=lambda row: (row.recipe is not None, row.ratio))]
+
+
+def _records(run: RunFolder) -> Iterator[dict[str, Any]]:
+    for path in sorted((run.path / "evaluations").glob("plan.*--*.json")):
+        try:
+            record = run.read_json("evaluations", path.name)
+        except RunError:
+            continue
+        if isinstance(record, dict) and {"original", "recipe", "perplexity", "ratio", "bytes", "original_bytes"} <= record.keys():
+            yield record
+
+
+def _table(run: RunFolder, method: str) -> dict[str, Any] | None:
+    """Plans of all whole percents by a method as it is."""
+    table = run.read_json("plans", f"all-{plan_key(Recipe(method=method)).partition('@')[0]}.json")
+    return None if table is None else dict(table)

@@ -1,0 +1,68 @@
+"""What a run knows is read from its files, without a model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from run_helpers import new_run
+from tiny_runs import TEXT, do, tiny_run
+
+from moesvd_core.errors import RunError
+from moesvd_core.planning import Recipe
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import known_plan, measurements, reach
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    torch.set_num_threads(1)
+    made = tiny_run(tmp_path_factory.mktemp("runs") / "run")
+    for action, arguments in (
+        ("analyze", {"text": TEXT}),
+        ("measure", {"recipe": {"method": "auto", "ratio": 0.3}, "text": TEXT}),
+        ("measure", {"recipe": {"method": "auto", "ratio": 0.1234}, "text": TEXT}),
+    ):
+        job = do(made, action, **arguments)
+        assert job.state == "finished", job.error
+    return made
+
+
+def test_plans_of_whole_percents_come_from_the_analysis(run: RunFolder) -> None:
+    most = reach(run, "auto")
+    assert most is not None
+    plan = known_plan(run, Recipe(ratio=0.2))
+    assert plan is not None
+    assert (plan.method, plan.asked_ratio) == ("auto", 0.2)
+    assert 0.2 <= plan.ratio < 0.25
+    assert known_plan(run, Recipe(ratio=0.2, block=4)) is None
+    assert known_plan(run, Recipe(ratio=0.2034)) is None
+
+
+def test_a_plan_that_was_asked_for_is_known_by_its_recipe(run: RunFolder) -> None:
+    plan = known_plan(run, Recipe(ratio=0.1234))
+    assert plan is not None
+    assert plan.asked_ratio == 0.1234
+
+
+def test_measurements_stand_beside_the_original_in_order_of_their_ratio(run: RunFolder) -> None:
+    original, small, large = measurements(run)
+    assert (original.recipe, original.ratio, original.figures["kl_mean"]) == (None, 0.0, None)
+    assert (small.recipe, large.recipe) == (Recipe(ratio=0.1234), Recipe(ratio=0.3))
+    assert original.bytes > small.bytes > large.bytes
+    assert large.figures["kl_mean"] > 0
+    assert {row.figures["windows"] for row in (original, small, large)} == {4}
+
+
+def test_a_method_that_was_not_analysed_is_not_known(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    assert (reach(run, "latent"), known_plan(run, Recipe(method="latent")), measurements(run)) == (None, None, [])
+
+
+def test_a_damaged_plan_is_an_error_and_a_damaged_measurement_is_not(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    (run.station("plans") / "all-auto.json").write_text("{")
+    (run.station("evaluations") / "plan.auto@0.4000--sotu-64xdefault-000000.json").write_text("{")
+    (run.station("evaluations") / "plan.auto@0.5000--sotu-64xdefault-000000.json").write_text("{}")
+    with pytest.raises(RunError, match="is damaged"):
+        reach(run, "auto")
+    assert measurements(run) == []
