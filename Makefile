@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: run test lint benchmark clean
+.PHONY: run test lint benchmark browser clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.run: requirements.txt pyproject.toml
@@ -26,8 +26,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -m pytest
+# Two processes of one thread each: torch's threads would wait for each other in busy loops.
+test: lint browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+browser:
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } \
+		|| { echo "browser tests need Debian's chromium: install it as root with 'apt-get install chromium'" >&2; exit 1; }
 
 benchmark: $(VENV)/.run
 	$(BIN)/moesvd benchmark quality
