@@ -234,8 +234,9 @@ def compare(given: Namespace) -> None:
     """`moesvd compare`: two models side by side: quality, size, speed, and what they answer."""
     from moesvd_core.api import load_model
     from moesvd_core.evaluation.generation import side_by_side
+    from moesvd_core.evaluation.hidden import context_limit
     from moesvd_core.evaluation.perplexity import evaluate as measure
-    from moesvd_core.evaluation.speed import measure_speed
+    from moesvd_core.evaluation.speed import SpeedTest, measure_speed
 
     original, tokenizer = load_model(given.original)
     compressed, _ = load_model(given.compressed)
@@ -243,7 +244,9 @@ def compare(given: Namespace) -> None:
         text = {"windows": given.windows, "report": bars}
         before = measure(original, tokenizer, given.dataset, **text)
         after = measure(compressed, tokenizer, given.dataset, reference=original, **text)
-        speeds = measure_speed({"original": original, "compressed": compressed}, report=bars)
+        limit = context_limit(original.config) or 1024
+        test = SpeedTest(prompt_tokens=min(256, limit // 2), new_tokens=min(32, limit // 4))
+        speeds = measure_speed({"original": original, "compressed": compressed}, test, report=bars)
     turns = side_by_side([original, compressed], tokenizer, given.prompt) if given.prompt else ()
     answers: tuple[Any, ...] = deque(turns, maxlen=1).pop() if given.prompt else (None, None)
     rows = []

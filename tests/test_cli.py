@@ -1,0 +1,136 @@
+"""The command line: what it prints, where, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.cli import main
+
+FAST = ["--samples", "4", "--length", "24", "--windows", "4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.set_num_threads(1)
+    return str(save_tiny("mixtral", tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def runs_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOESVD_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def test_compress_prints_figures_of_what_it_wrote(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert main(["compress", model, "--ratio", "0.2", "--output", str(output), *FAST, "--json"]) == 0
+    printed = capsys.readouterr()
+    figures = json.loads(printed.out)
+    assert {
+        "ratio", "expert_ratio", "original_parameters", "parameters", "active_parameters", "bytes",
+        "perplexity", "perplexity_stderr", "tokens", "kl_mean", "top1_agreement", "layers",
+    } <= set(figures)
+    assert {"selected", "ranks", "predicted_loss"} <= set(figures["layers"][0])
+    assert figures["bytes"] == ModelFiles.open(output).bytes
+    assert "calibrate" in printed.err
+    assert main(["compress", model, "--ratio", "0.2", "--output", str(output), *FAST]) == 0
+    assert "predicted loss, nats" in capsys.readouterr().out
+
+
+def test_one_run_serves_plans_exports_and_lists(model: str, tmp_path: Path, runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", model, *FAST, "--measure", "--json"]) == 0
+    analysis = json.loads(capsys.readouterr().out)
+    run = analysis["run"]
+    assert (runs_root / run / analysis["sensitivity"]).exists()
+    assert main(["plan", run, "--method", "latent", "--ratio", "0.3", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["ratio"] >= 0.3 and plan["method"] == "latent"
+    (tmp_path / "recipe.yaml").write_text("method: fisher\nratio: 0.1\n")
+    output = str(tmp_path / "dense")
+    assert main(["export", str(runs_root / run), "--recipe", str(tmp_path / "recipe.yaml"), "--output", output, "--format", "dense"]) == 0
+    capsys.readouterr()
+    assert main(["runs", "--json"]) == 0
+    [status] = json.loads(capsys.readouterr().out)
+    assert (status["id"], status["state"]) == (run, "finished")
+    assert main(["runs"]) == 0
+    assert run in capsys.readouterr().out
+
+
+def test_evaluate_and_inspect(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", model, "--reference", model, "--windows", "2", "--length", "24", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert main(["inspect", model, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["experts"] == 4
+
+
+def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", model, model, "--windows", "2", "--prompt", "we the people", "--json"]) == 0
+    original, compressed = json.loads(capsys.readouterr().out)
+    assert original["answer"] == compressed["answer"]
+    assert compressed["top1_agreement"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["compress", "MODEL", "--ratio", "1.5", "--output", "OUT"], "ratio must be a number in [0, 1)"),
+        (["compress", "MODEL", "--ratio", "0.99", "--output", "OUT"], "for auto on this model, got 0.99"),
+        (["compress", "MODEL", "--output", "OUT"], "ratio is missing"),
+        (["compress", "MODEL", "--ratio", "0.3", "--method", "magic", "--output", "OUT"], "method must be one of auto"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--samples", "0"], "samples must be a whole number of at least 1"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--dataset", "nowhere.txt"], "nowhere.txt"),
+        (["compress", "NOWHERE", "--ratio", "0.3", "--output", "OUT"], "neither a model folder nor a name of the hub"),
+        (["plan", "../outside", "--ratio", "0.3"], "no run"),
+        (["plan", "unknown", "--ratio", "0.3"], "no run"),
+        (["compress", "MODEL", "--recipe", "nowhere.yaml", "--output", "OUT"], "nowhere.yaml cannot be read"),
+        (["evaluate", "MODEL", "--windows", "0"], "windows"),
+        (["cancel", "unknown"], "no run"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(
+    words: list[str], reason: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"MODEL": model, "OUT": str(tmp_path / "out"), "NOWHERE": str(tmp_path / "no such model")}
+    assert main([places.get(word, word) for word in words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    last = printed.err.strip().splitlines()[-1]
+    assert last.startswith("moesvd: ") and reason in last
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["compress"], ["compress", "m", "--ratio", "abc", "--output", "o"]])
+def test_words_that_make_no_command_end_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "usage: moesvd" in capsys.readouterr().err
+
+
+def test_the_options_of_benchmarks_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "quality", "--help"]) == 0
+    assert "--methods" in capsys.readouterr().out
+
+
+def test_stopping_by_signal_ends_within_seconds_and_the_run_goes_on(model: str, tmp_path: Path) -> None:
+    words = ["compress", model, "--ratio", "0.2", "--output", str(tmp_path / "out"), "--length", "24", "--windows", "4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moesvd_core", *words, "--samples", "300", "--run", str(tmp_path / "run")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    assert "inspect" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    printed, error = process.communicate(timeout=10)
+    assert (process.returncode, printed) == (130, "")
+    assert error.strip().splitlines()[-1].startswith("moesvd: stopped by SIGINT")
+    assert not (tmp_path / "out").exists()
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert ModelFiles.open(tmp_path / "out").bytes > 0
