@@ -15,7 +15,6 @@ from moesvd_core.runs.estimate import estimate
 from moesvd_core.runs.source import prepare
 from pages.components import jobs, machine, tables
 from pages.components.context import Context
-from pages.components.header import worker
 from pages.components.model_facts import facts_html, needs_html
 from pages.components.page import Page
 from pages.components.session import ViewState
@@ -147,7 +146,7 @@ def runs_html(context: Context, state: ViewState) -> str:
     columns = [
         tables.Column("run", "Run", link=lambda row: f"./?{state.but(run=row['run']).query}" if row["run"] else ""),
         tables.Column("model", "Model"),
-        tables.Column("state", "Worker"),
+        tables.Column("state", "State"),
         tables.Column("created", "Made", moment),
     ]
     rows = [_row(context, status) for status in statuses]
@@ -155,9 +154,9 @@ def runs_html(context: Context, state: ViewState) -> str:
 
 
 def _row(context: Context, status: RunStatus) -> dict[str, Any]:
-    if status.state == "damaged":
-        return {"run": None, "model": None, "state": status.error, "created": None}
-    return {"run": status.id, "model": context.model_name(status.model), "state": worker(status), "created": status.created}
+    model = context.model_name(status.model) if status.model else None
+    told = jobs.summary(status).replace(f"{context.settings.runs}/", "")  # where runs lie on the machine is nobody's business
+    return {"run": status.id or None, "model": model, "state": told, "created": status.created or None}
 
 
 def _no_model() -> str:

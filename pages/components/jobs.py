@@ -13,7 +13,7 @@ import gradio as gr
 
 from moesvd_core.runs.client import RunStatus
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.jobs import Job
+from pages.components.header import worker
 from pages.components.page import Page
 from pages.components.session import ViewState
 from pages.components.text import duration, escape, share
@@ -89,6 +89,15 @@ def draw(status: RunStatus | None) -> str:
     return _frame(f"{title} {job.state}", job.state, reached, f"{job.error or job.state}.{advice}")
 
 
+def summary(status: RunStatus) -> str:
+    """The state of a run's work in a line: "Analysis finished", "Analysis calibrate 44 %, 58 s left"."""
+    if status.state == "damaged":
+        return status.error
+    if status.job is None:
+        return "nothing asked yet"
+    return f"{ACTION_WORDS.get(status.job.action, status.job.action)} {worker(status) if status.busy else status.state}"
+
+
 def log_lines(run: RunFolder) -> list[str]:
     """The last lines of a run's diary for people, oldest first, times in UTC."""
     try:
@@ -113,11 +122,6 @@ def log_lines(run: RunFolder) -> list[str]:
 def log_html(lines: list[str]) -> str:
     """Lines of a log, newest at the bottom."""
     return f'<pre class="log" tabindex="0" aria-label="Log of the run">{escape(chr(10).join(lines)) or "Nothing was done yet."}</pre>'
-
-
-def latest(status: RunStatus, action: str) -> Job | None:
-    """The latest finished job of an action."""
-    return next((job for job in reversed(status.jobs) if job.action == action and job.state == "finished"), None)
 
 
 def _frame(title: str, kind: str, done: float | None, text: str) -> str:

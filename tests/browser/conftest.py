@@ -1,0 +1,126 @@
+"""The app in a browser: started once with runs of its own, and every page watched for errors and for requests to other machines.
+
+Chromium comes from the system (`chromium`), else from `playwright install chromium`; without any these tests fail and say so.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+from runs.run_helpers import new_run
+
+from moesvd_core.runs.folder import Identity, RunFolder
+
+HOUSE = Path(__file__).parents[2]
+ARGUMENTS = (
+    "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--no-first-run",
+)
+START_SECONDS = 120.0
+EVIL = "<img src=x onerror=alert(1)>"
+Open = Callable[..., Page]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs: one that has finished, one that failed, one whose model has a hostile name, one that is damaged."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, kind in (("tiny-0000000f", "finished"), ("tiny-0000000e", "failed")):
+        log = new_run(root, name).log
+        log.append("submitted", "1", action="analyze", arguments={})
+        log.append("started", "1")
+        log.append("progress", "1", stage="calibrate", done=3, total=4, message=EVIL)
+        log.append(kind, "1", **({"result": {}} if kind == "finished" else {"error": "not enough memory: 61 GiB are needed"}))
+    RunFolder.create(root / "evil-00000001", Identity("evil-00000001", f"{EVIL}/{EVIL}", {"samples": 1}, "2025-01-01T00:00:00+00:00"))
+    (root / "damaged").mkdir()
+    (root / "damaged" / "run.json").write_text("{")
+    return root
+
+
+@pytest.fixture(scope="session")
+def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The running app."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("app") / "log"
+    exports = tmp_path_factory.mktemp("exports")
+    with log.open("w") as output:
+        command = [sys.executable, "app.py", "--port", str(port), "--runs", str(runs), "--exports", str(exports)]
+        server = subprocess.Popen(command, cwd=HOUSE, stdout=output, stderr=output, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        _wait(f"http://127.0.0.1:{port}/healthz", server, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One chromium for all tests."""
+    system = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        path = system or playwright.chromium.executable_path
+        if not Path(path).exists():
+            pytest.fail("no chromium: install it (apt install chromium), or run `playwright install chromium`", pytrace=False)
+        started = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, address: str) -> Iterator[Open]:
+    """Opens a page of the app: `visit("/ratio?run=…", width=360, theme="dark")`; at the end nothing may have gone wrong in it."""
+    contexts, troubles = [], []
+
+    def follow(page: Page) -> None:
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("dialog", lambda dialog: troubles.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: None if _local(request.url, address) else troubles.append(f"request to {request.url}"))
+
+    def opened(path: str = "/", *, width: int = 1440, theme: str = "light") -> Page:
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        contexts.append(context)
+        page = context.new_page()
+        follow(page)
+        page.goto(f"{address}{path}{'&' if '?' in path else '?'}__theme={theme}")
+        page.wait_for_selector(".head h1", timeout=60_000)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+def _local(url: str, address: str) -> bool:
+    return url.startswith((f"{address}/", "data:", "blob:"))
+
+
+def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url) as answer:  # noqa: S310 - our own address
+                assert answer.status == 200
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    pytest.fail(f"the app did not start:\n{log.read_text()}", pytrace=False)

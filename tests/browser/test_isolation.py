@@ -1,0 +1,57 @@
+"""What the server gives away: its pages, and nothing else of the machine."""
+
+import http.client
+import urllib.error
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+HOUSE = Path(__file__).parents[2]
+
+
+def fetch(address: str, path: str) -> tuple[int, bytes]:
+    """Ask for a path exactly as it is written: no dots are resolved on the way."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)
+    with closing(connection):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+@pytest.mark.parametrize("prefix", ["/gradio_api/file=", "/gradio_api/file/", "/explorer/", "/static/", "/assets/", "/"])
+def test_no_file_of_the_machine_is_served(address: str, prefix: str) -> None:
+    secret = HOUSE / "pyproject.toml"
+    up = "../" * 12
+    forms = [
+        str(secret), "pyproject.toml", f"{up}{str(secret)[1:]}", quote(str(secret), safe=""), quote(f"{up}{str(secret)[1:]}", safe=""),
+        f"./assets/../{secret.name}", f"..%2f{secret.name}", f"....//{secret.name}", f"{secret}%00.png",
+    ]
+    for form in forms:
+        status, body = fetch(address, prefix + form)
+        assert b"[build-system]" not in body, (status, form)
+
+
+def test_no_run_of_the_folder_is_served(address: str, runs: Path) -> None:
+    for form in (str(runs / "tiny-0000000f" / "run.json"), "runs/tiny-0000000f/run.json"):
+        status, body = fetch(address, f"/gradio_api/file={form}")
+        assert status in (403, 404)
+        assert b"calibration" not in body
+
+
+def test_answers_carry_the_rules_of_the_browser(address: str) -> None:
+    with urllib.request.urlopen(f"{address}/") as answer:  # noqa: S310 - our own address
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "googleapis" not in answer.read().decode()
+
+
+def test_nobody_reads_the_api_from_another_site(address: str) -> None:
+    request = urllib.request.Request(f"{address}/gradio_api/info", headers={"Origin": "https://example.org"})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request) as answer:  # noqa: S310
+            assert answer.headers.get("access-control-allow-origin") not in ("*", "https://example.org")
+    except urllib.error.HTTPError as refused:
+        assert refused.code == 403

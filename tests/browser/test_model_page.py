@@ -1,0 +1,130 @@
+"""The first page: it opens, tells what a model is, starts, cancels and finds work again; and it is well made."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+Open = Callable[..., Page]
+FONT_SIZES = """() => {
+  const sizes = new Set();
+  for (const element of document.querySelectorAll('.gradio-container *'))
+    if (element.getClientRects().length && [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim()))
+      sizes.add(getComputedStyle(element).fontSize);
+  return [...sizes].sort();
+}"""
+
+
+def settled(page: Page) -> Page:
+    """The page once its data has arrived."""
+    expect(page.locator("#runs table")).to_be_visible(timeout=30_000)
+    return page
+
+
+def test_the_page_opens_on_a_finished_run_and_puts_it_into_the_address(visit: Open) -> None:
+    page = settled(visit())
+    assert "run=" in page.url
+    expect(page).to_have_title("Model · MoE-SVD Explorer")
+    expect(page.locator(".strip .worker")).to_have_text("idle")
+    expect(page.locator(".job-title")).to_have_text("Analysis finished")
+
+
+def test_a_shared_address_shows_its_run(visit: Open) -> None:
+    page = settled(visit("/?run=tiny-0000000e&ratio=0.25"))
+    expect(page.locator(".strip")).to_contain_text("tiny-0000000e")
+    expect(page.locator(".strip")).to_contain_text("25 %")
+    expect(page.locator(".job-text")).to_contain_text("61 GiB are needed")
+    expect(page.get_by_role("button", name="Resume")).to_be_enabled()
+
+
+def test_names_of_strangers_are_text(visit: Open) -> None:
+    page = settled(visit("/?run=evil-00000001"))
+    expect(page.locator("#runs")).to_contain_text("<img src=x onerror=alert(1)>")
+    assert page.locator("#runs img").count() == 0
+
+
+def test_a_bad_address_is_explained(visit: Open) -> None:
+    page = settled(visit("/?run=gone-1&ratio=9"))
+    expect(page.get_by_text("run gone-1 is not here")).to_be_visible()
+    expect(page.get_by_text("ratio must be in [0, 1), got 9.0")).to_be_visible()
+
+
+def test_a_model_is_known_within_seconds_and_a_wrong_name_is_explained(visit: Open) -> None:
+    page = settled(visit())
+    field = page.get_by_role("combobox", name="Model")
+    field.fill("demo-moe")
+    field.press("Enter")
+    expect(page.locator("#model-facts")).to_contain_text("16.3 M", timeout=5_000)
+    expect(page.locator("#model-needs")).to_contain_text("This machine")
+    field.fill("/etc")
+    field.press("Enter")
+    expect(page.get_by_text("'/etc' is neither a model folder")).to_be_visible()
+
+
+def test_work_starts_is_found_again_and_stops_within_seconds(visit: Open) -> None:
+    page = settled(visit())
+    field = page.get_by_role("combobox", name="Model")
+    field.fill("demo-moe")
+    field.press("Enter")
+    expect(page.locator("#model-facts")).to_contain_text("16.3 M", timeout=15_000)
+    page.get_by_role("button", name="Calibration settings").click()
+    page.get_by_label("Windows", exact=True).fill("64")
+    page.get_by_role("button", name="Analyse").click()
+    expect(page.locator(".job.running, .job.queued")).to_be_visible(timeout=15_000)
+    expect(page.locator(".strip")).to_contain_text("demo-moe-")
+    where = page.url.removeprefix(page.evaluate("location.origin"))
+    page.close()  # nobody looks
+    page = settled(visit(where))
+    expect(page.locator(".job.running, .job.queued")).to_be_visible(timeout=15_000)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator(".job.cancelled")).to_be_visible(timeout=15_000)
+    expect(page.get_by_role("button", name="Resume")).to_be_enabled()
+
+
+def test_light_and_dark_can_be_switched_and_are_kept(visit: Open) -> None:
+    page = settled(visit())
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(background) == "rgb(255, 255, 255)"
+    page.get_by_role("button", name="Switch between light and dark").click()
+    assert page.evaluate(background) == "rgb(16, 19, 24)"
+    page.goto(page.url.replace("__theme=light&", ""))
+    settled(page)
+    assert page.evaluate(background) == "rgb(16, 19, 24)"
+
+
+def test_the_table_can_be_downloaded(visit: Open) -> None:
+    page = settled(visit())
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download as CSV: Runs").click()
+    assert download.value.suggested_filename == "runs.csv"
+    assert Path(download.value.path()).read_text().startswith("Run,Model,State,Made\n")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 768, 1440, 1920])
+def test_it_fits_every_width_in_three_sizes_of_type(visit: Open, width: int, theme: str) -> None:
+    page = settled(visit(width=width, theme=theme))
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = page.evaluate(FONT_SIZES)
+    assert set(sizes) <= {"14px", "18px", "28px"}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nobody_is_locked_out(visit: Open, theme: str) -> None:
+    page = settled(visit(theme=theme))
+    page.get_by_role("button", name="Calibration settings").click()
+    page.get_by_role("button", name="Log").click()
+    found = Axe().run(page).response["violations"]
+    grave = [each for each in found if each["impact"] in ("serious", "critical")]
+    assert [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in grave] == []
+
+
+def test_everything_is_reached_by_keyboard(visit: Open) -> None:
+    page = settled(visit())
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("(document.activeElement.innerText || document.activeElement.ariaLabel || '').trim().split('\\n')[0]"))
+    assert {"MoE-SVD Explorer", "Model", "Switch between light and dark", "Calibration settings", "Analyse", "Log", "CSV"} <= reached

@@ -1,0 +1,65 @@
+"""The app as a whole: its pages, its own addresses, the run it ships."""
+
+import json
+from pathlib import Path
+
+import pytest
+from runs.run_helpers import new_run
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+import app
+from moesvd_core import atomic
+from moesvd_core.runs.folder import RunFolder
+from pages.components import assets, demo
+from pages.components.settings import Settings
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> TestClient:
+    kwargs = assets.app_kwargs(tmp_path)
+    return TestClient(Starlette(routes=kwargs["routes"], middleware=kwargs["middleware"]))
+
+
+def test_every_page_of_the_list_is_a_route(tmp_path: Path) -> None:
+    made = app.create(Settings(runs=tmp_path / "runs"))
+    assert [f"/{path}" for path, *_ in made.pages] == [path for _, path, _ in app.PAGES]
+    assert (tmp_path / "runs").is_dir()
+
+
+def test_health_tells_whether_runs_can_be_kept(client: TestClient, tmp_path: Path) -> None:
+    assert client.get("/healthz").json()["status"] == "ok"
+    tmp_path.rmdir()
+    assert client.get("/healthz").status_code == 503
+
+
+def test_only_the_app_s_own_files_are_served_and_nothing_may_be_fetched_elsewhere(client: TestClient) -> None:
+    for name in ("explorer.js", "explorer.css", "plotly.min.js"):
+        answer = client.get(f"/explorer/{name}")
+        assert answer.status_code == 200
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+    for name in ("app.py", "..%2fapp.py", "../app.py", "demo-moe/config.json"):
+        assert client.get(f"/explorer/{name}").status_code == 404
+
+
+def test_public_address_without_password_ends_with_status_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOESVD_PASSWORD", raising=False)
+    assert app.main(["--host", "0.0.0.0"]) == 2  # noqa: S104 - refused
+    assert "MOESVD_PASSWORD" in capsys.readouterr().err
+
+
+def test_the_shipped_run_is_copied_once_and_finds_the_model_of_this_machine(tmp_path: Path) -> None:
+    shipped = new_run(tmp_path / "shipped")
+    atomic.write_json(shipped.path / "source.json", {"path": "elsewhere", "fingerprint": "1", "facts": {}})
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    model = tmp_path / "model"
+    assert demo.install(runs, shipped.path, model) == "tiny-00000001"
+    copied = RunFolder.open(runs / "tiny-00000001")
+    assert copied.identity.model == str(model)
+    assert copied.read_json("source.json")["path"] == str(model)
+    (copied.path / "mark").touch()
+    demo.install(runs, shipped.path, model)
+    assert (copied.path / "mark").exists()
+    assert json.loads((shipped.path / "run.json").read_text())["model"] == "tiny"  # what is shipped stays as it is
+    assert demo.install(runs, tmp_path / "nothing", model) == ""

@@ -1,0 +1,73 @@
+"""What the page says about a run's work."""
+
+from pathlib import Path
+
+import pytest
+from runs.run_helpers import new_run
+
+from moesvd_core.runs.client import Client
+from moesvd_core.runs.folder import RunFolder
+from pages.components.header import worker
+from pages.components.jobs import LOG_LINES, draw, log_html, log_lines, resumable, summary
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run whose worker is this process, so that it counts as alive."""
+    from moesvd_core import atomic
+    from moesvd_core.runs.process import this_process
+
+    made = new_run(tmp_path)
+    atomic.write_json(made.worker_file, this_process().as_dict())
+    made.log.append("submitted", "1", action="analyze", arguments={})
+    return made
+
+
+def shown(run: RunFolder) -> str:
+    return draw(Client(run.path.parent).status(run))
+
+
+def test_nothing_to_show() -> None:
+    assert "Nothing runs" in draw(None)
+    assert worker(None) == "no run yet"
+    assert not resumable(None)
+
+
+def test_a_job_from_its_turn_to_its_end(run: RunFolder) -> None:
+    client = Client(run.path.parent)
+    assert "Analysis waits" in shown(run)
+    run.log.append("started", "1")
+    for done in (1, 2, 3):
+        run.log.append("progress", "1", stage="calibrate", done=done, total=4, message=EVIL)
+    status = client.status(run)
+    assert "calibrate: 3 of 4" in draw(status)
+    assert 'aria-valuenow="75"' in draw(status)
+    assert worker(status).startswith("calibrate 75 %")
+    assert summary(status).startswith("Analysis calibrate 75 %")
+    assert EVIL not in draw(status) + log_html(log_lines(run))
+    assert "&lt;script&gt;" in log_html(log_lines(run))
+    run.log.append("finished", "1", result={})
+    status = client.status(run)
+    assert "Analysis finished" in draw(status)
+    assert (worker(status), summary(status), resumable(status)) == ("idle", "Analysis finished", False)
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("cancelled", True), ("interrupted", True), ("failed", False)])
+def test_work_that_ended_early_says_why_and_can_be_resumed(run: RunFolder, kind: str, advice: bool) -> None:
+    run.log.append("started", "1")
+    run.log.append(kind, "1", error="not enough memory: 61 GiB are needed")
+    status = Client(run.path.parent).status(run)
+    assert f"Analysis {kind}" in draw(status)
+    assert "61 GiB are needed" in draw(status)
+    assert ("resume goes on" in draw(status)) is advice
+    assert resumable(status)
+
+
+def test_the_log_is_short_and_newest_last(run: RunFolder) -> None:
+    for done in range(100):
+        run.log.append("progress", "1", stage="calibrate", done=done, total=100, message=f"layer {done}")
+    lines = log_lines(run)
+    assert len(lines) == LOG_LINES
+    assert lines[-1].endswith("layer 99")

@@ -1,0 +1,81 @@
+"""The handlers of the first page, without a browser."""
+
+from pathlib import Path
+
+import pytest
+from runs.run_helpers import new_run
+
+from moesvd_core.errors import InputError
+from moesvd_core.runs.client import Client
+from moesvd_core.runs.folder import RunFolder
+from pages import model
+from pages.components.context import Context
+from pages.components.session import ViewState
+from pages.components.settings import Settings
+
+ASSETS = Path(__file__).parents[2] / "assets"
+VALUES = ("sotu", 2, None, 0, 1)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    """Declared is the folder of the demo model; workers are not started."""
+    made = Context(Settings(runs=tmp_path / "runs", models=(ASSETS,)))
+    made.settings.runs.mkdir()
+    object.__setattr__(made, "client", Client(made.settings.runs, launch=lambda run: None))
+    return made
+
+
+def test_a_probe_tells_facts_and_needs(context: Context) -> None:
+    facts, card, needs = model._probe(context)("demo-moe", *VALUES)
+    assert facts["experts"] == 8
+    assert "16.3 M" in card
+    assert "one layer at a time" in needs
+
+
+def test_an_analysis_is_asked_for_once(context: Context) -> None:
+    state, clock = model._analyse(context)(ViewState(), "demo-moe", ["auto"], *VALUES)
+    status = context.status(state)
+    assert status is not None
+    assert (status.job.action, dict(status.job.arguments), status.state) == ("analyze", {"methods": ["auto"]}, "queued")
+    assert clock.active
+    with pytest.raises(InputError, match="at work already"):
+        model._analyse(context)(state, "demo-moe", ["auto"], *VALUES)
+
+
+def test_the_run_shows_its_model_before_a_worker_has_looked_at_it(context: Context) -> None:
+    state, _ = model._analyse(context)(ViewState(), "demo-moe", ["auto"], "sotu", 7, 64, 3, 2)
+    name, facts, card, needs, *fields = model._run_shown(context)(state)
+    assert name.value == "demo-moe"
+    assert facts["layers"] == 8
+    assert state.run in card
+    assert "Memory to analyse" in needs
+    assert fields == ["sotu", 7, 64, 3, 2]
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    (("/etc/passwd", 2, None, 0, 1), "nor a data set"),
+    (("sotu", 0, None, 0, 1), "samples must be"),
+    (("sotu", 2, 1, 0, 1), "length must be"),
+])
+def test_settings_that_cannot_be_used_are_explained(context: Context, values: tuple[object, ...], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        model._analyse(context)(ViewState(), "demo-moe", ["auto"], *values)
+
+
+def test_at_least_one_method_is_planned_for(context: Context) -> None:
+    with pytest.raises(InputError, match="no method is chosen"):
+        model._analyse(context)(ViewState(), "demo-moe", [], *VALUES)
+
+
+def test_the_list_of_runs_links_escapes_and_names_no_folder(context: Context) -> None:
+    assert "No runs yet" in model.runs_html(context, ViewState())
+    run = new_run(context.settings.runs)
+    assert isinstance(run, RunFolder)
+    (context.settings.runs / "broken").mkdir()
+    (context.settings.runs / "broken" / "run.json").write_text("{")
+    made = model.runs_html(context, ViewState("tiny-00000001"))
+    assert 'href="./?run=tiny-00000001&amp;method=auto&amp;ratio=0.4"' in made
+    assert made.count("class=chosen") == 1
+    assert "broken/run.json is damaged" in made
+    assert str(context.settings.runs) not in made

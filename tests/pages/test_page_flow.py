@@ -1,0 +1,126 @@
+"""One flow: address -> state -> header and views; and what happens to it when things go wrong."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import pytest
+from runs.run_helpers import new_run
+
+from moesvd_core.errors import InputError
+from pages.components import handler, page
+from pages.components.context import Context, PageLink
+from pages.components.header import draw as draw_header
+from pages.components.page import Page
+from pages.components.session import ViewState
+from pages.components.settings import Settings
+
+SKIP = gr.skip()
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was shown over the page."""
+    sentences: list[str] = []
+    monkeypatch.setattr(handler.gr, "Warning", lambda message, **_: sentences.append(message))
+    return sentences
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(Settings(runs=tmp_path), (PageLink("Model", "/"), PageLink("Ratio", "/ratio")))
+
+
+@pytest.fixture
+def laid_out(context: Context) -> Iterator[tuple[Page, list[ViewState]]]:
+    """A page with one view that depends on the layer alone, and the states it was drawn for."""
+    drawn: list[ViewState] = []
+    with gr.Blocks(analytics_enabled=False), Page(context, "Ratio", "Purpose") as made:
+        box = gr.HTML()
+        made.view(lambda state: drawn.append(state) or f"layer {state.layer}", [box], fields=("layer",))
+    yield made, drawn
+
+
+def opened(made: Page, **query: str) -> list[Any]:
+    return made._open(SimpleNamespace(query_params=query))
+
+
+def test_a_page_opens_on_the_newest_run(laid_out: tuple[Page, list[ViewState]], context: Context, said: list[str]) -> None:
+    new_run(context.settings.runs)
+    state, _, _, head, timer, view = opened(laid_out[0])
+    assert state.run == "tiny-00000001"
+    assert "tiny-00000001" in head
+    assert view == "layer None"
+    assert not timer.active
+    assert said == []
+
+
+def test_without_runs_a_page_still_opens(laid_out: tuple[Page, list[ViewState]]) -> None:
+    assert opened(laid_out[0])[0] == ViewState()
+
+
+def test_a_run_that_is_gone_is_told_without_a_path(laid_out: tuple[Page, list[ViewState]], context: Context, said: list[str]) -> None:
+    state = opened(laid_out[0], run="gone-1", ratio="7")[0]
+    assert state.run == ""
+    assert len(said) == 2
+    assert "gone-1 is not here" in said[1]
+    assert str(context.settings.runs) not in "".join(said)
+
+
+def test_only_views_of_changed_fields_are_drawn_again(laid_out: tuple[Page, list[ViewState]], context: Context) -> None:
+    made, drawn = laid_out
+    new_run(context.settings.runs)
+    state, shown, *_ = opened(made)
+    drawn.clear()
+    assert made._follow(state, shown)[-1] == SKIP
+    assert made._follow(state.but(ratio=0.1), shown)[-1] == SKIP
+    assert made._follow(state.but(layer=2), shown)[-1] == "layer 2"
+    assert [each.layer for each in drawn] == [2]
+
+
+def test_views_are_drawn_again_when_a_job_has_ended(laid_out: tuple[Page, list[ViewState]], context: Context) -> None:
+    made, drawn = laid_out
+    run = new_run(context.settings.runs)
+    state, shown, *_ = opened(made)
+    run.log.append("submitted", "1", action="analyze", arguments={})
+    run.log.append("finished", "1", result={})
+    drawn.clear()
+    assert made._tick(state)[0] == 1
+    assert made._follow(state, shown)[-1] == "layer None"
+    assert len(drawn) == 1
+
+
+def test_errors_become_sentences(said: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    def refuse() -> None:
+        raise InputError("ratio must be in [0, 1), got <b>9</b>")
+
+    def stream() -> Iterator[str]:
+        yield "first"
+        raise ZeroDivisionError("secret detail")
+
+    assert handler.explained(refuse)() == SKIP
+    assert list(handler.explained(stream)()) == ["first", SKIP]
+    assert said[0] == "ratio must be in [0, 1), got &lt;b&gt;9&lt;/b&gt;"
+    assert "ZeroDivisionError" in said[1]
+    assert "secret detail" not in said[1]
+    assert "secret detail" in caplog.text
+
+
+def test_a_page_needs_an_app(context: Context) -> None:
+    with pytest.raises(RuntimeError, match="inside"):
+        with Page(context, "Ratio", "Purpose"):
+            pass
+
+
+def test_links_carry_the_view_and_names_are_escaped(context: Context) -> None:
+    state = ViewState("tiny-00000001", 2, "latent", 0.5)
+    run = new_run(context.settings.runs)
+    made = draw_header(context, "Ratio", "<b>", state, context.client.status(run))
+    assert 'href="./ratio?run=tiny-00000001&amp;layer=2&amp;method=latent&amp;ratio=0.5" aria-current=page' in made
+    assert "<b>" not in made
+
+
+def test_the_clock_is_slow_enough_for_many_sessions() -> None:
+    assert page.TICK_SECONDS >= 2

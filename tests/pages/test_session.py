@@ -1,0 +1,45 @@
+"""What an address says, and what it must not be able to say."""
+
+from urllib.parse import parse_qsl
+
+import pytest
+
+from moesvd_core.errors import InputError
+from pages.components.session import ViewState, read_query
+
+
+def test_an_address_holds_the_whole_view() -> None:
+    state = ViewState("demo-moe-0a1b2c3d", 3, "latent", 0.25)
+    assert state.query == "run=demo-moe-0a1b2c3d&layer=3&method=latent&ratio=0.25"
+    assert read_query(dict(parse_qsl(state.query))) == (state, [])
+
+
+def test_without_a_run_the_address_stays_plain() -> None:
+    assert ViewState().query == ""
+
+
+def test_another_run_forgets_the_layer() -> None:
+    state = ViewState("one", 3)
+    assert state.but(run="two").layer is None
+    assert state.but(run="one").layer == 3
+    assert state.but(run="two", layer=1).layer == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("run", "../secrets", "run must be an id"), ("run", "<b>", "run must be an id"), ("layer", "-1", "layer must be in"),
+        ("layer", "abc", "layer must be a number"), ("ratio", "1", "ratio must be in"), ("ratio", "nan", "ratio must be in"),
+        ("ratio", "x", "ratio must be a number"), ("method", "magic", "auto, fisher"),
+    ],
+)
+def test_what_cannot_be_read_keeps_its_default_and_is_told(name: str, value: str, word: str) -> None:
+    state, problems = read_query({name: value, "unknown": "ignored"})
+    assert state == ViewState()
+    assert len(problems) == 1
+    assert word in problems[0]
+
+
+def test_a_view_out_of_bounds_cannot_be_made() -> None:
+    with pytest.raises(InputError, match=r"got 1\.5"):
+        ViewState(ratio=1.5)

@@ -1,0 +1,97 @@
+"""Who can reach the server, and what may be named in it."""
+
+from pathlib import Path
+
+import pytest
+
+from moesvd_core.errors import InputError
+from pages.components.places import find_model, find_text, model_name, model_names
+from pages.components.settings import PASSWORD_VARIABLE, Settings, is_loopback
+
+DEMO = Path(__file__).parents[2] / "assets"
+
+
+def test_it_listens_on_this_machine_only() -> None:
+    settings = Settings.read([], {})
+    assert (settings.host, settings.login, settings.remote_code) == ("127.0.0.1", None, False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org"])  # noqa: S104 - refused here
+def test_a_public_address_needs_a_password(host: str) -> None:
+    with pytest.raises(InputError, match=PASSWORD_VARIABLE):
+        Settings.read(["--host", host], {})
+    with pytest.raises(InputError, match=PASSWORD_VARIABLE):
+        Settings.read([], {"MOESVD_HOST": host, PASSWORD_VARIABLE: ""})
+    assert Settings.read(["--host", host], {PASSWORD_VARIABLE: "geheim"}).login == ("moesvd", "geheim")
+
+
+def test_loopback_by_name_and_number() -> None:
+    assert [host for host in ("localhost", "127.0.0.1", "127.8.8.8", "::1", "0.0.0.0") if is_loopback(host)] == [  # noqa: S104
+        "localhost", "127.0.0.1", "127.8.8.8", "::1",
+    ]
+
+
+def test_the_environment_names_folders_and_flags_win(tmp_path: Path) -> None:
+    environment = {"MOESVD_RUNS": "elsewhere", "MOESVD_MODELS": "a:b", "MOESVD_PORT": "8000"}
+    settings = Settings.read(["--runs", str(tmp_path)], environment)
+    assert (settings.runs, settings.models, settings.port) == (tmp_path, (Path("a"), Path("b")), 8000)
+
+
+def test_a_port_out_of_bounds_is_refused() -> None:
+    with pytest.raises(InputError, match="got 70000"):
+        Settings.read(["--port", "70000"], {})
+
+
+# -- models and texts -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> list[Path]:
+    """Declared folders: the shipped assets, and one with links and texts; beside them a secret."""
+    declared = tmp_path / "declared"
+    declared.mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    (declared / "own.txt").write_text("text")
+    (declared / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (declared / "out").symlink_to(tmp_path)
+    return [DEMO, declared]
+
+
+def test_the_demo_model_is_listed_first_and_found_by_its_name(roots: list[Path]) -> None:
+    assert model_names(roots)[0] == "demo-moe"
+    found = find_model(" demo-moe ", roots)
+    assert Path(found) == (DEMO / "demo-moe").resolve()
+    assert model_name(found, roots) == "demo-moe"
+
+
+@pytest.mark.parametrize("name", ["", "/etc", "../..", "demo-moe/../..", "out", "a\0b", "x" * 5000, "https://example.org/x", "a/b/c", "~"])
+def test_nothing_outside_the_declared_folders_is_a_model(name: str, roots: list[Path]) -> None:
+    with pytest.raises(InputError):
+        find_model(name, roots)
+
+
+def test_what_is_there_and_what_is_not_are_answered_alike(roots: list[Path], tmp_path: Path) -> None:
+    messages = set()
+    for name in (str(tmp_path / "secret.txt"), str(tmp_path / "nothing.txt")):
+        for find in (find_model, find_text):
+            with pytest.raises(InputError) as caught:
+                find(name, roots)
+            messages.add(str(caught.value).replace(name, "NAME").replace(repr(name), "NAME"))
+    assert len(messages) == 2  # one of models, one of texts
+    assert not any(str(tmp_path) in message for message in messages)
+
+
+def test_hub_ids_are_passed_on(roots: list[Path]) -> None:
+    assert find_model("mistralai/Mixtral-8x7B-v0.1", roots) == "mistralai/Mixtral-8x7B-v0.1"
+
+
+def test_texts_are_shipped_declared_or_on_the_hub(roots: list[Path]) -> None:
+    assert find_text("", roots) == "sotu"
+    assert find_text("Salesforce/wikitext:wikitext-2-raw-v1@test", roots) == "Salesforce/wikitext:wikitext-2-raw-v1@test"
+    assert Path(find_text("own.txt", roots)).read_text() == "text"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "link.txt", "out/secret.txt", "../secret.txt", "assets", "tests", "a..b", "x y"])
+def test_no_other_text_of_this_machine_is_read(name: str, roots: list[Path]) -> None:
+    with pytest.raises(InputError):
+        find_text(name, roots)
