@@ -17,11 +17,15 @@ from pages.components import downloads
 FOLDER = Path(__file__).parents[2] / "assets"
 PLOTLY = '<script src="explorer/plotly.min.js" defer></script>'
 """Head of components that draw with plotly."""
-HEAD = '<link rel="stylesheet" href="explorer/explorer.css"><script src="explorer/explorer.js"></script>'
+_STYLES, _SCRIPTS = ("explorer.css", "analysis.css", "export.css"), ("explorer.js", "copy.js")
+HEAD = "".join([
+    *(f'<link rel="stylesheet" href="explorer/{name}">' for name in _STYLES),
+    *(f'<script src="explorer/{name}"></script>' for name in _SCRIPTS),
+])
 """Head of every page. A link, since Gradio rewrites the selectors of styles that it is given."""
 _SERVED = {
-    "explorer.css": (FOLDER / "explorer.css", "text/css"),
-    "explorer.js": (FOLDER / "explorer.js", "text/javascript"),
+    **{name: (FOLDER / name, "text/css") for name in _STYLES},
+    **{name: (FOLDER / name, "text/javascript") for name in _SCRIPTS},
     "plotly.min.js": (Path(str(files("plotly") / "package_data" / "plotly.min.js")), "text/javascript"),
 }
 _RULES = {

@@ -1,0 +1,17 @@
+"""Text to be copied: a command, a recipe."""
+
+from pages.components.text import escape
+
+
+def box(label: str, code: str, remark: str = "") -> str:
+    """A piece of code with its name and a button that copies it, as HTML.
+
+    Args:
+        remark: one sentence below it.
+    """
+    note = f'<p class="quiet-text">{escape(remark)}</p>' if remark else ""
+    return (
+        f'<div class="code-box"><div class="table-head"><p class="figure-title">{escape(label)}</p>'
+        f'<button type="button" class="quiet" data-copy aria-label="Copy: {escape(label)}">Copy</button></div>'
+        f'<pre tabindex="0" role="region" aria-label="{escape(label)}"><code>{escape(code)}</code></pre>{note}</div>'
+    )

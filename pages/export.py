@@ -1,0 +1,202 @@
+"""Export: what will be written, how big, where; write and verify it; download it, or push it to the hub."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from moesvd_core.checkpoint.export import FORMATS
+from moesvd_core.checkpoint.hub import check_request, push
+from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.errors import CheckpointError, InputError
+from moesvd_core.planning import Recipe
+from moesvd_core.runs.command_line import compress_command
+from moesvd_core.runs.exports import ExportFolder, export_name, list_exports, open_export
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import known_plan, reach
+from moesvd_core.runs.pushes import Pushes
+from pages.components import export_parts as parts
+from pages.components import jobs
+from pages.components.context import Context
+from pages.components.handler import warn
+from pages.components.page import Page
+from pages.components.session import ViewState
+from pages.components.text import empty, notice, share
+
+OWN = "as the original"
+NUMBERS = (OWN, "bfloat16", "float16", "float32")
+_FORMS = [("Factored: small on disk and in memory", "factored"), ("Dense: as large as the original, loads anywhere", "dense")]
+_HIGHEST = 80
+_PRIVATE: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+PUSH_SECONDS = 2.0
+
+
+def build(context: Context) -> None:
+    """Lay out the page."""
+    pushes = Pushes()
+    with Page(context, "Export", "Write the compressed model, see it verified, and take it with you.") as page:
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=7, min_width=300):
+                with gr.Row():
+                    method = gr.Dropdown(list(METHODS), value="auto", label="Method", elem_id="export-method")
+                    ratio = gr.Slider(0, _HIGHEST, 40, step=1, label="Ratio, % of all parameters removed", elem_id="export-ratio")
+                with gr.Row():
+                    form = gr.Radio(_FORMS, value="factored", label="Format", elem_id="export-format", scale=2, min_width=300)
+                    dtype = gr.Dropdown(list(NUMBERS), value=OWN, label="Numbers", elem_id="export-dtype", min_width=200)
+                summary = gr.HTML("", elem_id="export-summary", min_height=220)
+            with gr.Column(scale=5, min_width=300):
+                write = gr.Button("Write and verify", variant="primary", elem_id="export-write")
+                jobs.Panel(page)
+                with gr.Accordion("The same on the command line", open=False):
+                    twin = gr.HTML("", elem_id="export-twin")
+        gr.HTML('<h2 class="section">Exports of this run</h2>')
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=7, min_width=300):
+                chosen = gr.Dropdown([], label="Export", elem_id="export-chosen", visible=False)
+                files = gr.HTML(parts.no_exports(), elem_id="export-files", min_height=160)
+            with gr.Column(scale=5, min_width=300, visible=False) as about:
+                card = gr.Markdown("", elem_id="export-card")
+                with gr.Accordion("Push to the Hugging Face hub", open=False):
+                    repository = gr.Textbox(label="Repository", placeholder="owner/name", max_lines=1, max_length=200, elem_id="push-to")
+                    token = gr.Textbox(
+                        label="Access token, with the right to write", type="password", max_lines=1, max_length=400, elem_id="push-token",
+                        info="Goes to the hub and nowhere else; it is neither stored nor logged.",
+                    )
+                    private = gr.Checkbox(True, label="Make a new repository private", elem_id="push-private")
+                    send = gr.Button("Push as one commit", elem_id="push-send")
+                    pushed = gr.HTML("", elem_id="push-state", min_height=44)
+        watch = gr.Timer(PUSH_SECONDS, active=False)
+
+        page.view(_choices(context), [method, ratio], fields=("run", "method", "ratio"))
+        page.view(_preview(context), [summary, twin, write], fields=("run", "method", "ratio"), controls=[form, dtype])
+        page.view(_listed(context), [chosen], fields=("run",))
+        method.input(page.changes(lambda state, value: state.but(method=value)), [page.state, method], page.state, **_PRIVATE)
+        dragged = page.changes(lambda state, percent: state.but(ratio=percent / 100))
+        ratio.input(dragged, [page.state, ratio], page.state, trigger_mode="always_last", **_PRIVATE)
+        write.click(page.changes(_write(context)), [page.state, form, dtype], page.wake, **_PRIVATE)
+        details = [files, about, card, pushed, watch]
+        chosen.change(page.changes(_shown(context, pushes)), [page.state, chosen], details, **_PRIVATE)
+        sent = [page.state, chosen, repository, token, private]
+        send.click(page.changes(_push(context, pushes)), sent, [token, pushed, watch], **_PRIVATE)
+        watch.tick(page.changes(_pushed(context, pushes)), [page.state, chosen], [pushed, watch], **_PRIVATE)
+
+
+def recipe_of(state: ViewState) -> Recipe:
+    """What the view asks to write."""
+    return Recipe(method=state.method, ratio=state.ratio)
+
+
+def place(run: RunFolder, state: ViewState, form: str, dtype: str) -> tuple[str, str | None]:
+    """Name of the export's folder, and the number format (None: the original's).
+
+    Raises:
+        InputError: a format that there is not; the controls' own values can be forged.
+    """
+    if form not in FORMATS or dtype not in NUMBERS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, numbers one of {', '.join(NUMBERS)}")
+    number = None if dtype == OWN else dtype
+    return export_name(run.identity.model, recipe_of(state), form, number), number
+
+
+def _choices(context: Context) -> Callable[[ViewState], Any]:
+    def choices(state: ViewState) -> tuple[Any, ...]:
+        """The view's method and ratio in the controls; methods that were analysed come first."""
+        run = context.open(state)
+        ready = [] if run is None else [name for name in METHODS if reach(run, name) is not None]
+        named = [(name, name) for name in ready] + [(f"{name} (not analysed yet)", name) for name in METHODS if name not in ready]
+        most = None if run is None else reach(run, state.method)
+        percent = _HIGHEST if most is None else int(100 * most)
+        return gr.Dropdown(choices=named, value=state.method), gr.Slider(maximum=max(percent, 1), value=round(100 * state.ratio, 2))
+
+    return choices
+
+
+def _preview(context: Context) -> Callable[..., Any]:
+    def preview(state: ViewState, form: str, dtype: str) -> tuple[Any, ...]:
+        """What the button would write, and the commands that do the same."""
+        run = context.open(state)
+        facts = None if run is None else context.facts(run)
+        if run is None or facts is None:
+            return empty("No analysed model", "Analyse a model on the Model page first."), "", gr.Button(interactive=False)
+        recipe, (name, number) = recipe_of(state), place(run, state, form, dtype)
+        most = reach(run, state.method)
+        if most is not None and state.ratio > most:
+            reason = f"{state.method} reaches {share(most)} on this model, {share(state.ratio)} is asked for: choose less."
+            return notice(reason, "error"), "", gr.Button(interactive=False)
+        free = shutil.disk_usage(run.path).free
+        plan = known_plan(run, recipe)
+        shown = parts.summary_html(run, plan, recipe, name=name, form=form, dtype=number, facts=facts, free=free)
+        return shown, parts.twin_html(run, recipe, name=name, form=form, dtype=number), gr.Button(interactive=True)
+
+    return preview
+
+
+def _write(context: Context) -> Callable[..., Any]:
+    def write(state: ViewState, form: str, dtype: str) -> Any:
+        """Ask the worker for the export."""
+        run = context.require_run(state)
+        recipe, (name, number) = recipe_of(state), place(run, state, form, dtype)
+        output = str((run.station("exports") / name).absolute())
+        jobs_now = context.client.status(run).jobs
+        if any(job.arguments.get("output") == output and job.state in ("queued", "running") for job in jobs_now):
+            raise InputError(f"{name} is being written already: wait for it, or cancel it")
+        command = compress_command(run.identity, recipe, output=f"out/{name}", form=form)
+        context.client.submit(
+            run, "export", recipe=recipe.as_dict(), output=output, format=form, dtype=number, overwrite=True, command=command,
+        )
+        return gr.Timer(active=True)
+
+    return write
+
+
+def _listed(context: Context) -> Callable[[ViewState], Any]:
+    def listed(state: ViewState) -> Any:
+        """The run's exports, the newest chosen; damaged ones are said."""
+        run = context.open(state)
+        found = [] if run is None else list_exports(run)
+        for damaged in [export for export in found if isinstance(export, CheckpointError)]:
+            warn(str(damaged), "An export is damaged")
+        names = [export.name for export in found if isinstance(export, ExportFolder)]
+        return gr.Dropdown(choices=names, value=names[0] if names else None, visible=bool(names))
+
+    return listed
+
+
+def _shown(context: Context, pushes: Pushes) -> Callable[..., Any]:
+    def shown(state: ViewState, name: str | None) -> tuple[Any, ...]:
+        """One export's files, card, and push."""
+        if not name:
+            return parts.no_exports(), gr.Column(visible=False), "", "", gr.Timer(active=False)
+        run = context.require_run(state)
+        export = open_export(run, name)
+        files, card = parts.files_html(run.identity.id, export), parts.card_text(export)
+        return (files, gr.Column(visible=True), card, *_push_state(pushes, export.path))
+
+    return shown
+
+
+def _push(context: Context, pushes: Pushes) -> Callable[..., Any]:
+    def start(state: ViewState, name: str | None, repository: str, token: str, private: bool) -> tuple[Any, ...]:
+        """Push in the background; the field of the token is empty from then on."""
+        export = open_export(context.require_run(state), name or "")
+        repository, token = repository.strip(), token.strip()
+        check_request(repository, token)
+        pushes.start(export.path, repository, lambda: push(export.path, repository, token, private=private))
+        return ("", *_push_state(pushes, export.path))
+
+    return start
+
+
+def _pushed(context: Context, pushes: Pushes) -> Callable[..., Any]:
+    def look(state: ViewState, name: str | None) -> tuple[Any, ...]:
+        """How the push stands now."""
+        return _push_state(pushes, open_export(context.require_run(state), name or "").path)
+
+    return look
+
+
+def _push_state(pushes: Pushes, folder: Path) -> tuple[Any, ...]:
+    state = pushes.state(folder)
+    return parts.push_html(state), gr.Timer(active=state is not None and state.state == "running")
