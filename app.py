@@ -9,7 +9,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: n
 import gradio as gr
 
 from moesvd_core.errors import InputError
-from pages import export, model
+from pages import compare, export, model, sensitivity, similarity
 from pages.components import assets, demo
 from pages.components.context import Context, PageLink
 from pages.components.settings import Settings
@@ -18,6 +18,9 @@ from pages.components.theme import theme
 # One line a page: title, path, what lays it out.
 PAGES: tuple[tuple[str, str, Callable[[Context], None]], ...] = (
     ("Model", "/", model.build),
+    ("Sensitivity", "/sensitivity", sensitivity.build),
+    ("Similarity", "/similarity", similarity.build),
+    ("Compare", "/compare", compare.build),
     ("Export", "/export", export.build),
 )
 

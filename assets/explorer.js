@@ -73,6 +73,36 @@
     };
   }
 
+  const LETTER = 8, NARROW = 480;
+  /* Numbers in the cells of a heatmap only where they have room: on a small screen the colours speak alone. */
+  function fitted(trace, width) {
+    if (trace.type !== "heatmap" || !trace.texttemplate) return trace;
+    const rows = Array.isArray(trace.text) ? trace.text : [["0.00 "]];
+    const longest = Math.max(...rows.flat().map(text => String(text).length)), columns = trace.x ? trace.x.length : rows[0].length;
+    return (width - 110) / columns < longest * LETTER ? { ...trace, texttemplate: "" } : trace;
+  }
+
+  const DASHES = { dot: "2 3", dash: "7 4", longdash: "11 4" };
+  const GLYPHS = {
+    circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", cross: "✚", x: "✖", star: "★", pentagon: "⬟",
+    "circle-open": "○", "square-open": "□", "diamond-open": "◇", "triangle-up-open": "△",
+  };
+
+  /* A legend that wraps: plotly's own takes one line for each name on a small screen, and with them half of the drawing. */
+  function named(traces) {
+    const shown = traces.filter(trace => trace.name && trace.showlegend !== false && trace.type !== "heatmap");
+    if (shown.length < 2) return [];
+    return shown.map(trace => {
+      const color = trace.line?.color || trace.marker?.color || token("--body-text-color"), dash = DASHES[trace.line?.dash] || "";
+      const bar = trace.type === "bar", line = `<line x1="0" y1="6" x2="24" y2="6" stroke="${color}" stroke-width="2" stroke-dasharray="${dash}"/>`;
+      const mark = make("svg-mark", { ariaHidden: "true" });
+      mark.innerHTML = `<svg width="24" height="12">${bar ? `<rect width="12" height="12" x="6" fill="${color}"/>` : line}</svg>`;
+      const symbol = (trace.mode || "").includes("markers") ? GLYPHS[trace.marker?.symbol] || "●" : "";
+      if (symbol) mark.append(make("span", { textContent: symbol, style: `color:${color}` }));
+      return make("span", { className: "figure-name" }, mark, document.createTextNode(trace.name));
+    });
+  }
+
   function redrawAll() {
     for (const figure of figures) {
       if (figure.element.isConnected) figure.draw();
@@ -103,7 +133,7 @@
         button.setAttribute("aria-label", `Download as CSV: ${frame.dataset.label}`);
         button.addEventListener("click", () => own.data && save(own.data.name, own.data.columns, own.data.rows));
         data.addEventListener("toggle", () => data.open && fill(data, own.data));
-        frame.append(plot, make("figcaption"), make("div", { className: "figure-tools" }, data, button));
+        frame.append(make("div", { className: "figure-legend" }), plot, make("figcaption"), make("div", { className: "figure-tools" }, data, button));
         frame.append(make("p", { className: "unseen", ariaLive: "polite" }));
       }
       return frame;
@@ -132,7 +162,12 @@
       if (details.open) fill(details, data);
       if (!plot.bound) plot.replaceChildren();
       const layout = { ...data.figure.layout, template: template(), autosize: true, height: Number(frame.dataset.height) };
-      window.Plotly.react(plot, data.figure.data, layout, { responsive: true, displaylogo: false, displayModeBar: false }).then(() => bind(frame, plot));
+      const traces = data.figure.data.map(trace => fitted(trace, plot.clientWidth));
+      const legend = frame.querySelector(".figure-legend"), narrow = plot.clientWidth < NARROW;
+      legend.replaceChildren(...(narrow ? named(traces) : []));
+      if (narrow) Object.assign(layout, { showlegend: false, height: layout.height - legend.offsetHeight });
+      plot.style.height = `${layout.height}px`;
+      window.Plotly.react(plot, traces, layout, { responsive: true, displaylogo: false, displayModeBar: false }).then(() => bind(frame, plot));
     }
 
     function bind(frame, plot) {

@@ -57,6 +57,11 @@ def number(value: Any, digits: int = 3) -> str:
     return "–" if value is None else f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
 
 
+def sentence(text: str) -> str:
+    """Text with its first letter large."""
+    return text[:1].upper() + text[1:]
+
+
 def notice(message: str, kind: str = "note") -> str:
     """A sentence in a box, as HTML: kind "note" explains, "warning" warns, "error" says what is wrong and what to do about it."""
     role = "alert" if kind == "error" else "note"
