@@ -93,6 +93,7 @@ class Pipeline:
         folder: where decompositions (`factors/`) and curves (`curves/`) are kept; None: in `cache`.
         dtype: floating type of what is written; None: that of the source.
         cache: decompositions of this session.
+        resident: keep decompositions in `cache` although there is a folder: for whoever changes the ratio often, and has the memory.
     """
 
     stream: DecoderStream
@@ -100,6 +101,7 @@ class Pipeline:
     folder: Path | None = None
     dtype: torch.dtype | None = None
     cache: Cache = field(default_factory=dict)
+    resident: bool = False
 
     @cached_property
     def layers(self) -> dict[int, ExpertLayer]:
@@ -154,9 +156,9 @@ class Pipeline:
             made = load_decomposition(file, weights, layer, statistics, single)
         else:
             made = decompose(weights, layer, statistics, single, device=self.stream.device)
-        if file is None:
+        if file is None or self.resident:
             self.cache[key] = made
-        else:
+        if file is not None:
             if not file.exists():
                 made.save(file)
             if not (curves := self._file("curves", single, index)).exists():

@@ -206,12 +206,10 @@ def _recorded(bench: Workbench, recipe: Recipe, plan: Plan, text: Text | None) -
         measured = sorted(bench.run.station("evaluations").glob(f"plan.{plan_key(recipe)}--*.json"), key=lambda path: path.stat().st_mtime)
         file = f"evaluations/{measured[-1].name}" if measured else f"plans/{plan_key(recipe)}.json"
         return {"file": file, "ratio": plan.ratio}
-    evaluation, original = bench.compressed(plan_key(recipe), plan, text), bench.original(text)
-    name = f"plan.{plan_key(recipe)}--{text.key}.json"
-    whole = plan.as_dict() | evaluation.as_dict() | {"original": original.as_dict(), "recipe": recipe.as_dict()}
-    atomic.write_json(bench.run.station("evaluations") / name, whole)
+    evaluation = bench.compressed(plan_key(recipe), plan, text)
+    file = bench.record(recipe, plan, text, evaluation)
     bench.tidy()
-    return {"file": f"evaluations/{name}", "ratio": plan.ratio, "perplexity": evaluation.perplexity, "kl_mean": evaluation.kl_mean}
+    return {"file": file, "ratio": plan.ratio, "perplexity": evaluation.perplexity, "kl_mean": evaluation.kl_mean}
 
 
 def _write_sensitivity(bench: Workbench, name: str, predicted: Mapping[int, float] | None, effects: Mapping[int, Effect] | None) -> None:

@@ -134,17 +134,33 @@ class Workbench:
         """Figures of what a plan makes of the model, beside the original on the same tokens; kept under a name that stands for the plan."""
         return self._evaluated(f"{name}--{text.key}", self.pipeline.compressed(plan), text, reference=True)
 
+    def original_hidden(self, text: Text) -> FinalHidden:
+        """The original's last hidden states over a text; kept for the length of the job."""
+        return self._final(f"original--{text.key}", self.stream, text)
+
+    def known(self, name: str, text: Text) -> Evaluation | None:
+        """What was measured before under a name ("original", or one that stands for a plan), or None."""
+        found = self.run.read_json("evaluations", f"{name}--{text.key}.json")
+        return None if found is None else Evaluation(**found)
+
+    def record(self, recipe: Recipe, plan: Plan, text: Text, evaluation: Evaluation) -> str:
+        """Write everything that is known of a plan to `evaluations/`, where the pages find measured points; returns the file's name."""
+        name = plan_key(recipe)
+        atomic.write_json(self.run.station("evaluations") / f"{name}--{text.key}.json", evaluation.as_dict())
+        whole = plan.as_dict() | evaluation.as_dict() | {"original": self.original(text).as_dict(), "recipe": recipe.as_dict()}
+        atomic.write_json(self.run.station("evaluations") / f"plan.{name}--{text.key}.json", whole)
+        return f"evaluations/plan.{name}--{text.key}.json"
+
     def _evaluated(self, key: str, stream: DecoderStream, text: Text, *, reference: bool) -> Evaluation:
-        file = self.run.station("evaluations") / f"{key}.json"
-        known = self.run.read_json("evaluations", file.name)
-        if known is not None:
-            return Evaluation(**known)
-        original = self._final(f"original--{text.key}", self.stream, text)
+        name = key.partition("--")[0]
+        if (known := self.known(name, text)) is not None:
+            return known
+        original = self.original_hidden(text)
         if reference:
             evaluation = compare(self._final(key, stream, text), original, text.dataset)
         else:
             evaluation = compare(original, None, text.dataset)
-        atomic.write_json(file, evaluation.as_dict())
+        atomic.write_json(self.run.station("evaluations") / f"{key}.json", evaluation.as_dict())
         return evaluation
 
     def _final(self, key: str, stream: DecoderStream, text: Text) -> FinalHidden:

@@ -1,0 +1,165 @@
+"""A run's model in memory, original and compressed at once: for pages that must answer in seconds, one model a process.
+
+Both share the backbone; what a plan adds is its factors, sliced from decompositions that stay in memory. A plan's model is an object of its
+own and is never changed afterwards, so whoever still generates with the one before is not disturbed, and its factors go when nobody uses
+them any more. What is measured here is what the run's worker would have measured, and is kept in the same files.
+"""
+
+from collections.abc import Iterator
+from threading import Lock
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from moesvd_core.api import load_model
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.architectures.streaming import MemoryStream
+from moesvd_core.checkpoint.apply import compressed
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.decomposition.registry import method
+from moesvd_core.errors import ResourceError, RunError
+from moesvd_core.evaluation.hidden import final_hidden
+from moesvd_core.evaluation.perplexity import Evaluation, compare
+from moesvd_core.pipeline import decomposition_key, single_structures
+from moesvd_core.planning import Plan, Recipe
+from moesvd_core.progress import Report, silent
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.source import find_source
+from moesvd_core.runs.workbench import Text, Workbench, plan_key
+
+MEMORY = 2.5
+"""Bytes that a live model may take for each byte of its files: the original, factors of at most its size, and room to compute."""
+RESIDENT = 2**31
+"""Bytes of factor files and statistics up to which a method's decompositions stay in memory; beyond, they are read for each plan."""
+
+
+class LiveModel:
+    """One run's model. All methods may be called from several threads; plans and measurements take turns.
+
+    Attributes:
+        run: whose model it is.
+        original: the model as it was calibrated.
+        tokenizer: of both.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        """Load the model.
+
+        Raises:
+            InputError: the model cannot be found or read.
+            ResourceError: it does not fit beside what is in memory.
+            RunError: it is not the model any more that the run was made for, or was not analysed yet.
+        """
+        if not (run.path / "statistics" / "statistics.json").exists():
+            raise RunError(f"run {run.identity.id} has no statistics yet: analyze its model first")
+        self.run = run
+        source = find_source(run)
+        _require(int(source.facts["bytes"]), run)
+        self._bench = Workbench(run, silent)
+        named = self._bench.calibration.dtype
+        dtype = "auto" if named is None else getattr(torch, named)
+        self.original, self.tokenizer = load_model(source.path, dtype=dtype, allow_remote_code=run.identity.remote_code)
+        self._bench.stream = MemoryStream(self.original)  # type: ignore[assignment] # the same manners, and nothing is exported here
+        self._bench.tokenizer = self.tokenizer
+        self._pipeline = self._bench.pipeline
+        self._lock = Lock()
+        self._applied: tuple[Plan, PreTrainedModel] | None = None
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """The plan of a recipe; milliseconds once the run holds the method's decompositions.
+
+        Raises:
+            InputError: names that are not known, or a ratio beyond the method's reach.
+        """
+        with self._lock:
+            return self._pipeline.plan(recipe)
+
+    def apply(self, plan: Plan) -> PreTrainedModel:
+        """The model as a plan makes it; generates like any other, beside the original.
+
+        Raises:
+            InputError: the plan is of another model.
+        """
+        with self._lock:
+            return self._apply(plan)
+
+    def measure(self, recipe: Recipe, text: Text | None = None, *, report: Report = silent) -> Evaluation:
+        """How well a recipe's model predicts a text, beside the original; kept in the run, and read from there the next time.
+
+        Raises:
+            InputError: as `plan`, or too little text.
+            EvaluationError: a window's loss is not finite.
+        """
+        text = text or Text()
+        with self._lock:
+            plan = self._pipeline.plan(recipe)
+            evaluation = self._bench.known(plan_key(recipe), text)
+            if evaluation is None:
+                original = self._bench.original_hidden(text)
+                final = final_hidden(self._apply(plan), original.window_NL, report=report)
+                evaluation = compare(final, original, text.dataset)
+            self._bench.record(recipe, plan, text, evaluation)
+            return evaluation
+
+    def _apply(self, plan: Plan) -> PreTrainedModel:
+        if self._applied is None or self._applied[0] != plan:
+            self._applied = None  # its factors may go before the new ones come
+            self._keep_method_of(plan)
+            self._applied = plan, compressed(self.original, self._layers(plan))
+        return self._applied[1]
+
+    def _layers(self, plan: Plan) -> Iterator[tuple[ExpertLayer, LayerFactors]]:
+        for index, layer in self._pipeline.layers.items():
+            if (factors := self._pipeline.factors(plan, index)) is not None:
+                yield layer, factors
+
+    def _keep_method_of(self, plan: Plan) -> None:
+        """Let the decompositions of other methods go; keep this one's where that is little."""
+        cache = self._pipeline.cache
+        keys = {decomposition_key(single) for single in single_structures(method(plan.method).customised(metric=plan.metric))}
+        for other in [entry for entry in cache if entry[0] not in keys]:
+            del cache[other]
+        folders = [self.run.path / "factors" / key for key in keys]
+        size = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+        self._pipeline.resident = size < RESIDENT
+
+
+class LiveModels:
+    """The live model of this process: at most one, that of the run asked for last."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._live: LiveModel | None = None
+
+    def of(self, run: RunFolder) -> LiveModel:
+        """The run's model; loads it, and lets go of another run's, where it is not the one in memory.
+
+        Raises:
+            InputError, ResourceError, RunError: as `LiveModel`.
+        """
+        with self._lock:
+            if self._live is None or self._live.run.path != run.path:
+                self._live = None
+                self._live = LiveModel(run)
+            return self._live
+
+
+def fits(files_bytes: int) -> bool:
+    """Whether a model of so many bytes can be live on this machine now."""
+    return MEMORY * files_bytes < _free()
+
+
+def _require(files_bytes: int, run: RunFolder) -> None:
+    if not fits(files_bytes):
+        raise ResourceError(
+            f"not enough memory to hold the model of run {run.identity.id}: about {MEMORY * files_bytes / 2**30:.2f} GiB are needed and "
+            f"{_free() / 2**30:.2f} GiB are free; measure it by a job of the run, which needs one layer at a time"
+        )
+
+
+def _free() -> int:
+    """Bytes where models are put."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)

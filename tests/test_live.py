@@ -1,0 +1,123 @@
+"""The live model answers as the run's worker would, keeps the original as it is, and there is one of it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from runs.run_helpers import new_run
+from runs.tiny_runs import TEXT, do, tiny_run
+
+from moesvd_core import live as live_module
+from moesvd_core.checkpoint.apply import factored_modules
+from moesvd_core.errors import InputError, ResourceError, RunError
+from moesvd_core.evaluation.hidden import final_hidden
+from moesvd_core.evaluation.perplexity import Evaluation
+from moesvd_core.live import LiveModel, LiveModels, fits
+from moesvd_core.planning import Recipe
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import measurements
+from moesvd_core.runs.workbench import Text
+
+WINDOWS = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(5))
+ON = Text(**TEXT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    made = tiny_run(tmp_path_factory.mktemp("runs") / "run")
+    job = do(made, "analyze", methods=["auto", "svd"], text=TEXT)
+    assert job.state == "finished", job.error
+    return made
+
+
+@pytest.fixture(scope="module")
+def live(run: RunFolder) -> LiveModel:
+    return LiveModel(run)
+
+
+def test_compressed_and_original_share_all_but_the_experts(live: LiveModel) -> None:
+    before = final_hidden(live.original, WINDOWS).hidden_NLd
+    compressed = live.apply(live.plan(Recipe(ratio=0.3)))
+    mine = {name: tensor.data_ptr() for name, tensor in live.original.named_parameters()}
+    shared = [name for name, tensor in compressed.named_parameters() if tensor.data_ptr() == mine.get(name)]
+    assert {name for name in mine if "experts" not in name} <= set(shared)
+    assert factored_modules(compressed)
+    assert not factored_modules(live.original)
+    assert not torch.equal(final_hidden(compressed, WINDOWS).hidden_NLd, before)
+    assert torch.equal(final_hidden(live.original, WINDOWS).hidden_NLd, before)
+
+
+def test_a_model_in_use_stays_as_it_is_when_another_plan_is_applied(live: LiveModel) -> None:
+    small = live.apply(live.plan(Recipe(ratio=0.1)))
+    before = final_hidden(small, WINDOWS).hidden_NLd
+    large = live.apply(live.plan(Recipe(ratio=0.4)))
+    assert torch.equal(final_hidden(small, WINDOWS).hidden_NLd, before)
+    assert not torch.equal(final_hidden(large, WINDOWS).hidden_NLd, before)
+    assert live.apply(live.plan(Recipe(ratio=0.4))) is large
+
+
+def test_it_measures_what_the_worker_measures_and_keeps_it(live: LiveModel, tmp_path: Path) -> None:
+    recipe = Recipe(ratio=0.25)
+    mine = live.measure(recipe, ON)
+    other = tiny_run(tmp_path / "run", Path(live.run.identity.model))
+    for action, arguments in (("analyze", {"text": TEXT}), ("measure", {"recipe": recipe.as_dict(), "text": TEXT})):
+        assert do(other, action, **arguments).state == "finished"
+    point, theirs = (next(row for row in measurements(each) if row.recipe == recipe) for each in (live.run, other))
+    assert point == theirs
+    assert Evaluation(**point.figures) == mine
+
+
+def test_what_was_measured_is_read_again(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = live.measure(Recipe(ratio=0.15), ON)
+    monkeypatch.setattr(live_module, "final_hidden", lambda *_: pytest.fail("measured a second time"))
+    assert live.measure(Recipe(ratio=0.15), ON) == first
+
+
+def test_threads_take_turns(live: LiveModel) -> None:
+    recipes = [Recipe(method=name, ratio=ratio) for ratio in (0.12, 0.31) for name in ("auto", "svd")]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda recipe: live.measure(recipe, ON), recipes))
+    for recipe, figures in zip(recipes, together, strict=True):
+        (live.run.path / "evaluations" / f"{recipe.method}@{recipe.ratio:.4f}--{ON.key}.json").unlink()
+        assert live.measure(recipe, ON) == figures
+
+
+def test_decompositions_of_one_method_are_kept(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = live._pipeline.cache
+    live.apply(live.plan(Recipe(ratio=0.35)))
+    assert {key for key, _ in cache} == {"output-per-expert", "output-latent"}
+    live.apply(live.plan(Recipe(method="svd", ratio=0.3)))
+    assert {key for key, _ in cache} == {"plain-per-expert"}
+    monkeypatch.setattr(live_module, "RESIDENT", 0)
+    live.apply(live.plan(Recipe(ratio=0.35)))
+    assert not cache
+
+
+def test_one_model_is_live_and_it_is_the_last_one_asked_for(run: RunFolder, tmp_path: Path) -> None:
+    other = tiny_run(tmp_path / "run", Path(run.identity.model))
+    assert do(other, "analyze", text=TEXT).state == "finished"
+    models = LiveModels()
+    first = models.of(run)
+    assert models.of(RunFolder.open(run.path)) is first
+    second = models.of(other)
+    assert second is not first
+    assert models.of(other) is second
+    assert models.of(run) is not first
+
+
+def test_what_cannot_be_live_says_why(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match="analyze its model first"):
+        LiveModel(new_run(tmp_path))
+    with pytest.raises(InputError, match="ratio must be in"):
+        LiveModel(run).plan(Recipe(ratio=0.99))
+    assert fits(1)
+    assert not fits(2**60)
+    monkeypatch.setattr(live_module, "_free", lambda: 10_000)
+    with pytest.raises(ResourceError, match=r"0.00 GiB are free; measure it by a job"):
+        LiveModels().of(run)
