@@ -23,7 +23,7 @@ _LOG_BYTES = 200_000
 """How far back the log is read; a line takes some hundred bytes."""
 ACTION_WORDS = {
     "analyze": "Analysis", "sensitivity": "Measuring each layer alone", "measure": "Measuring a plan", "compress": "Compression",
-    "export": "Export", "evaluate": "Evaluation",
+    "export": "Export", "evaluate": "Evaluation", "similarity": "Comparing experts",
 }
 
 

@@ -31,7 +31,7 @@ def loss_curves(curves: Mapping[tuple[str, ...], Sequence[SideCurve]], side: Sid
     shares = {"title": {"text": "Kept of this side's parameters"}, "tickformat": ".0%", "range": [0, 1.02]}
     drawn = go.Figure(layout={
         "xaxis": shares if by == "share" else {"title": {"text": "Rank of each matrix"}},
-        "yaxis": {"title": {"text": "Predicted loss, mnat a token"}, "type": "log", "exponentformat": "power", "dtick": 1},
+        "yaxis": {"title": {"text": "Predicted loss, mnat a token"}, "type": "log", "tickformat": "~g", "dtick": 1},
         "hovermode": "closest",
     })
     frames: list[pd.DataFrame] = []

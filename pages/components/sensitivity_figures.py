@@ -52,7 +52,7 @@ METRICS: Mapping[str, Metric] = {
     "f": Metric("Load f", "f", "of tokens", "largest share of tokens that one expert gets", _percent),
     "r": Metric("Rank r", "r", "directions", "principal rank of the experts' weights, mean over routed tokens", "{:.0f}".format),
     "a": Metric("Outliers a", "a", "of activations", "share of activations above twice their mean size", _percent),
-    "S_L": Metric("S_L", "S<sub>L</sub>", "", "the paper's sensitivity, Σ f·r·a", "{:.1f}".format, mark("moe-svd")),
+    "S_L": Metric("S_L", "S_L", "", "the paper's sensitivity, Σ f·r·a", "{:.1f}".format, mark("moe-svd")),
     "OWL": Metric("OWL", "OWL", "of weights", "OWL's outlier ratio of the layer", _percent, mark("owl")),
     "predicted": Metric(
         "Predicted loss", "Loss", "mnat a token", "truncation loss by the spectra, in the output metric", _thousandths, mark("auto"),
