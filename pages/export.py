@@ -9,9 +9,7 @@ import gradio as gr
 
 from moesvd_core.checkpoint.export import FORMATS
 from moesvd_core.checkpoint.hub import check_request, push
-from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import CheckpointError, InputError
-from moesvd_core.planning import Recipe
 from moesvd_core.runs.command_line import compress_command
 from moesvd_core.runs.exports import ExportFolder, export_name, list_exports, open_export
 from moesvd_core.runs.folder import RunFolder
@@ -22,13 +20,13 @@ from pages.components import jobs
 from pages.components.context import Context
 from pages.components.handler import warn
 from pages.components.page import Page
+from pages.components.recipe_controls import RecipeControls, recipe_of
 from pages.components.session import ViewState
 from pages.components.text import empty, notice, share
 
 OWN = "as the original"
 NUMBERS = (OWN, "bfloat16", "float16", "float32")
 _FORMS = [("Factored: small on disk and in memory", "factored"), ("Dense: as large as the original, loads anywhere", "dense")]
-_HIGHEST = 80
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 PUSH_SECONDS = 2.0
 
@@ -39,9 +37,7 @@ def build(context: Context) -> None:
     with Page(context, "Export", "Write the compressed model, see it verified, and take it with you.") as page:
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=7, min_width=300):
-                with gr.Row():
-                    method = gr.Dropdown(list(METHODS), value="auto", label="Method", elem_id="export-method")
-                    ratio = gr.Slider(0, _HIGHEST, 40, step=1, label="Ratio, % of all parameters removed", elem_id="export-ratio")
+                RecipeControls(page)
                 with gr.Row():
                     form = gr.Radio(_FORMS, value="factored", label="Format", elem_id="export-format", scale=2, min_width=300)
                     dtype = gr.Dropdown(list(NUMBERS), value=OWN, label="Numbers", elem_id="export-dtype", min_width=200)
@@ -69,23 +65,14 @@ def build(context: Context) -> None:
                     pushed = gr.HTML("", elem_id="push-state", min_height=44)
         watch = gr.Timer(PUSH_SECONDS, active=False)
 
-        page.view(_choices(context), [method, ratio], fields=("run", "method", "ratio"))
         page.view(_preview(context), [summary, twin, write], fields=("run", "method", "ratio"), controls=[form, dtype])
         page.view(_listed(context), [chosen], fields=("run",))
-        method.input(page.changes(lambda state, value: state.but(method=value)), [page.state, method], page.state, **_PRIVATE)
-        dragged = page.changes(lambda state, percent: state.but(ratio=percent / 100))
-        ratio.input(dragged, [page.state, ratio], page.state, trigger_mode="always_last", **_PRIVATE)
         write.click(page.changes(_write(context)), [page.state, form, dtype], page.wake, **_PRIVATE)
         details = [files, about, card, pushed, watch]
         chosen.change(page.changes(_shown(context, pushes)), [page.state, chosen], details, **_PRIVATE)
         sent = [page.state, chosen, repository, token, private]
         send.click(page.changes(_push(context, pushes)), sent, [token, pushed, watch], **_PRIVATE)
         watch.tick(page.changes(_pushed(context, pushes)), [page.state, chosen], [pushed, watch], **_PRIVATE)
-
-
-def recipe_of(state: ViewState) -> Recipe:
-    """What the view asks to write."""
-    return Recipe(method=state.method, ratio=state.ratio)
 
 
 def place(run: RunFolder, state: ViewState, form: str, dtype: str) -> tuple[str, str | None]:
@@ -98,19 +85,6 @@ def place(run: RunFolder, state: ViewState, form: str, dtype: str) -> tuple[str,
         raise InputError(f"format must be one of {', '.join(FORMATS)}, numbers one of {', '.join(NUMBERS)}")
     number = None if dtype == OWN else dtype
     return export_name(run.identity.model, recipe_of(state), form, number), number
-
-
-def _choices(context: Context) -> Callable[[ViewState], Any]:
-    def choices(state: ViewState) -> tuple[Any, ...]:
-        """The view's method and ratio in the controls; methods that were analysed come first."""
-        run = context.open(state)
-        ready = [] if run is None else [name for name in METHODS if reach(run, name) is not None]
-        named = [(name, name) for name in ready] + [(f"{name} (not analysed yet)", name) for name in METHODS if name not in ready]
-        most = None if run is None else reach(run, state.method)
-        percent = _HIGHEST if most is None else int(100 * most)
-        return gr.Dropdown(choices=named, value=state.method), gr.Slider(maximum=max(percent, 1), value=round(100 * state.ratio, 2))
-
-    return choices
 
 
 def _preview(context: Context) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ Shapes: V vocabulary.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -96,6 +96,19 @@ def side_by_side(
     """
     streams = [answer(model, tokenizer, prompt, sampling) for model in models]
     return _take_turns(streams)
+
+
+def warm_up(
+    models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling | None = None
+) -> None:
+    """Let every model read the prompt and write two tokens, unseen: kernels and caches are made ready on nobody's time.
+
+    Raises:
+        InputError, EvaluationError: as `answer`.
+    """
+    for model in models:
+        for _ in answer(model, tokenizer, prompt, replace(sampling or Sampling(), new_tokens=2)):
+            pass
 
 
 def first_divergence(left: Sequence[int], right: Sequence[int]) -> int | None:

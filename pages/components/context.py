@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from moesvd_core.errors import RunError
+from moesvd_core.live import LiveModels
 from moesvd_core.runs.client import Client, RunStatus
 from moesvd_core.runs.folder import RunFolder
 from pages.components import places
@@ -36,6 +37,11 @@ class Context:
     def client(self) -> Client:
         """The way to runs and their workers."""
         return Client(self.settings.runs)
+
+    @cached_property
+    def live(self) -> LiveModels:
+        """The model that answers at once: at most one in memory, shared by all pages and visitors."""
+        return LiveModels()
 
     def open(self, state: ViewState) -> RunFolder | None:
         """The run of a view, or None when it shows none.

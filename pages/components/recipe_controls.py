@@ -1,0 +1,45 @@
+"""Method and ratio to be chosen where a page needs no more than that; they are the view's own, so other pages follow."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+
+from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.planning import Recipe
+from moesvd_core.runs.known import reach
+from pages.components.page import Page
+from pages.components.session import ViewState
+
+_HIGHEST = 80
+"""Percent; of methods whose reach is not known yet."""
+_EVENT: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+class RecipeControls:
+    """Draws itself where it is made, and changes the page's state."""
+
+    def __init__(self, page: Page) -> None:
+        self._page = page
+        with gr.Row():
+            method = gr.Dropdown(list(METHODS), value=ViewState.method, label="Method", elem_id="recipe-method", min_width=160)
+            ratio = gr.Slider(0, _HIGHEST, 40, step=1, label="Removed, % of all parameters", elem_id="recipe-ratio", min_width=240)
+        page.view(self._values, [method, ratio], fields=("run", "method", "ratio"))
+        method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_EVENT)
+        dragged = page.changes(lambda state, percent: state.but(ratio=percent / 100))
+        ratio.input(dragged, [page.state, ratio], page.state, trigger_mode="always_last", **_EVENT)
+
+    def _values(self, state: ViewState) -> tuple[Any, ...]:
+        """The view's method and ratio; methods that were analysed come first, and the slider ends where the method does."""
+        run = self._page.context.open(state)
+        reached = {} if run is None else {name: reach(run, name) for name in METHODS}
+        ready = [name for name in METHODS if reached.get(name) is not None]
+        choices = [(name, name) for name in ready] + [(f"{name} (not analysed yet)", name) for name in METHODS if name not in ready]
+        most = reached.get(state.method)
+        percent = _HIGHEST if most is None else max(1, int(100 * most))
+        return gr.Dropdown(choices=choices, value=state.method), gr.Slider(maximum=percent, value=min(percent, round(100 * state.ratio, 2)))
+
+
+def recipe_of(state: ViewState) -> Recipe:
+    """What a view asks for."""
+    return Recipe(method=state.method, ratio=state.ratio)
