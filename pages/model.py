@@ -36,9 +36,9 @@ def build(context: Context) -> None:
                     context.models(), value=None, allow_custom_value=True, label="Model", elem_id="model-name",
                     info="One of the list, another folder under the declared ones, or a hub id (owner/name)",
                 )
-                card = gr.HTML(_no_model(), elem_id="model-facts", min_height=400)
+                card = gr.HTML("", elem_id="model-facts")
             with gr.Column(scale=5, min_width=300):
-                needs = gr.HTML("", elem_id="model-needs", min_height=330)
+                needs = gr.HTML("", elem_id="model-needs")
                 with gr.Accordion("Calibration settings", open=False):
                     fields = _fields()
                 analyse = gr.Button("Analyse", variant="primary", elem_id="analyse")

@@ -17,17 +17,8 @@ from pages.components import downloads
 FOLDER = Path(__file__).parents[2] / "assets"
 PLOTLY = '<script src="explorer/plotly.min.js" defer></script>'
 """Head of components that draw with plotly."""
-_STYLES, _SCRIPTS = ("explorer.css", "analysis.css", "export.css"), ("explorer.js", "copy.js")
-HEAD = "".join([
-    *(f'<link rel="stylesheet" href="explorer/{name}">' for name in _STYLES),
-    *(f'<script src="explorer/{name}"></script>' for name in _SCRIPTS),
-])
-"""Head of every page. A link, since Gradio rewrites the selectors of styles that it is given."""
-_SERVED = {
-    **{name: (FOLDER / name, "text/css") for name in _STYLES},
-    **{name: (FOLDER / name, "text/javascript") for name in _SCRIPTS},
-    "plotly.min.js": (Path(str(files("plotly") / "package_data" / "plotly.min.js")), "text/javascript"),
-}
+_SCRIPTS = sorted(FOLDER.glob("*.js"), key=lambda path: (path.name != "explorer.js", path.name))  # the others build on this one
+_SERVED = {path.name: path for path in (*_SCRIPTS, Path(str(files("plotly") / "package_data" / "plotly.min.js")))}
 _RULES = {
     # Gradio compiles templates and snippets in the browser, hence 'unsafe-eval'; nothing may be fetched from anywhere else.
     "content-security-policy": (
@@ -37,6 +28,15 @@ _RULES = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",
 }
+
+
+def head() -> str:
+    """Head of every page: all styles and scripts of `assets/`.
+
+    Styles are written out, so that nothing is seen without them; Gradio would rewrite the selectors of styles it is given as such.
+    """
+    styles = "".join(path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.css")))
+    return f"<style>{styles}</style>" + "".join(f'<script src="explorer/{path.name}"></script>' for path in _SCRIPTS)
 
 
 def mount(kind: str) -> str:
@@ -49,10 +49,10 @@ def routes(runs: Path) -> Sequence[BaseRoute]:
     """Addresses beside the pages: the files above, and `/healthz` (200 when runs can be kept, else 503)."""
 
     def serve(request: Request) -> Response:
-        found = _SERVED.get(request.path_params["name"])
-        if found is None:
+        path = _SERVED.get(request.path_params["name"])
+        if path is None:
             return JSONResponse({"detail": "not found"}, status_code=404)
-        return FileResponse(found[0], media_type=found[1], headers={"cache-control": "no-cache"})
+        return FileResponse(path, media_type="text/javascript", headers={"cache-control": "no-cache"})
 
     def health(request: Request) -> Response:
         kept = runs.is_dir()

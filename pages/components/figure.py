@@ -49,8 +49,9 @@ def box(label: str, *, height: int = 380, clicks: bool = False, elem_id: str | N
         clicks: whether points can be chosen (`.select`).
     """
     title = f'<p class="figure-title">{escape(label)}</p>'
-    frame = f'<figure class="figure" data-label="{escape(label)}" data-height="{height}" data-clicks="{int(clicks)}">{title}</figure>'
-    return gr.HTML("", html_template=frame, js_on_load=mount("figure"), head=PLOTLY, elem_id=elem_id, min_height=height + 90)
+    given = f'data-label="{escape(label)}" data-height="{height}" data-clicks="{int(clicks)}" style="min-height:{height + 110}px"'
+    frame = f'<figure class="figure" {given}>{title}</figure>'
+    return gr.HTML("", html_template=frame, js_on_load=mount("figure"), head=PLOTLY, elem_id=elem_id)
 
 
 def drawing(figure: go.Figure, table: pd.DataFrame, caption: str, name: str) -> str:

@@ -34,11 +34,11 @@ def test_health_tells_whether_runs_can_be_kept(client: TestClient, tmp_path: Pat
 
 
 def test_only_the_app_s_own_files_are_served_and_nothing_may_be_fetched_elsewhere(client: TestClient) -> None:
-    for name in ("explorer.js", "explorer.css", "plotly.min.js"):
+    for name in ("explorer.js", "plotly.min.js"):
         answer = client.get(f"/explorer/{name}")
         assert answer.status_code == 200
         assert "default-src 'self'" in answer.headers["content-security-policy"]
-    for name in ("app.py", "..%2fapp.py", "../app.py", "demo-moe/config.json"):
+    for name in ("app.py", "explorer.css", "..%2fapp.py", "../app.py", "demo-moe/config.json"):
         assert client.get(f"/explorer/{name}").status_code == 404
 
 
