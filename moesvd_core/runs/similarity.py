@@ -1,8 +1,8 @@
 """What a run knows of how alike its experts are: compared layer by layer by its worker, read by the pages.
 
-    evaluations/similarity.layer-003.json                   both sides of a layer: its experts, and the same shuffled
-    evaluations/similarity.random.input-512x256x8.json      random matrices of a layer's shape, the same for every layer that has it
-    evaluations/similarity.json                             means over the pairs, of all layers; written last
+    evaluations/similarity.layer-003.json                       both sides of a layer: its experts, and the same shuffled
+    evaluations/similarity.random.input-512x256x8.seed-0.json   random matrices of a shape, the same for every layer that has it
+    evaluations/similarity.json                                 means over the pairs, of all layers; written last
 """
 
 import json
@@ -33,19 +33,14 @@ def compare_layers(run: RunFolder, stream: DecoderStream, sampling: Sampling, re
     Raises:
         InputError, StatisticsError: as `similarity.compare`.
     """
-    folder = run.station("evaluations")
     layers = stream.expert_layers
     rows = []
     for done, layer in enumerate(layers, start=1):
-        found = _own(run, layer.index, sampling)
-        if found is None:
-            found = _compared(stream, layer, sampling)
-            data = {"sampling": asdict(sampling)} | {side: {name: each.as_dict() for name, each in found[side].items()} for side in SIDES}
-            _write(folder / _layer_file(layer.index), data)
+        found = _own(run, layer.index, sampling) or _compared(run, stream, layer, sampling)
         shown = {side: {**found[side], "random": _random(run, found[side]["experts"], sampling, stream.device)} for side in SIDES}
         rows.append({"layer": layer.index} | {side: {name: each.summary() for name, each in shown[side].items()} for side in SIDES})
         report(Progress("similarity", done, len(layers), f"layer {layer.index}: {len(shown['input']['experts'].experts)} experts compared"))
-    _write(folder / "similarity.json", {"sampling": asdict(sampling), "layers": rows})
+    _write(run.station("evaluations") / "similarity.json", {"sampling": asdict(sampling), "layers": rows})
     return "evaluations/similarity.json"
 
 
@@ -72,9 +67,9 @@ def read_layer(run: RunFolder, layer: int) -> LayerSimilarity | None:
         return None
     shown: LayerSimilarity = {}
     for side in SIDES:
-        control = _kept_random(run, found[side]["experts"])
+        control = _kept_random(run, found[side]["experts"], sampling)
         if control is None:
-            raise RunError(f"run {run.identity.id} lacks {_random_file(found[side]['experts'])}: compare the experts again")
+            raise RunError(f"run {run.identity.id} lacks {_random_file(found[side]['experts'], sampling)}: compare the experts again")
         shown[side] = {**found[side], "random": control}
     return shown
 
@@ -87,25 +82,30 @@ def _own(run: RunFolder, layer: int, sampling: Sampling) -> LayerSimilarity | No
     return {side: {name: _parsed(each, _layer_file(layer)) for name, each in data[side].items()} for side in SIDES}
 
 
-def _compared(stream: DecoderStream, layer: ExpertLayer, sampling: Sampling) -> LayerSimilarity:
+def _compared(run: RunFolder, stream: DecoderStream, layer: ExpertLayer, sampling: Sampling) -> LayerSimilarity:
+    """Compare a layer, and give back what was written: rounded, as whoever resumes will read it."""
     with stream.layer(layer.index), torch.no_grad():
         weights = read_experts(stream.model.get_submodule(layer.name), layer)
-        return {"input": compare(weights.input_END, "input", sampling), "output": compare(weights.output_EDM, "output", sampling)}
+        made = {"input": compare(weights.input_END, "input", sampling), "output": compare(weights.output_EDM, "output", sampling)}
+    data = {side: {name: found.as_dict() for name, found in own.items()} for side, own in made.items()}
+    _write(run.station("evaluations") / _layer_file(layer.index), {"sampling": asdict(sampling), **data})
+    return {side: {name: SideSimilarity.from_dict(data[side][name]) for name in made[side]} for side in SIDES}
 
 
 def _random(run: RunFolder, like: SideSimilarity, sampling: Sampling, device: torch.device) -> SideSimilarity:
     """The control of a shape: made once."""
-    kept = _kept_random(run, like)
+    kept = _kept_random(run, like, sampling)
     if kept is not None:
         return kept
-    made = random_control(like, sampling, device)
-    _write(run.station("evaluations") / _random_file(like), made.as_dict())
-    return made
+    data = random_control(like, sampling, device).as_dict()
+    _write(run.station("evaluations") / _random_file(like, sampling), data)
+    return SideSimilarity.from_dict(data)
 
 
-def _kept_random(run: RunFolder, like: SideSimilarity) -> SideSimilarity | None:
-    data = run.read_json("evaluations", _random_file(like))
-    return None if data is None else _parsed(data, _random_file(like))
+def _kept_random(run: RunFolder, like: SideSimilarity, sampling: Sampling) -> SideSimilarity | None:
+    file = _random_file(like, sampling)
+    data = run.read_json("evaluations", file)
+    return None if data is None else _parsed(data, file)
 
 
 def _parsed(data: Mapping[str, Any], file: str) -> SideSimilarity:
@@ -124,5 +124,5 @@ def _layer_file(layer: int) -> str:
     return f"similarity.layer-{layer:03d}.json"
 
 
-def _random_file(like: SideSimilarity) -> str:
-    return f"similarity.random.{like.side}-{like.rows}x{like.columns}x{len(like.experts)}.json"
+def _random_file(like: SideSimilarity, sampling: Sampling) -> str:
+    return f"similarity.random.{like.side}-{like.rows}x{like.columns}x{len(like.experts)}.seed-{sampling.seed}.json"
