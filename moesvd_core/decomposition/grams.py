@@ -1,9 +1,10 @@
-"""Inner products: what a Gram matrix measures, its square root, and what to do when it is singular.
+"""Inner products: what a Gram matrix measures, a root of it, and what to do when it is singular.
 
 Shapes: S size of the space, R vectors, always as rows. Grams are float64: they square the condition of what they came from.
 
-Gram matrices of activations are semi-definite and often singular (fewer tokens than channels, dead channels). Each gets a relative ridge,
-and its square root comes from an eigendecomposition, which cannot fail; nothing here forms a plain inverse.
+Gram matrices of activations are semi-definite and often singular (fewer tokens than channels, dead channels). Each gets a relative ridge;
+where rounding leaves it indefinite all the same, Algorithm 5 shifts it. Any root R with R Rᵀ = G serves a truncated SVD as well as the
+symmetric one: it is Cholesky's, which costs a tenth of an eigendecomposition. Nothing here forms a plain inverse.
 """
 
 from abc import ABC, abstractmethod
@@ -11,8 +12,8 @@ from functools import cached_property
 
 import torch
 
-EPSILON = 1e-12
-"""Smallest eigenvalue of a Gram matrix, as a share of its mean one, that a root distinguishes from zero."""
+EPSILON = 1e-10
+"""Ridge, as a share of the mean diagonal, on matrices that are to be inverted on all that is not zero."""
 
 
 class Gram(ABC):
@@ -28,7 +29,7 @@ class Gram(ABC):
 
 
 class RootedGram(Gram):
-    """A Gram matrix whose square root is at hand."""
+    """A Gram matrix with a root R at hand, R Rᵀ = G."""
 
     @abstractmethod
     def full(self) -> torch.Tensor:
@@ -36,14 +37,14 @@ class RootedGram(Gram):
 
     @abstractmethod
     def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        """x G^{1/2}."""
+        """x R."""
 
     @abstractmethod
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        """x G^{-1/2}."""
+        """x R^{-1}."""
 
     def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
-        """G^{1/2} outer G^{1/2}, exactly symmetric."""
+        """Rᵀ outer R, exactly symmetric."""
         return symmetric(self.root_times(self.root_times(outer_SS).T))
 
 
@@ -67,7 +68,7 @@ class DiagonalGram(RootedGram):
 
 
 class FullGram(RootedGram):
-    """A full matrix; its eigendecomposition is made when a root is first asked for."""
+    """A full matrix; its Cholesky factor is made when a root is first asked for."""
 
     def __init__(self, gram_SS: torch.Tensor) -> None:
         self.gram_SS = gram_SS
@@ -79,16 +80,15 @@ class FullGram(RootedGram):
         return x_RS @ self.gram_SS.to(x_RS.dtype)
 
     def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        return x_RS @ self._roots[0]
+        return x_RS @ self._lower
 
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        return x_RS @ self._roots[1]
+        solved_RS: torch.Tensor = torch.linalg.solve_triangular(self._lower, x_RS, upper=False, left=False)
+        return solved_RS
 
     @cached_property
-    def _roots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        value_S, vector_SS = torch.linalg.eigh(self.gram_SS)
-        root_S = value_S.clamp(min=EPSILON * float(value_S.mean())).sqrt()
-        return (vector_SS * root_S) @ vector_SS.T, (vector_SS / root_S) @ vector_SS.T
+    def _lower(self) -> torch.Tensor:
+        return cholesky(self.gram_SS)
 
 
 class ImpliedGram(Gram):
@@ -106,8 +106,7 @@ class ImpliedGram(Gram):
     def __init__(self, weight_NM: torch.Tensor, outer_NN: torch.Tensor, floor: float) -> None:
         self._weight_NM = weight_NM.double()
         self._floor = floor
-        gram = FullGram(ridged(self._weight_NM @ self._weight_NM.T, 1e-10))
-        self._pseudo_inverse_NM = gram.inverse_root_times(gram.inverse_root_times(self._weight_NM.T)).T
+        self._pseudo_inverse_NM = least_squares(self._weight_NM)
         self._outer_NN = outer_NN
 
     def times(self, x_RM: torch.Tensor) -> torch.Tensor:
@@ -124,6 +123,12 @@ def ridged(gram_SS: torch.Tensor, share: float) -> torch.Tensor:
     """The Gram matrix plus `share` of its mean diagonal on every diagonal entry (1 where all of it is zero)."""
     mean = float(gram_SS.diagonal().mean())
     return gram_SS + (share * mean if mean > 0 else 1.0) * torch.eye(gram_SS.shape[0], dtype=gram_SS.dtype, device=gram_SS.device)
+
+
+def least_squares(weight_NM: torch.Tensor) -> torch.Tensor:
+    """(W Wᵀ)^{-1} W [N, M], the transposed pseudo-inverse of a W with N <= M."""
+    solved_NM: torch.Tensor = torch.cholesky_solve(weight_NM, cholesky(ridged(weight_NM @ weight_NM.T, EPSILON)))
+    return solved_NM
 
 
 def cholesky(gram_SS: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.decomposition.curvature import GRAM_RIDGE, PSEUDO_SHARE, curvature_of
-from moesvd_core.decomposition.grams import DiagonalGram, FullGram, Gram, ImpliedGram, RootedGram, ridged, symmetric
+from moesvd_core.decomposition.grams import EPSILON, DiagonalGram, FullGram, Gram, ImpliedGram, RootedGram, least_squares, ridged, symmetric
 from moesvd_core.errors import CheckpointError, StatisticsError
 from moesvd_core.planning import Metric, Side
 
@@ -187,14 +187,14 @@ class LayerMetric:
         isotropic = self._isotropic(expert)
         if self.statistics.intermediate_gram_EMM is not None:
             own_MM = self.statistics.intermediate_gram_EMM[expert].to(self.device, torch.float64)
-            return FullGram(own_MM + isotropic * torch.eye(own_MM.shape[0], dtype=torch.float64, device=self.device))
+            isotropic_MM = isotropic * torch.eye(own_MM.shape[0], dtype=torch.float64, device=self.device)
+            return FullGram(ridged(own_MM + isotropic_MM, EPSILON))
         weight_DM = self.weight("output", expert).double()
         if not self.works_right("output"):
             own_share = float(self.statistics.count_E[expert]) * self._mean_square
             return ImpliedGram(weight_DM, self._output_gram(expert), own_share + isotropic)
-        gram = FullGram(ridged(weight_DM.T @ weight_DM, 1e-10))
-        pseudo_inverse_MD = gram.inverse_root_times(gram.inverse_root_times(weight_DM)).T
-        return FullGram(symmetric(pseudo_inverse_MD @ self._output_gram(expert) @ pseudo_inverse_MD.T))
+        pseudo_inverse_MD = least_squares(weight_DM.T)
+        return FullGram(ridged(symmetric(pseudo_inverse_MD @ self._output_gram(expert) @ pseudo_inverse_MD.T), EPSILON))
 
     def _isotropic(self, expert: int) -> float:
         """What shrinkage and ridge add to every eigenvalue of H_e."""

@@ -15,7 +15,7 @@ class Projection:
     """Leading directions of `outer` in the inner product G.
 
     Attributes:
-        basis_RS: V = Qᵀ G^{-1/2}, best direction first, V G Vᵀ = 1; W ≈ W (G Vᵀ) V, cut after any row, is the best of its rank.
+        basis_RS: V = Qᵀ R^{-1} with R Rᵀ = G, best direction first, V G Vᵀ = 1; W ≈ W (G Vᵀ) V, cut after any row, is the best of its rank.
         gain_R: squared singular values of L^{1/2} W G^{1/2}, descending.
         rest: sum of those beyond R.
     """
@@ -28,8 +28,8 @@ class Projection:
 def best_projection(inner: RootedGram, outer_SS: torch.Tensor, ranks: int) -> Projection:
     """The best `ranks` directions to keep of `outer` (Wᵀ L W, S × S) in the metric `inner` (G).
 
-    The squared singular values and right singular vectors of L^{1/2} W G^{1/2} are the eigenpairs of G^{1/2} Wᵀ L W G^{1/2}, which is as
-    small as the smaller side of W. Signs are fixed (the largest entry of an eigenvector is positive), so that results do not depend on
+    The squared singular values and right singular vectors of L^{1/2} W R are the eigenpairs of Rᵀ Wᵀ L W R, which is as small as the
+    smaller side of W. Signs are fixed (the largest entry of an eigenvector is positive), so that results do not depend on
     the library that made them.
     """
     value_S, vector_SS = torch.linalg.eigh(inner.whitened(outer_SS))
@@ -37,7 +37,8 @@ def best_projection(inner: RootedGram, outer_SS: torch.Tensor, ranks: int) -> Pr
     vector_RS = vector_SS.T.flip(0)[:ranks]
     peak_R1 = vector_RS.gather(1, vector_RS.abs().argmax(1, keepdim=True))
     vector_RS = vector_RS * torch.where(peak_R1 < 0, -1.0, 1.0)
-    return Projection(inner.inverse_root_times(vector_RS), gain_S[:ranks], float(gain_S[ranks:].sum()))
+    # Contiguous, so that what is read from a file later multiplies to the same bits.
+    return Projection(inner.inverse_root_times(vector_RS).contiguous(), gain_S[:ranks], float(gain_S[ranks:].sum()))
 
 
 def orthonormal(inner: Gram, basis_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

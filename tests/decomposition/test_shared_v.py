@@ -23,13 +23,12 @@ def algorithm_3(weights: torch.Tensor, grams: torch.Tensor, count_E: torch.Tenso
     """Algorithm 3 with the sum of Eq. 8 and V un-whitened by the source's S; signs as the engine fixes them."""
     decomposed = []
     for weight_NM, gram_MM in zip(weights, grams, strict=True):
-        value_M, vector_MM = torch.linalg.eigh(gram_MM)
-        s_MM = (vector_MM * value_M.sqrt()) @ vector_MM.T
+        s_MM = torch.linalg.cholesky(gram_MM)
         u_NR, sigma_R, v_RM = torch.linalg.svd(weight_NM @ s_MM, full_matrices=False)
         sign_R = v_RM.gather(1, v_RM.abs().argmax(1, keepdim=True)).sign()[:, 0]
         decomposed.append((u_NR[:, :rank] * sign_R[:rank], sigma_R[:rank].diag(), v_RM[:rank] * sign_R[:rank, None], s_MM))
     source = int(count_E.argmax())
-    shared_RM = torch.linalg.solve(decomposed[source][3], decomposed[source][2].T).T
+    shared_RM = torch.linalg.solve(decomposed[source][3], decomposed[source][2], left=False)
     order = count_E.argsort(descending=True).tolist()
     compressed = []
     for expert in range(len(weights)):
