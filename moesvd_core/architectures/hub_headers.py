@@ -45,7 +45,7 @@ def hub_headers(repository: str) -> HubHeaders:
         raise CheckpointError(f"{name} is neither a model folder nor a model of the hub ('owner/name'); check the spelling") from error
     except (hub.NotASafetensorsRepoError, hub.SafetensorsParsingError) as error:
         raise CheckpointError(f"{name} has no readable safetensors files on the hub, and pickled weights are refused") from error
-    except (hub.EntryNotFoundError, hub.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the network has many ways to fail, and the hub's library passes on those of its HTTP client
         reason = type(error).__name__
         raise CheckpointError(f"{name} is no model folder, and the hub cannot be asked for it ({reason}); give a folder") from error
     config = read_config(folder)

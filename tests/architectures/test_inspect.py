@@ -179,6 +179,7 @@ def test_a_model_on_the_hub_is_told_like_its_folder_from_headers_alone(tmp_path:
         (hub.NotASafetensorsRepoError("none"), "no readable safetensors"),
         (hub.OfflineModeIsEnabled("offline"), "the hub cannot be asked for it"),
         (ConnectionError("no route"), "the hub cannot be asked for it"),
+        (RuntimeError("an error of the HTTP client"), "the hub cannot be asked for it"),
     ],
 )
 def test_what_the_hub_cannot_tell_is_one_error_with_the_reason(
