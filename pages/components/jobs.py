@@ -7,6 +7,7 @@ Work is not bound to the tab: the panel finds it again by the run in the address
 """
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -81,12 +82,12 @@ def draw(status: RunStatus | None) -> str:
         done = job.done / job.total if job.total else 0.0
         left = f", {duration(job.eta_seconds)} left in this stage" if job.eta_seconds is not None else ""
         count = f"{job.stage}: {job.done} of {job.total}{left}" if job.total else "starting"
-        return _frame(f"{title} runs", "running", done, f"{count}{f' ({job.message})' if job.message else ''}.{more}")
+        return _frame(f"{title} runs", "running", done, f"{count}{f' ({_told(job.message, status.model)})' if job.message else ''}.{more}")
     if job.state == "finished":
         return _frame(f"{title} finished", "finished", 1.0, f"Took {duration((job.ended or 0) - (job.started or job.ended or 0))}.")
     advice = "" if job.state == "failed" else " Nothing is lost: resume goes on from where it was."
     reached = job.done / job.total if job.total else 0.0
-    return _frame(f"{title} {job.state}", job.state, reached, f"{job.error or job.state}.{advice}")
+    return _frame(f"{title} {job.state}", job.state, reached, f"{_told(job.error or job.state, status.model)}.{advice}")
 
 
 def summary(status: RunStatus) -> str:
@@ -99,7 +100,7 @@ def summary(status: RunStatus) -> str:
 
 
 def log_lines(run: RunFolder) -> list[str]:
-    """The last lines of a run's diary for people, oldest first, times in UTC."""
+    """The last lines of a run's diary for people, newest first, times in UTC."""
     try:
         start = max(0, run.log.path.stat().st_size - _LOG_BYTES)
     except FileNotFoundError:
@@ -116,11 +117,11 @@ def log_lines(run: RunFolder) -> list[str]:
                 lines.append(f"{clock}  {data.get('action')} asked for (job {event.job})")
             case kind:
                 lines.append(f"{clock}  {kind}{': ' + str(data['error']) if data.get('error') else ''} (job {event.job})")
-    return lines[-LOG_LINES:]
+    return [_told(line, run.identity.model) for line in reversed(lines[-LOG_LINES:])]
 
 
 def log_html(lines: list[str]) -> str:
-    """Lines of a log, newest at the bottom."""
+    """Lines of a log."""
     return f'<pre class="log" tabindex="0" aria-label="Log of the run">{escape(chr(10).join(lines)) or "Nothing was done yet."}</pre>'
 
 
@@ -136,6 +137,11 @@ def _frame(title: str, kind: str, done: float | None, text: str) -> str:
         f'<div class="job-head"><p class="job-title" role="status">{escape(title)}</p><p>{percent}</p></div>'
         f"{bar}<p class=job-text>{escape(text)}</p></div>"
     )
+
+
+def _told(text: str, model: str) -> str:
+    """Text of a worker without the folders that the machine keeps the model in."""
+    return text.replace(model, Path(model).name) if model and Path(model).is_absolute() else text
 
 
 def _jobs(number: int) -> str:

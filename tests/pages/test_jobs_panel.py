@@ -6,7 +6,7 @@ import pytest
 from runs.run_helpers import new_run
 
 from moesvd_core.runs.client import Client
-from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.folder import Identity, RunFolder
 from pages.components.header import worker
 from pages.components.jobs import LOG_LINES, draw, log_html, log_lines, resumable, summary
 
@@ -65,9 +65,20 @@ def test_work_that_ended_early_says_why_and_can_be_resumed(run: RunFolder, kind:
     assert resumable(status)
 
 
-def test_the_log_is_short_and_newest_last(run: RunFolder) -> None:
+def test_the_log_is_short_and_newest_first(run: RunFolder) -> None:
     for done in range(100):
         run.log.append("progress", "1", stage="calibrate", done=done, total=100, message=f"layer {done}")
     lines = log_lines(run)
     assert len(lines) == LOG_LINES
-    assert lines[-1].endswith("layer 99")
+    assert lines[0].endswith("layer 99")
+
+
+def test_where_the_model_lies_is_not_told(tmp_path: Path) -> None:
+    identity = Identity("tiny-00000002", "/srv/secret/demo-moe", {"samples": 1}, "2026-01-01T00:00:00+00:00")
+    run = RunFolder.create(tmp_path / identity.id, identity)
+    run.log.append("submitted", "1", action="analyze", arguments={})
+    run.log.append("progress", "1", stage="inspect", done=0, total=1, message="looking for /srv/secret/demo-moe")
+    run.log.append("failed", "1", error="/srv/secret/demo-moe is not the model any more")
+    told = draw(Client(tmp_path).status(run)) + log_html(log_lines(run))
+    assert "looking for demo-moe" in told
+    assert "secret" not in told
