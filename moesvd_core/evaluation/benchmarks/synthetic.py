@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from transformers import MixtralConfig, PreTrainedTokenizerFast
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.calibration.settings import Calibration
 from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.errors import InputError
 
@@ -69,10 +70,12 @@ def expert_output(input_ND: torch.Tensor, output_DM: torch.Tensor, x_TD: torch.T
 
 
 def _statistics(layer: ExpertLayer, weights: ExpertWeights, inputs: list[torch.Tensor], gradient_TD: torch.Tensor) -> LayerStatistics:
-    """The sums that calibration makes, with p = 1/k for every token."""
+    """The sums that calibration makes, with p = 1/k for every token; every expert's tokens have the same gradients."""
     square = layer.active**-2
     count_E = torch.tensor([len(x_TD) for x_TD in inputs])
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in ("input", "output", "x", "h", "outlier", "saliency", "slope")}
+    row_gram = Calibration().collects_rows(layer.input_rows)
+    names = ("input", "output", "x", "h", "outlier", "saliency", "slope", "row square", "row gram", "weighted input")
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for x_TD, input_ND, output_DM in zip(inputs, weights.input_END, weights.output_EDM, strict=True):
         gate_TM, up_TM = (x_TD @ input_ND.T).chunk(2, -1)
         h_TM = torch.nn.functional.silu(gate_TM) * up_TM
@@ -86,10 +89,17 @@ def _statistics(layer: ExpertLayer, weights: ExpertWeights, inputs: list[torch.T
         columns["outlier"].append((h_TM.abs() > 2 * h_TM.abs().mean()).float().mean())
         columns["saliency"].append(y_TD.norm(dim=-1).mean() / layer.active)
         columns["slope"].append(square * slope_TN.square().sum(0))
-    stacked = {name: torch.stack(column) for name, column in columns.items()}
+        delta_TN = (gradient_TD @ output_DM).repeat(1, 2) * slope_TN / layer.active
+        columns["row square"].append(delta_TN.square().sum(0))
+        if row_gram:
+            columns["row gram"].append(delta_TN.T @ delta_TN)
+        columns["weighted input"].append((delta_TN.square().sum(1, keepdim=True) * x_TD).T @ x_TD)
+    stacked = {name: torch.stack(column) for name, column in columns.items() if column}
+    gradient_gram_DD = gradient_TD.T @ gradient_TD
+    tokens = int(count_E.sum()) // layer.active
     return LayerStatistics(
         layer=layer.index,
-        tokens=int(count_E.sum()) // layer.active,
+        tokens=tokens,
         count_E=count_E,
         weight_square_E=count_E * square,
         input_gram_EDD=stacked["input"],
@@ -101,8 +111,13 @@ def _statistics(layer: ExpertLayer, weights: ExpertWeights, inputs: list[torch.T
         principal_rank_E=torch.full((layer.experts,), min(layer.input_rows, layer.hidden) + min(layer.hidden, layer.width)),
         saliency_E=stacked["saliency"],
         slope_EN=stacked["slope"],
-        gradient_gram_DD=gradient_TD.T @ gradient_TD,
-        gradient_tokens=len(gradient_TD),
+        gradient_gram_DD=gradient_gram_DD * (tokens / len(gradient_TD)),
+        gradient_tokens=tokens,
+        gradient_gram_EDD=(square * gradient_gram_DD).repeat(layer.experts, 1, 1),
+        gradient_weight_square_E=count_E * square,
+        row_square_EN=stacked["row square"],
+        row_gram_ENN=stacked.get("row gram"),
+        weighted_input_gram_EDD=stacked["weighted input"],
     )
 
 

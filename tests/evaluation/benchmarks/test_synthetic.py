@@ -25,7 +25,7 @@ def test_statistics_are_those_of_the_layer() -> None:
     assert power == pytest.approx(float(y_TD.square().sum(-1).mean()), rel=0.2)
 
 
-def test_slopes_are_derivatives() -> None:
+def test_slopes_and_row_gradients_are_derivatives() -> None:
     sample = random_layer(8, 6, 1, active=1, tokens=1)
     value, vector = torch.linalg.eigh(sample.statistics.input_gram_EDD[0])  # rank one: x is its only direction, up to its sign
     x_D = vector[:, -1] * value[-1].sqrt()
@@ -37,6 +37,12 @@ def test_slopes_are_derivatives() -> None:
         assert pre_N.grad is not None
         slopes.append(pre_N.grad.square())
     assert any(torch.allclose(sample.statistics.slope_EN[0], slope_N, rtol=1e-3, atol=1e-5) for slope_N in slopes)
+    statistics = sample.statistics
+    assert statistics.row_square_EN is not None and statistics.row_gram_ENN is not None and statistics.gradient_gram_DD is not None
+    along_M = torch.linalg.eigh(statistics.gradient_gram_DD)[1][:, -1] @ sample.weights.output_EDM[0]  # rank one, too
+    squares_N = statistics.slope_EN[0] * statistics.gradient_gram_DD.trace() * along_M.square().repeat(2)
+    assert torch.allclose(statistics.row_square_EN[0], squares_N, rtol=1e-3, atol=1e-4 * float(squares_N.max()))
+    assert torch.allclose(statistics.row_gram_ENN[0].diagonal(), statistics.row_square_EN[0], rtol=1e-4)
 
 
 def test_a_random_checkpoint_loads_and_has_the_size_asked_for(tmp_path: Path) -> None:
