@@ -59,8 +59,8 @@ def build(context: Context) -> None:
                 settings = _settings()
         told = gr.HTML("", elem_id="told", min_height=44)
         with gr.Row(elem_classes="answers"):
-            left = gr.HTML(answers.panel("Original", "", None, None, None), elem_id="left")
-            right = gr.HTML(answers.panel("Compressed", "", None, None, None), elem_id="right")
+            left = gr.HTML(answers.panel("Original", kind="original"), elem_id="left")
+            right = gr.HTML(answers.panel("Compressed", kind="compressed"), elem_id="right")
         with gr.Row(visible=False, elem_classes="votes") as ballot:
             names = ("A is better", "No difference", "B is better")
             buttons = [gr.Button(name, interactive=False, elem_id=f"vote-{choice}") for name, choice in zip(names, CHOICES, strict=True)]
@@ -81,7 +81,7 @@ def build(context: Context) -> None:
             with gr.Tab("Blind votes"):
                 votes = gr.HTML("", elem_id="votes", min_height=160)
 
-        page.view(_prompts(context), [prompt, *picks], fields=("run",))
+        page.view(_prompts(context), picks, fields=("run",))
         page.view(lambda state: _measured(context, state), [measured], fields=("run", "method", "ratio"))
         page.view(lambda state: _votes(context, state), [votes], fields=("run",))
         for pick in picks:
@@ -93,7 +93,7 @@ def build(context: Context) -> None:
         running = asked.then(page.changes(_ask(context)), [page.state, prompt, blind, *settings], shown, **_HEAVY)
         stop.click(page.changes(_stopped), round_, shown, cancels=[running], **_PRIVATE)
         for choice, button in zip(CHOICES, buttons, strict=True):
-            button.click(page.changes(_cast(context, choice)), [page.state, round_], [*shown, votes], **_PRIVATE)
+            button.click(page.changes(_cast(context, choice)), round_, [*shown, votes], **_PRIVATE)
         score.click(page.changes(_score(context)), [page.state, text], scored, **{**_HEAVY, "show_progress": "minimal"})
         measure.click(page.changes(_measure(context)), [page.state, dataset, windows], page.wake, **_PRIVATE)
 
@@ -151,7 +151,7 @@ def _stopped(now: Round | None) -> tuple[Any, ...]:
 
 
 def _cast(context: Context, choice: str) -> Callable[..., Any]:
-    def cast(state: ViewState, now: Round | None) -> tuple[Any, ...]:
+    def cast(now: Round | None) -> tuple[Any, ...]:
         """Write the vote down, then tell whose answer was whose."""
         if now is None:
             raise InputError("there is nothing to vote on: ask blind first")
@@ -196,8 +196,7 @@ def _prompts(context: Context) -> Callable[[ViewState], Any]:
         """Prompts that suit the run's model: the demo model writes in the style of two kinds of books."""
         run = context.open(state)
         demo = run is None or context.model_name(run.identity.model).rpartition("/")[2] == DEMO_MODEL
-        picks = DEMO_PROMPTS if demo else PROMPTS
-        return picks[0], *(gr.Button(text) for text in picks)
+        return tuple(gr.Button(text) for text in (DEMO_PROMPTS if demo else PROMPTS))
 
     return prompts
 

@@ -10,7 +10,7 @@ import gradio as gr
 from moesvd_core.checkpoint.export import FORMATS
 from moesvd_core.checkpoint.hub import check_request, push
 from moesvd_core.errors import CheckpointError, InputError
-from moesvd_core.runs.command_line import compress_command
+from moesvd_core.runs.command_line import compress_command, export_command
 from moesvd_core.runs.exports import ExportFolder, export_name, list_exports, open_export
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import known_plan, reach
@@ -116,7 +116,8 @@ def _write(context: Context) -> Callable[..., Any]:
         jobs_now = context.client.status(run).jobs
         if any(job.arguments.get("output") == output and job.state in ("queued", "running") for job in jobs_now):
             raise InputError(f"{name} is being written already: wait for it, or cancel it")
-        command = compress_command(run.identity, recipe, output=f"out/{name}", form=form)
+        words: dict[str, Any] = {"output": f"out/{name}", "form": form, "dtype": number}
+        command = compress_command(run.identity, recipe, **words) or export_command(run.identity.id, recipe, **words)
         context.client.submit(
             run, "export", recipe=recipe.as_dict(), output=output, format=form, dtype=number, overwrite=True, command=command,
         )

@@ -35,10 +35,16 @@ def export_command(run: str, recipe: Recipe, *, output: str, form: str, dtype: s
     return shlex.join(["moesvd", "export", run, *_recipe(recipe, file), "--output", output, "--format", form, *chosen])
 
 
-def compress_command(identity: Identity, recipe: Recipe, *, output: str, form: str, file: str = "recipe.yaml") -> str | None:
-    """`moesvd compress`: from nothing, in the number format of the calibration; None when the calibration has settings without words."""
+def compress_command(
+    identity: Identity, recipe: Recipe, *, output: str, form: str, dtype: str | None = None, file: str = "recipe.yaml"
+) -> str | None:
+    """`moesvd compress`: from nothing. None when no words say it: for some settings of a calibration, and for another number format.
+
+    Args:
+        dtype: number format to write; the command has one for calibration and export, None there is the original's.
+    """
     words = _calibration(identity.calibration)
-    if words is None:
+    if words is None or dtype != identity.calibration.get("dtype"):
         return None
     trusted = ["--allow-remote-code"] if identity.remote_code else []
     model = shown_model(identity.model)

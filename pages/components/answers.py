@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Protocol
+from typing import Any, Protocol
 
 from moesvd_core.evaluation.generation import Answer, first_divergence
 from pages.components import tables
@@ -12,7 +12,7 @@ from pages.components.text import escape, number, size
 class Decoder(Protocol):
     """As much of a tokenizer as is needed here."""
 
-    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any:
         """The text of tokens."""
 
 
@@ -48,13 +48,16 @@ def divergence(left: Answer, right: Answer) -> str:
     return "They part at the first token." if at == 0 else f"The same for {at} of {longest} tokens, then they part (marked)."
 
 
-def panel(title: str, prompt: str, answer: Answer | None, parts: Parts | None, weights: int | None) -> str:
+def panel(
+    title: str, prompt: str = "", answer: Answer | None = None, parts: Parts | None = None, weights: int | None = None, kind: str = ""
+) -> str:
     """One answer.
 
     Args:
         title: whose answer it is, or "A" while that is a secret.
         answer: None: nothing was asked yet, or it is not this model's turn.
         weights: bytes of the model's weights; None: speed and memory stay a secret too.
+        kind: "original" or "compressed", "" while that is a secret.
     """
     written = ""
     if parts is not None:
@@ -65,7 +68,7 @@ def panel(title: str, prompt: str, answer: Answer | None, parts: Parts | None, w
     busy = "true" if cursor else "false"
     label = f"Answer of {title}"
     return (
-        f'<section class="answer" aria-label="{escape(label)}" aria-busy="{busy}"><h2>{escape(title)}</h2>'
+        f'<section class="answer {escape(kind)}" aria-label="{escape(label)}" aria-busy="{busy}"><h2>{escape(title)}</h2>'
         f'<div class="answer-text" tabindex="0" role="region" aria-label="Text: {escape(label)}">'
         f"<p><span class=asked>{escape(prompt)}</span>{written}{cursor}</p></div>"
         f"{_figures(label, answer, weights)}</section>"
@@ -90,4 +93,4 @@ def _ended(answer: Answer | None) -> str:
 
 
 def _decoded(tokenizer: Decoder, tokens: tuple[int, ...]) -> str:
-    return tokenizer.decode(list(tokens), skip_special_tokens=True).rstrip("�")
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).rstrip("�")

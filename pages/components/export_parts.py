@@ -85,8 +85,7 @@ def twin_html(run: RunFolder, recipe: Recipe, *, name: str, form: str, dtype: st
     """The commands and the recipe that do what the button does."""
     output = f"out/{name}"
     boxes = [code.box("From this run", export_command(run.identity.id, recipe, output=output, form=form, dtype=dtype))]
-    usual = run.identity.calibration.get("dtype")
-    nothing = compress_command(run.identity, recipe, output=output, form=form) if dtype in (None, usual) else None
+    nothing = compress_command(run.identity, recipe, output=output, form=form, dtype=dtype)
     if nothing is not None:
         boxes.append(code.box("From nothing, with calibration and measurement", nothing))
     boxes.append(code.box("recipe.yaml", recipe.to_yaml(), "Both commands take it by --recipe recipe.yaml instead of method and ratio."))

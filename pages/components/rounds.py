@@ -112,7 +112,7 @@ class Round:
         weights = None if self.hidden else self.weights[index]
         if self.stopped and answer is not None and not answer.finished:
             answer = replace(answer, finished="length")
-        return panel(title, self.prompt, answer, self.parts[index] if self.parts else None, weights)
+        return panel(title, self.prompt, answer, self.parts[index] if self.parts else None, weights, "" if self.hidden else side)
 
 
 def other(side: Side) -> Side:

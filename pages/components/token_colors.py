@@ -1,18 +1,18 @@
 """A text whose tokens are coloured by what compression did to their probability, as HTML."""
 
 from collections.abc import Sequence
-from math import exp
+from math import exp, log
 
 from moesvd_core.evaluation.text_scores import TokenScore
 from pages.components import tables
 from pages.components.text import escape, number
 
-FULL = 2.0
-"""Change in nats at which the colour is as strong as it gets: the probability seven times as large or as small."""
+FULL = 1.0
+"""Change in nats at which the colour is as strong as it gets: the probability 2.7 times as large or as small."""
 STEPS = 8
 """Shades to each side; few enough that equal shades mean equal change."""
-MARKED = 1.0
-"""Loss in nats from which a token is underlined as well, for whoever does not see the colours."""
+MARKED = log(2)
+"""Loss in nats from which a token is underlined as well, for whoever does not see the colours: the probability halved."""
 
 
 def colored(scores: Sequence[TokenScore], first: str) -> str:
@@ -69,7 +69,7 @@ def _legend() -> str:
     swatches = "".join(f'<span class="{f"{side} s{step}" if step else ""}"></span>' for side, step in shades)
     return (
         f'<div class="scored-legend"><span>−{FULL:g} nats, less probable</span><span class="swatches" aria-hidden="true">{swatches}</span>'
-        f"<span>more probable, +{FULL:g} nats</span><span>Underlined: lost {MARKED:g} nat or more.</span></div>"
+        f"<span>more probable, +{FULL:g} nats</span><span>Underlined: half as probable, or less.</span></div>"
     )
 
 

@@ -8,7 +8,7 @@ from tiny_models import TINY, save_tiny
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesvd_core.errors import EvaluationError, InputError
-from moesvd_core.evaluation.generation import Sampling, answer, first_divergence, side_by_side
+from moesvd_core.evaluation.generation import Sampling, answer, first_divergence, side_by_side, warm_up
 
 torch.set_num_threads(1)
 PROMPT = "once upon a time"
@@ -133,3 +133,14 @@ def test_logits_that_are_not_finite_end_the_answer(tokenizer: PreTrainedTokenize
         model.lm_head.weight[5] = torch.nan
     with pytest.raises(EvaluationError, match="not finite"):
         next(answer(model, tokenizer, PROMPT))
+
+
+def test_warming_up_reads_the_prompt_and_writes_a_token_by_every_model(tokenizer: PreTrainedTokenizerBase) -> None:
+    models, lengths = [endless("mixtral"), endless("mixtral")], []
+    for model in models:
+        model.register_forward_pre_hook(lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    warm_up(models, tokenizer, PROMPT, Sampling(new_tokens=50))
+    prompt = len(tokenizer(PROMPT).input_ids)
+    assert lengths == [prompt, 1, prompt, 1]
+    with pytest.raises(InputError, match="must not be empty"):
+        warm_up(models, tokenizer, " ")

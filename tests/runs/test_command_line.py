@@ -35,7 +35,8 @@ def test_a_recipe_with_choices_of_its_own_is_read_from_its_file() -> None:
 
 
 def test_compress_repeats_the_calibration() -> None:
-    command = compress_command(identity(samples=32, length=64, seed=3, batch=2, dtype="float32"), Recipe(), output="out", form="factored")
+    run = identity(samples=32, length=64, seed=3, batch=2, dtype="float32")
+    command = compress_command(run, Recipe(), output="out", form="factored", dtype="float32")
     assert command is not None
     given = understood(command)
     expected = {"model": "owner/model", "samples": 32, "length": 64, "seed": 3, "dtype": "float32", "dataset": "sotu", "ratio": 0.4}
@@ -47,8 +48,10 @@ def test_a_usual_calibration_needs_no_words() -> None:
     assert command == "moesvd compress owner/model --method auto --ratio 0.4 --output out --format factored"
 
 
-def test_a_calibration_without_words_has_no_command() -> None:
+def test_what_has_no_words_has_no_command() -> None:
     assert compress_command(identity(gradient=False), Recipe(), output="out", form="factored") is None
+    assert compress_command(identity(), Recipe(), output="out", form="factored", dtype="bfloat16") is None
+    assert compress_command(identity(dtype="float32"), Recipe(), output="out", form="factored") is None  # it would write float32
 
 
 def test_words_from_outside_stay_words() -> None:

@@ -1,0 +1,201 @@
+"""The handlers of the export page, without a browser."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+import torch
+from run_exports import NAME, add_export
+from runs.run_helpers import until
+from runs.tiny_runs import TEXT, do, tiny_run
+
+from moesvd_core.checkpoint import hub
+from moesvd_core.errors import HubError, InputError, RunError
+from moesvd_core.planning import Recipe
+from moesvd_core.runs.client import Client
+from moesvd_core.runs.folder import Identity, RunFolder
+from moesvd_core.runs.known import known_plan
+from moesvd_core.runs.pushes import Push, Pushes
+from moesvd_core.runs.worker import work
+from pages import export
+from pages.components import export_parts as parts
+from pages.components.context import Context
+from pages.components.session import ViewState
+from pages.components.settings import Settings
+
+RUN = "run"
+EVIL = "<img src=x onerror=alert(1)>"
+TOKEN = "hf_aVerySecretToken123"  # noqa: S105 - of nobody
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one analysed run."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("runs")
+    made = tiny_run(root / RUN)
+    job = do(made, "analyze", methods=["auto"], text=TEXT)
+    assert job.state == "finished", job.error
+    identity = json.loads((made.path / "run.json").read_text())
+    (made.path / "run.json").write_text(json.dumps({**identity, "id": RUN}))
+    return root
+
+
+@pytest.fixture
+def context(root: Path) -> Context:
+    """Workers are not started: tests do the work themselves."""
+    made = Context(Settings(runs=root))
+    object.__setattr__(made, "client", Client(root, launch=lambda run: None))
+    return made
+
+
+def state(**changes: Any) -> ViewState:
+    return ViewState(**{"run": RUN, "ratio": 0.2, **changes})
+
+
+def preview(context: Context, view: ViewState, form: str = "factored", dtype: str = export.OWN) -> tuple[str, str, gr.Button]:
+    return export._preview(context)(view, form, dtype)
+
+
+def test_the_preview_is_the_plan_s_size_before_anything_is_written(context: Context) -> None:
+    run = context.client.open(RUN)
+    plan = known_plan(run, Recipe(ratio=0.2))
+    facts = context.facts(run)
+    assert plan is not None
+    assert facts is not None
+    assert parts.planned_bytes(plan, Recipe(ratio=0.2), "factored", None, facts) == plan.bytes
+    assert parts.planned_bytes(plan, Recipe(ratio=0.2), "dense", None, facts) == facts["bytes"]
+    assert parts.planned_bytes(plan, Recipe(ratio=0.2), "factored", "bfloat16", facts) == round(plan.bytes / 2)  # of float32
+    shown, twin, button = preview(context, state())
+    assert f"{plan.bytes / 1000:.0f} kB" in shown
+    assert "model-mixtral-auto-20-factored" in shown
+    assert "moesvd export run --method auto --ratio 0.2 --output out/model-mixtral-auto-20-factored --format factored" in twin
+    assert "ratio: 0.2" in twin
+    assert button.interactive
+
+
+def test_a_plan_that_was_not_made_is_said_to_be_about(context: Context) -> None:
+    shown, _, button = preview(context, state(method="latent"))
+    assert "about" in shown
+    assert "was not made yet" in shown
+    assert button.interactive
+
+
+def test_a_ratio_beyond_reach_cannot_be_written(context: Context) -> None:
+    shown, _, button = preview(context, state(ratio=0.99))
+    assert "reaches" in shown
+    assert not button.interactive
+    assert "No analysed model" in preview(context, ViewState())[0]
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("../x", export.OWN), ("factored", "../../etc"), ("pickle", "float64")])
+def test_forged_choices_are_refused(context: Context, form: str, dtype: str) -> None:
+    with pytest.raises(InputError, match="format must be one of"):
+        preview(context, state(), form, dtype)
+    with pytest.raises(InputError, match="format must be one of"):
+        export._write(context)(state(), form, dtype)
+
+
+def test_an_export_is_written_into_its_run_verified_and_shown(context: Context) -> None:
+    view, run = state(), context.client.open(RUN)
+    export._write(context)(view, "factored", "bfloat16")
+    with pytest.raises(InputError, match="is being written already"):
+        export._write(context)(view, "factored", "bfloat16")
+    (job,) = work(run)
+    assert job.state == "finished", job.error
+    name = "model-mixtral-auto-20-factored-bfloat16"
+    assert Path(job.result["output"]) == (run.path / "exports" / name).absolute()
+    listed = export._listed(context)(view)
+    assert (listed.value, listed.visible) == (name, True)
+    files, column, card, pushed, clock = export._shown(context, Pushes())(view, name)
+    assert "model.safetensors" in files
+    assert f"./download/{RUN}/{name}.tar" in files
+    assert column.visible
+    assert card.startswith("## model-mixtral, compressed by 2")
+    assert "library_name" not in card
+    assert f"`moesvd export {RUN} --method auto --ratio 0.2 --output out/{name} --format factored --dtype bfloat16`" in card
+    assert (pushed, clock.active) == ("", False)
+
+
+@pytest.mark.parametrize("name", ["../..", "gone", "..", f"../{RUN}/exports"])
+def test_an_export_is_found_by_its_name_alone(context: Context, name: str) -> None:
+    with pytest.raises(RunError, match="has no export"):
+        export._shown(context, Pushes())(state(), name)
+    with pytest.raises(RunError, match="has no export"):
+        export._push(context, Pushes())(state(), name, "a/b", TOKEN, True)
+
+
+@pytest.fixture
+def pushing(context: Context, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pushes, list[tuple[Any, ...]], threading.Event]]:
+    """Pushes that tell what they were given, and wait until they may go on."""
+    run, sent, gate = context.client.open(RUN), [], threading.Event()
+    if not (run.path / "exports" / NAME).exists():
+        add_export(run)
+
+    def fake(folder: Path, repository: str, token: str, *, private: bool) -> str:
+        sent.append((folder, repository, token, private))
+        assert gate.wait(20)
+        if repository == "a/refused":
+            raise HubError(f"{EVIL} refuses")
+        return "https://hub.example/a/b/commit/1"
+
+    monkeypatch.setattr(export, "push", fake)
+    yield Pushes(), sent, gate
+    gate.set()
+
+
+def test_a_push_goes_on_in_the_background_and_the_token_leaves_the_page(context: Context, pushing: Any) -> None:
+    pushes, sent, gate = pushing
+    run = context.client.open(RUN)
+    token, shown, clock = export._push(context, pushes)(state(), NAME, " a/b ", f"{TOKEN}\n", True)
+    assert (token, clock.active) == ("", True)
+    assert "Pushing to a/b" in shown
+    assert TOKEN not in shown
+    gate.set()
+    folder = run.path / "exports" / NAME
+    until(lambda: pushes.state(folder).state == "finished")
+    assert sent == [(folder, "a/b", TOKEN, True)]
+    shown, clock = export._pushed(context, pushes)(state(), NAME)
+    assert 'href="https://hub.example/a/b/commit/1"' in shown
+    assert not clock.active
+    written = [path for path in run.path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert written == []
+
+
+def test_a_refused_push_is_told_as_text(context: Context, pushing: Any) -> None:
+    pushes, _, gate = pushing
+    gate.set()
+    export._push(context, pushes)(state(), NAME, "a/refused", TOKEN, False)
+    until(lambda: pushes.state(context.client.open(RUN).path / "exports" / NAME).state == "failed")
+    shown, _ = export._pushed(context, pushes)(state(), NAME)
+    assert "refuses" in shown
+    assert "<img" not in shown
+
+
+@pytest.mark.parametrize(("repository", "token"), [("", TOKEN), ("a b/c", TOKEN), ("a/b", ""), ("a/b", "x")])
+def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(context: Context, pushing: Any, repository: str, token: str) -> None:
+    pushes, sent, _ = pushing
+    with pytest.raises(InputError, match=r"repository must be|token must be"):
+        export._push(context, pushes)(state(), NAME, repository, token, True)
+    assert sent == []
+
+
+def test_the_real_push_is_the_engine_s() -> None:
+    assert export.push is hub.push
+
+
+def test_an_address_that_is_no_web_page_is_no_link() -> None:
+    shown = parts.push_html(Push("a/b", "finished", "javascript:alert(1)", ended=0.0))
+    assert "href" not in shown
+
+
+def test_names_of_strangers_are_text(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "evil-1", Identity("evil-1", f"{EVIL}/{EVIL}", {"dataset": EVIL}, "2026-01-01T00:00:00+00:00"))
+    facts = {"bytes": 100, "dtype": EVIL, "parameters": 50, "active_parameters": 20}
+    shown = parts.summary_html(run, None, Recipe(), name=EVIL, form="factored", dtype=None, facts=facts, free=10)
+    assert "<img" not in shown + parts.twin_html(run, Recipe(), name=EVIL, form="factored", dtype=None)
+    assert "do not fit on the disk" in shown
