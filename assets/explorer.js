@@ -73,7 +73,7 @@
     };
   }
 
-  const LETTER = 8, NARROW = 480;
+  const LETTER = 8, NARROW = 480, RESIZED = 24;
   /* Numbers in the cells of a heatmap only where they have room: on a small screen the colours speak alone. */
   function fitted(trace, width) {
     if (trace.type !== "heatmap" || !trace.texttemplate) return trace;
@@ -135,6 +135,7 @@
         data.addEventListener("toggle", () => data.open && fill(data, own.data));
         frame.append(make("div", { className: "figure-legend" }), plot, make("figcaption"), make("div", { className: "figure-tools" }, data, button));
         frame.append(make("p", { className: "unseen", ariaLive: "polite" }));
+        new ResizeObserver(() => own.data && Math.abs(plot.clientWidth - own.width) > RESIZED && draw()).observe(frame);
       }
       return frame;
     }
@@ -156,6 +157,7 @@
       }
       if (!window.Plotly) return setTimeout(draw, 60);
       own.data = data;
+      own.width = plot.clientWidth;
       tools.hidden = false;
       frame.querySelector("figcaption").textContent = data.caption;
       const details = frame.querySelector("details");
