@@ -3,29 +3,21 @@
 Chromium comes from the system (`chromium`), else from `playwright install chromium`; without any these tests fail and say so.
 """
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from browser.serving import serving
 from playwright.sync_api import Browser, Page, sync_playwright
 from runs.run_helpers import new_run
 
 from moesvd_core.runs.folder import Identity, RunFolder
 
-HOUSE = Path(__file__).parents[2]
 ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run",
 )
-START_SECONDS = 120.0
 EVIL = "<img src=x onerror=alert(1)>"
 Open = Callable[..., Page]
 
@@ -55,20 +47,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The running app."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("app") / "log"
-    exports = tmp_path_factory.mktemp("exports")
-    with log.open("w") as output:
-        command = [sys.executable, "app.py", "--port", str(port), "--runs", str(runs), "--exports", str(exports)]
-        server = subprocess.Popen(command, cwd=HOUSE, stdout=output, stderr=output, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        _wait(f"http://127.0.0.1:{port}/healthz", server, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(20)
+    command = ["app.py", "--runs", str(runs), "--exports", str(tmp_path_factory.mktemp("exports"))]
+    with serving(command, tmp_path_factory.mktemp("app") / "log", flag=["--port"]) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
@@ -112,15 +93,3 @@ def visit(browser: Browser, address: str) -> Iterator[Open]:
 
 def _local(url: str, address: str) -> bool:
     return url.startswith((f"{address}/", "data:", "blob:"))
-
-
-def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(url) as answer:  # noqa: S310 - our own address
-                assert answer.status == 200
-                return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.2)
-    pytest.fail(f"the app did not start:\n{log.read_text()}", pytrace=False)

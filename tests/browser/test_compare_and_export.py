@@ -1,0 +1,212 @@
+"""Comparing and exporting as a person does it, from the first question to the files on their own disk; and that both pages are well made."""
+
+import http.cookiejar
+import json
+import tarfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from browser.serving import serving
+from playwright.sync_api import Page, expect
+from run_exports import NAME, add_export
+from runs.tiny_runs import TEXT, do, tiny_run
+
+from moesvd_core.checkpoint.manifest import check_manifest
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.votes import read_votes
+
+Open = Callable[..., Page]
+RUN = "taken-0000000b"
+FONT_SIZES = """() => {
+  const sizes = new Set();
+  for (const element of document.querySelectorAll('.gradio-container *'))
+    if (element.getClientRects().length && [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim()))
+      sizes.add(getComputedStyle(element).fontSize);
+  return [...sizes].sort();
+}"""
+
+
+@pytest.fixture(scope="module")
+def run(runs: Path) -> RunFolder:
+    """An analysed run, older than any other, with one export."""
+    torch.set_num_threads(1)
+    made = tiny_run(runs / RUN)
+    job = do(made, "analyze", methods=["auto"], text=TEXT)
+    assert job.state == "finished", job.error
+    identity = json.loads((made.path / "run.json").read_text())
+    (made.path / "run.json").write_text(json.dumps({**identity, "id": RUN, "created": "2023-01-01T00:00:00+00:00"}))
+    add_export(made)
+    return RunFolder.open(made.path)
+
+
+@pytest.fixture
+def compare(visit: Open, run: RunFolder) -> Open:
+    """Opens the page of comparison."""
+
+    def opened(query: str = "", **how: object) -> Page:
+        page = visit(f"/compare?run={RUN}&ratio=0.4{query}", **how)
+        expect(page.locator("#measured .empty, #measured table")).to_have_count(1, timeout=30_000)
+        page.get_by_role("button", name="How to answer").click()
+        page.get_by_label("Tokens", exact=True).fill("24")
+        page.get_by_label("Prompt").fill("once upon a time")
+        return page
+
+    return opened
+
+
+@pytest.fixture
+def export(visit: Open, run: RunFolder) -> Open:
+    """Opens the page of exports."""
+
+    def opened(query: str = "", **how: object) -> Page:
+        page = visit(f"/export?run={RUN}&ratio=0.2{query}", **how)
+        expect(page.locator("#export-files table")).to_be_visible(timeout=30_000)
+        return page
+
+    return opened
+
+
+def asked(page: Page) -> Page:
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.locator("#told")).to_contain_text("same", timeout=60_000)
+    return page
+
+
+def test_both_answer_side_by_side_and_nothing_jumps(compare: Open) -> None:
+    page = compare()
+    before = page.locator("#scored-text").bounding_box()
+    asked(page)
+    for side, title in (("left", "Original"), ("right", "Compressed by 40 %, auto")):
+        panel = page.locator(f"#{side} .answer")
+        expect(panel.locator("h2")).to_have_text(title)
+        expect(panel.locator(".asked")).to_have_text("once upon a time")
+        expect(panel).to_contain_text("tokens a second")
+        expect(panel).to_contain_text("kB")
+    parted = page.locator(".answer mark").count()
+    assert parted == (0 if "wrote the same" in page.locator("#told").inner_text() else 2)
+    assert page.locator("#scored-text").bounding_box() == before
+
+
+def test_the_ratio_can_be_changed_and_asked_again(compare: Open) -> None:
+    page = compare()
+    page.get_by_label("number input for Ratio").fill("10")
+    page.keyboard.press("Enter")
+    expect(page.locator(".strip")).to_contain_text("10 %")
+    asked(page)
+    expect(page.locator("#right h2")).to_have_text("Compressed by 10 %, auto")
+    assert "ratio=0.1" in page.url
+
+
+def test_a_blind_vote_is_counted_once(compare: Open, run: RunFolder) -> None:
+    page = compare()
+    page.get_by_label("Blind").check()
+    before = len(read_votes(run))
+    for prompt in ("once upon a time", "my fellow", "tonight", "the people", "we"):
+        page.get_by_label("Prompt").fill(prompt)
+        asked(page)
+        if "Which is better?" in page.locator("#told").inner_text():
+            break
+    expect(page.locator("#left h2")).to_have_text("A")
+    assert "Compressed by" not in page.locator(".answers").inner_html()
+    page.get_by_role("button", name="A is better").click()
+    expect(page.locator("#told")).to_contain_text("You preferred")
+    expect(page.get_by_role("button", name="B is better")).to_be_disabled()
+    page.get_by_role("tab", name="Blind votes").click()
+    expect(page.locator("#votes")).to_contain_text("auto 40 %")
+    assert len(read_votes(run)) == before + 1
+
+
+def test_a_text_is_coloured_and_its_tokens_are_a_table(compare: Open) -> None:
+    page = compare()
+    page.locator("#scored-text textarea").fill("once upon a time we the people <b>")
+    page.get_by_role("button", name="Colour by change").click()
+    expect(page.locator(".scored")).to_have_text("once upon a time we the people <b>", timeout=60_000)
+    assert page.locator(".scored span[title*=nats]").count() == page.locator("#scored tbody tr").count() > 5
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download as CSV: Tokens").click()
+    assert Path(download.value.path()).read_text().startswith("Token,Reads,")
+
+
+def test_a_wrong_question_is_explained(compare: Open) -> None:
+    page = compare()
+    page.get_by_label("Prompt").fill("  ")
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.get_by_text("prompt must not be empty")).to_be_visible(timeout=60_000)
+
+
+def test_an_export_goes_from_the_button_to_the_visitor_s_disk(export: Open, run: RunFolder, tmp_path: Path) -> None:
+    page = export()
+    expect(page.locator("#export-summary")).to_contain_text("model-mixtral-auto-20-factored")
+    page.get_by_role("button", name="Write and verify").click()
+    expect(page.locator(".job.finished .job-title")).to_have_text("Export finished", timeout=120_000)
+    name = "model-mixtral-auto-20-factored"
+    expect(page.get_by_role("combobox", name="Export")).to_have_value(name, timeout=15_000)
+    expect(page.locator("#export-card")).to_contain_text("compressed by")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download everything").click()
+    assert download.value.suggested_filename == f"{name}.tar"
+    with tarfile.open(download.value.path()) as tar:
+        tar.extractall(tmp_path, filter="data")
+    assert check_manifest(tmp_path / name) == len(list((run.path / "exports" / name).iterdir())) - 1
+    with page.expect_download() as download:
+        page.get_by_role("link", name="config.json", exact=True).click()
+    assert Path(download.value.path()).read_bytes() == (run.path / "exports" / name / "config.json").read_bytes()
+
+
+def test_a_push_without_network_is_explained_and_forgets_the_token(export: Open, run: RunFolder) -> None:
+    page = export()
+    page.get_by_role("combobox", name="Export").click()
+    page.get_by_role("option", name=NAME).click()
+    expect(page.locator("#export-files")).to_contain_text("41.0 %")
+    page.get_by_role("button", name="Push to the Hugging Face hub").click()
+    page.get_by_label("Repository").fill("someone/tiny")
+    token = page.get_by_label("Access token")
+    assert token.get_attribute("type") == "password"
+    token.fill("hf_aVerySecretToken123")
+    page.get_by_role("button", name="Push as one commit").click()
+    expect(page.locator("#push-state")).to_contain_text("set to work offline", timeout=30_000)
+    expect(token).to_have_value("")
+    kept = [path for path in run.path.parent.rglob("*") if path.is_file() and b"hf_aVerySecretToken123" in path.read_bytes()]
+    assert kept == []
+
+
+def test_the_commands_can_be_copied(export: Open) -> None:
+    page = export()
+    page.get_by_role("button", name="The same on the command line").click()
+    page.get_by_role("button", name="Copy: From this run").click()
+    expect(page.locator("[data-copy]").first).to_have_text("Copied")
+    expect(page.locator("#export-twin")).to_contain_text(f"moesvd export {RUN} --method auto --ratio 0.2")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 768, 1440])
+def test_both_pages_fit_and_nobody_is_locked_out(compare: Open, export: Open, width: int, theme: str) -> None:
+    page = asked(compare(width=width, theme=theme))
+    page.get_by_role("button", name="Colour by change").click()
+    expect(page.locator(".scored")).to_be_visible(timeout=60_000)
+    other = export(width=width, theme=theme)
+    for name in ("The same on the command line", "Push to the Hugging Face hub"):
+        other.get_by_role("button", name=name).click()
+    for each in (page, other):
+        assert each.evaluate("document.documentElement.scrollWidth") <= width
+        assert set(each.evaluate(FONT_SIZES)) <= {"14px", "18px", "28px"}
+        found = [one for one in Axe().run(each).response["violations"] if one["impact"] in ("serious", "critical")]
+        assert [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found] == []
+
+
+def test_downloads_ask_for_the_same_login_as_the_pages(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESVD_PASSWORD", "right")
+    with serving(["app.py", "--runs", str(run.path.parent)], tmp_path / "log", flag=["--port"]) as address:
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
+        file = f"{address}/download/{RUN}/{NAME}/README.md"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            opener.open(file)
+        form = urllib.parse.urlencode({"username": "moesvd", "password": "right"}).encode()
+        opener.open(f"{address}/login", form)
+        assert b"tiny, compressed" in opener.open(file).read()
