@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -13,12 +14,34 @@ from moesvd_core.curve_files import load_curves
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import RunError
 from moesvd_core.pipeline import decomposition_key, single_structures
-from moesvd_core.planning import SideCurve
+from moesvd_core.planning import DENSE, SideCurve
 from moesvd_core.runs.folder import RunFolder
 from pages.components.text import share
 
-_KEPT = 24
-"""Files of plans that stay parsed; a large model's has some megabytes."""
+_KEPT = 12
+"""Tables of plans that stay in memory; one of 60 layers has some megabytes once its ranks are summed up."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What is left of the ranks of one side of a layer's plan: a large model has hundreds, at each of 81 ratios.
+
+    Attributes:
+        least, median, most: of the slots that are factored; 0 when none is.
+        dense: slots that stay as they are.
+    """
+
+    least: int
+    median: float
+    most: int
+    dense: int
+
+    @classmethod
+    def of(cls, ranks: Sequence[int]) -> "Ranks":
+        """Sum up the ranks of a plan."""
+        factored = [rank for rank in ranks if rank != DENSE]
+        spread = (min(factored), float(median(factored)), max(factored)) if factored else (0, 0.0, 0)
+        return cls(*spread, len(ranks) - len(factored))
 
 
 @dataclass(frozen=True)
@@ -71,7 +94,9 @@ def sensitivity(run: RunFolder, name: str | None = None) -> Sensitivity | None:
 
 
 def plan_tables(run: RunFolder) -> dict[str, Mapping[str, Any]]:
-    """Plans of all ratios by method, in the order of the registry: {"max_ratio", "plans": [`Plan.as_dict`, ...]} each.
+    """Plans of all ratios by method, in the order of the registry: {"max_ratio", "plans": [{"asked_ratio", "layers"}, ...]} each.
+
+    Layers are those of `Plan.as_dict`, with `Ranks` for ranks.
 
     Raises:
         RunError: a file is damaged.
@@ -120,12 +145,15 @@ def layer_curves(run: RunFolder, layer: int) -> dict[tuple[str, ...], list[SideC
 def _parsed(path: Path, changed: int) -> Mapping[str, Any]:
     """A file of plans as it was when it was last changed."""
     try:
-        table: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(table["plans"], list):
-            raise TypeError("plans is no list")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"plans/{path.name} is damaged ({error}): delete it and analyse again") from error
-    return table
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {"max_ratio": float(table["max_ratio"]), "plans": [_slim_plan(plan) for plan in table["plans"]]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"plans/{path.name} is damaged ({type(error).__name__}: {error}): delete it and analyse again") from error
+
+
+def _slim_plan(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    layers = [{**layer, "ranks": {side: Ranks.of(ranks) for side, ranks in layer["ranks"].items()}} for layer in plan["layers"]]
+    return {"asked_ratio": float(plan["asked_ratio"]), "layers": layers}
 
 
 def _cut(name: str) -> str:

@@ -1,7 +1,6 @@
 """Drawings of one layer: what every rank of it loses, who gets its tokens, and what each method would keep of it."""
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -9,9 +8,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from moesvd_core.planning import SideCurve
-from moesvd_core.planning.curves import DENSE, Side
+from moesvd_core.planning.curves import Side
 from pages.components import figure, tables
-from pages.components.analysis import Sensitivity, layer_of, plan_at
+from pages.components.analysis import Ranks, Sensitivity, layer_of, plan_at
 from pages.components.colors import mark
 from pages.components.layers import CHOSEN
 from pages.components.sensitivity_figures import METRICS
@@ -184,13 +183,12 @@ def _mark_plan(drawn: go.Figure, name: str, plan: Mapping[str, Any] | None, side
     """A point for what a plan chose; nothing for a side that stays dense, which loses nothing. `size`: the side's original parameters."""
     if plan is None or plan["structure"][side] == "dense" or not plan["side_predicted_loss"][side] > 0:
         return
-    ranks = [rank for rank in plan["ranks"][side] if rank != DENSE]
     kept = plan["side_parameters"][side] / size
     style = mark(name)
     point = {"symbol": style.symbol.removesuffix("-open"), "size": 11, "color": style.color, "line": {"width": 1.5, "color": "#ffffff"}}
     drawn.add_scatter(
-        x=[kept if by == "share" else median(ranks)], y=[1000 * plan["side_predicted_loss"][side]], name=f"{name}, planned", mode="markers",
-        showlegend=False, marker=point,
+        x=[kept if by == "share" else plan["ranks"][side].median], y=[1000 * plan["side_predicted_loss"][side]],
+        name=f"{name}, planned", mode="markers", showlegend=False, marker=point,
         hovertemplate=f"{name} chose {_stored(plan, side)}<br>{kept:.1%} kept<br>%{{y:.4g}} mnat a token<extra></extra>",
     )
 
@@ -199,7 +197,6 @@ def _stored(plan: Mapping[str, Any], side: Side) -> str:
     """Structure and ranks of one side: "per-expert 8 · 96 · 160", with how many slots stay dense."""
     if plan["structure"][side] == "dense":
         return "dense"
-    ranks = [rank for rank in plan["ranks"][side] if rank != DENSE]
-    dense = len(plan["ranks"][side]) - len(ranks)
-    spread = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} · {median(ranks):g} · {max(ranks)}"
-    return f"{plan['structure'][side]} {spread}{f', {dense} dense' if dense else ''}"
+    ranks: Ranks = plan["ranks"][side]
+    spread = str(ranks.least) if ranks.least == ranks.most else f"{ranks.least} · {ranks.median:g} · {ranks.most}"
+    return f"{plan['structure'][side]} {spread}{f', {ranks.dense} dense' if ranks.dense else ''}"
