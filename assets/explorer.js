@@ -169,7 +169,16 @@
       legend.replaceChildren(...(narrow ? named(traces) : []));
       if (narrow) Object.assign(layout, { showlegend: false, height: layout.height - legend.offsetHeight });
       plot.style.height = `${layout.height}px`;
-      window.Plotly.react(plot, traces, layout, { responsive: true, displaylogo: false, displayModeBar: false }).then(() => bind(frame, plot));
+      window.Plotly.react(plot, traces, layout, { responsive: true, displaylogo: false, displayModeBar: false }).then(() => {
+        keepClips(plot);
+        bind(frame, plot);
+      });
+    }
+
+    /* Plotly names its clips by the page's address (Gradio sets a base); ours changes with the view, and they would be lost. */
+    function keepClips(plot) {
+      plot._context._baseUrl = "";
+      for (const node of plot.querySelectorAll("[clip-path]")) node.setAttribute("clip-path", `url(#${node.getAttribute("clip-path").match(/#([^'")]+)/)[1]})`);
     }
 
     function bind(frame, plot) {
