@@ -7,6 +7,7 @@ Shapes: B windows a batch, T tokens a window, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -90,9 +91,9 @@ def _backward_layer(job: Job, index: int, push: bool) -> None:
             for _ in pushed:
                 pass
     if curvature is not None:
-        statistics = job.layers[index]
-        curvature.finish(statistics)
-        job.layers[index] = statistics
+        sums = curvature.finish()
+        del curvature, pushed  # before the sums of the forward pass are read
+        job.layers[index] = replace(job.layers[index], **sums)
 
 
 def _push(job: Job, index: int, curvature: LayerCurvature | None, push: bool) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ Shapes: E experts, d hidden size (D), m expert width (M), n input rows (N); lowe
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.calibration.moments import gram, on_host, pre_activations, symmetric_on_host
-from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.errors import StatisticsError
 
 
@@ -81,8 +81,8 @@ class LayerCurvature:
             (delta_nN,) = torch.autograd.grad(h_nM, pre_nN, at_neurons_nM)
         return delta_nN
 
-    def finish(self, statistics: LayerStatistics) -> None:
-        """Put the sums into the layer's statistics, on the host and in float32.
+    def finish(self) -> dict[str, Any]:
+        """The fields of `LayerStatistics` that a backward pass fills, on the host, sums in float32.
 
         Raises:
             StatisticsError: a gradient was NaN or infinite; names the layer and, inside the experts, the expert.
@@ -97,10 +97,12 @@ class LayerCurvature:
                 f"layer {self.layer.index}, expert {int(bad_E[0])}: the gradient at its neurons is NaN or infinite; "
                 "calibrate in bfloat16 or float32"
             )
-        statistics.gradient_tokens = self.tokens
-        statistics.gradient_gram_DD = symmetric_on_host(self.gram_DD[None])[0]
-        statistics.gradient_weight_square_E = on_host(self.weight_square_E)
-        statistics.gradient_gram_EDD = symmetric_on_host(self.gram_EDD)
-        statistics.row_square_EN = on_host(self.row_square_EN)
-        statistics.row_gram_ENN = None if self.row_gram_ENN is None else symmetric_on_host(self.row_gram_ENN)
-        statistics.weighted_input_gram_EDD = symmetric_on_host(self.weighted_input_gram_EDD)
+        return {
+            "gradient_tokens": self.tokens,
+            "gradient_gram_DD": symmetric_on_host(self.gram_DD[None])[0],
+            "gradient_weight_square_E": on_host(self.weight_square_E),
+            "gradient_gram_EDD": symmetric_on_host(self.gram_EDD),
+            "row_square_EN": on_host(self.row_square_EN),
+            "row_gram_ENN": None if self.row_gram_ENN is None else symmetric_on_host(self.row_gram_ENN),
+            "weighted_input_gram_EDD": symmetric_on_host(self.weighted_input_gram_EDD),
+        }

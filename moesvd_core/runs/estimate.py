@@ -54,11 +54,13 @@ def estimate(facts: Mapping[str, Any], calibration: Calibration, form: Literal["
     layer_experts = facts["expert_parameters"] // max(1, layers)
     outside = facts["parameters"] - facts["expert_parameters"]
     intermediate = experts * width**2 if calibration.collects_intermediate(width) else 0
-    grams = 8 * (2 * experts * hidden**2 + intermediate + hidden**2)
+    forward = 8 * (2 * experts * hidden**2 + intermediate)
+    row_gram = experts * (2 * width) ** 2 if calibration.collects_rows(2 * width) else 0
+    backward = 8 * ((2 * experts + 1) * hidden**2 + row_gram) if calibration.gradient else 0
     batch = calibration.batch * length * (8 * hidden + 4 * facts["active"] * width) * 4
     return Estimate(
-        memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * grams + batch,
-        run_disk=(facts["layers"] + 2) * states + layers * grams // 2 + 2 * 4 * facts["expert_parameters"] * 2,
+        memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * max(forward, backward) + batch,
+        run_disk=(facts["layers"] + 2) * states + layers * (forward + backward) // 4 + 2 * 4 * facts["expert_parameters"] * 2,
         export_disk=0 if form is None else int(facts["bytes"] * 1.1),
         flops=6 * facts["active_parameters"] * calibration.samples * length,
     )
