@@ -12,7 +12,7 @@ from pages.components import analysis, figure, jobs, layer_figures
 from pages.components import sensitivity_figures as figures
 from pages.components.analysis import Sensitivity
 from pages.components.context import Context
-from pages.components.layers import choose, picked, picker, shown_layer
+from pages.components.layers import choose, picked, picker, readable, shown_layer
 from pages.components.page import Page
 from pages.components.session import ViewState
 from pages.components.text import escape, share
@@ -70,7 +70,7 @@ def _detail() -> tuple[gr.Radio, gr.HTML, list[gr.HTML]]:
             loads = figure.box("Expert loads", height=340, elem_id="layer-loads")
         with gr.Column(min_width=300):
             kept = figure.box("What each method keeps, by ratio", height=340, clicks=True, elem_id="layer-kept")
-    table = gr.HTML("", elem_id="layer-plans", min_height=380)
+    table = gr.HTML("", elem_id="layer-plans", min_height=240)
     return by, kept, [title, above, below, loads, kept, table]
 
 
@@ -101,13 +101,18 @@ def _shown(state: ViewState, found: Sensitivity) -> int:
     return shown_layer(state, found.layers["layer"].tolist(), most) or 0
 
 
+def _nothing_measured() -> gr.Dropdown:
+    return gr.Dropdown(choices=[("nothing yet", _LATEST)], value=_LATEST)
+
+
 def _lists(context: Context) -> Callable[..., tuple[Any, ...]]:
+    @readable(lambda _: (_nothing_measured(), picked([], None)))
     def lists(state: ViewState, chosen: str | None) -> tuple[Any, ...]:
         """Measurements and layers to choose from."""
         run = context.open(state)
         found = _found(context, state, chosen)
         if run is None or found is None:
-            return gr.Dropdown(choices=[("nothing yet", _LATEST)], value=_LATEST), picked([], None)
+            return _nothing_measured(), picked([], None)
         known = analysis.sensitivity_names(run)
         latest = f"latest: {known[0][0]}" if known else "nothing yet: press “Measure each layer” below"
         choices = [(latest, _LATEST), *known[1:]]
@@ -118,6 +123,7 @@ def _lists(context: Context) -> Callable[..., tuple[Any, ...]]:
 
 
 def _overview(context: Context) -> Callable[..., tuple[Any, ...]]:
+    @readable(lambda empty: (empty, empty, empty, ""))
     def overview(state: ViewState, chosen: str | None) -> tuple[Any, ...]:
         """All layers at once."""
         found = _found(context, state, chosen)
@@ -132,6 +138,7 @@ def _overview(context: Context) -> Callable[..., tuple[Any, ...]]:
 
 
 def _layer(context: Context) -> Callable[..., tuple[Any, ...]]:
+    @readable(lambda empty: ("", empty, empty, empty, empty, ""))
     def layer(state: ViewState, chosen: str | None, by: layer_figures.By) -> tuple[Any, ...]:
         """One layer: its spectra, its experts' loads, and what each method would keep of it."""
         found = _found(context, state, chosen)

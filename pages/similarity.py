@@ -11,7 +11,7 @@ from moesvd_core.similarity import RANK_SHARES, Sampling, SideSimilarity, Source
 from pages.components import figure, jobs, tables
 from pages.components import similarity_figures as figures
 from pages.components.context import Context
-from pages.components.layers import choose, picked, picker, shown_layer
+from pages.components.layers import choose, picked, picker, readable, shown_layer
 from pages.components.page import Page
 from pages.components.session import ViewState
 from pages.components.similarity_figures import Choice
@@ -71,6 +71,7 @@ def _share_choices() -> list[tuple[str, float]]:
 
 
 def _layers(context: Context) -> Callable[[ViewState], Any]:
+    @readable(lambda _: picked([], None))
     def layers(state: ViewState) -> Any:
         """The layers that were compared, and the one that is shown."""
         run = context.open(state)
@@ -85,6 +86,7 @@ def _compared(rows: Sequence[Mapping[str, Any]] | None) -> list[int]:
 
 
 def _draw(context: Context) -> Callable[..., tuple[str, ...]]:
+    @readable(lambda empty: ("", empty, empty, empty, empty))
     def draw(state: ViewState, side: Any, matrix: Any, share: float, estimator: Any, control: Any) -> tuple[str, ...]:
         """Figures of the chosen layer and matrix, and of all layers."""
         run = context.open(state)

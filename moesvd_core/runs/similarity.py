@@ -58,20 +58,19 @@ def read_layer(run: RunFolder, layer: int) -> LayerSimilarity | None:
     """Every pair of one layer's experts, with both controls, or None when it was not compared.
 
     Raises:
-        RunError: a file is damaged or missing.
+        RunError: a file is damaged.
     """
     data = run.read_json("evaluations", "similarity.json")
     sampling = None if data is None else Sampling(**data["sampling"])
     found = None if sampling is None else _own(run, layer, sampling)
     if found is None or sampling is None:
         return None
-    shown: LayerSimilarity = {}
     for side in SIDES:
         control = _kept_random(run, found[side]["experts"], sampling)
         if control is None:
-            raise RunError(f"run {run.identity.id} lacks {_random_file(found[side]['experts'], sampling)}: compare the experts again")
-        shown[side] = {**found[side], "random": control}
-    return shown
+            return None
+        found[side] = {**found[side], "random": control}
+    return found
 
 
 def _own(run: RunFolder, layer: int, sampling: Sampling) -> LayerSimilarity | None:

@@ -22,6 +22,8 @@ Plans = Mapping[str, Mapping[str, Any]]
 """By method, from `analysis.plan_tables`."""
 _FLOOR = 1e-6
 """Losses below this share of the largest are rounding; a logarithmic axis would draw them all the way down."""
+_POINTS = 257
+"""Ranks that a curve is drawn at, at most."""
 _SIDE_WORDS: Mapping[Side, str] = {"input": "gate and up", "output": "down"}
 
 
@@ -166,9 +168,9 @@ def _ordinal(place: int) -> str:
 def _one_line(name: str, curve: SideCurve) -> pd.DataFrame:
     """A side as a whole, all slots at one rank; losses in thousandths of a nat."""
     whole = curve.as_one_slot()
-    rank_R = np.arange(whole.max_rank + 1)
+    rank_R = np.unique(np.linspace(0, whole.max_rank, _POINTS).round().astype(int))
     kept_R = rank_R * int(whole.rank_cost_S[0]) / whole.dense_parameters
-    loss_R = 1000 * whole.loss_SR[0]
+    loss_R = 1000 * whole.loss_SR[0, rank_R]
     return pd.DataFrame({
         "method": name, "structure": curve.structure, "side": curve.side, "rank": rank_R, "kept": kept_R, "loss": loss_R,
     })

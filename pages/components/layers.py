@@ -1,11 +1,15 @@
 """What pages that show one layer among all have in common: choosing it, and marking it in a figure."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
 
+from moesvd_core.errors import RunError
+from pages.components import figure
 from pages.components.session import ViewState
+from pages.components.text import sentence
 
 CHOSEN = "#D55E00"
 """Colour of the frame around what was chosen: seen on every colour of cividis, on light and on dark."""
@@ -24,6 +28,26 @@ def picked(layers: Sequence[int], shown: int | None) -> gr.Dropdown:
 def choose(state: ViewState, layer: int | None) -> ViewState:
     """The view with a layer chosen in the list."""
     return state if layer is None else state.but(layer=layer)
+
+
+def readable(otherwise: Callable[[str], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A view that says in its place what is wrong with the run's files, instead of staying as it was.
+
+    Args:
+        otherwise: value of a figure's box that says so -> values of the view's outputs.
+    """
+
+    def wrapped(draw: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(draw)
+        def drawn(*arguments: Any) -> Any:
+            try:
+                return draw(*arguments)
+            except RunError as error:
+                return otherwise(figure.nothing("This cannot be read", sentence(f"{error}.")))
+
+        return drawn
+
+    return wrapped
 
 
 def shown_layer(state: ViewState, layers: Sequence[int], otherwise: int | None = None) -> int | None:
@@ -54,6 +78,7 @@ def down(count: int) -> dict[str, Any]:
     return {"autorange": "reversed", "title": {"text": "Layer"}, "dtick": max(1, count // 20), "showgrid": False, "zeroline": False}
 
 
-def across(count: int) -> dict[str, Any]:
+def across(layers: Sequence[int]) -> dict[str, Any]:
     """A horizontal axis of layers."""
-    return {"title": {"text": "Layer"}, "dtick": max(1, count // 16), "showgrid": False, "zeroline": False}
+    ends = [min(layers) - 0.5, max(layers) + 0.5]
+    return {"title": {"text": "Layer"}, "dtick": max(1, len(layers) // 12), "range": ends, "showgrid": False, "zeroline": False}

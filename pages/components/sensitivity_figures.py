@@ -73,9 +73,10 @@ def metric_map(found: Sensitivity, chosen: int | None) -> str:
         scaled_LM = (value_LM - least_M) / np.where(most_M > least_M, most_M - least_M, 1.0)
     text = [[_short(value, METRICS[name]) for name, value in zip(names, row, strict=True)] for row in value_LM]
     hover = [[_words(METRICS[name], cell) for name, cell in zip(names, row, strict=True)] for row in text]
+    few = len(table) <= _TEXT_LAYERS
     heat = go.Heatmap(
         z=scaled_LM, x=[METRICS[name].head for name in names], y=table["layer"].tolist(), zmin=0, zmax=1, colorscale=colors.MAGNITUDE,
-        xgap=2, ygap=1, text=text, texttemplate="%{text}" if len(table) <= _TEXT_LAYERS else None, showscale=False, customdata=hover,
+        xgap=2, ygap=int(few), text=text, texttemplate="%{text}" if few else None, showscale=False, customdata=hover,
         hovertemplate="Layer %{y}, %{customdata}<extra></extra>",
     )
     layout = {"yaxis": down(len(table)), "xaxis": {"side": "top", "showgrid": False, "tickangle": 0}, "shapes": frame(chosen, len(names))}
@@ -90,14 +91,14 @@ def routing_map(found: Sensitivity, chosen: int | None) -> str:
     even = float(wide.sum(axis=1).mean() / wide.shape[1])
     few = wide.shape[1] <= _TEXT_EXPERTS and len(wide) <= _TEXT_LAYERS
     heat = go.Heatmap(
-        z=wide.to_numpy(), x=wide.columns.tolist(), y=wide.index.tolist(), zmin=0, colorscale=colors.MAGNITUDE, xgap=1, ygap=1,
-        texttemplate="%{z:.0%}" if few else None, hovertemplate="Layer %{y}, expert %{x}<br>%{z:.2%} of tokens<extra></extra>",
+        z=wide.to_numpy(), x=wide.columns.tolist(), y=wide.index.tolist(), zmin=0, colorscale=colors.MAGNITUDE,
+        xgap=int(few), ygap=int(few), texttemplate="%{z:.0%}" if few else None,
+        hovertemplate="Layer %{y}, expert %{x}<br>%{z:.2%} of tokens<extra></extra>",
         colorbar={"tickformat": ".0%", "title": {"text": "of tokens", "side": "right", "font": {"size": 14}}},
     )
-    step = max(1, wide.shape[1] // 16)
     layout = {
         "yaxis": down(len(wide)), "shapes": frame(chosen, wide.shape[1]),
-        "xaxis": {"side": "top", "showgrid": False, "tickprefix": "E", "dtick": step},
+        "xaxis": {"side": "top", "showgrid": False, "tickprefix": "E", "dtick": max(1, wide.shape[1] // 8), "tickangle": 0},
     }
     caption = f"Share of calibration tokens that reach the expert; {even:.1%} each if they were spread evenly."
     return figure.drawing(go.Figure(heat, layout), found.experts, caption, "routing")
@@ -109,7 +110,7 @@ def lines(found: Sensitivity, chosen: int | None) -> str:
         return figure.nothing("Nothing was measured yet", "“Measure each layer”, at the foot of this page, decomposes one layer at a time.")
     table = found.layers
     drawn = go.Figure(layout={
-        "xaxis": across(len(table)), "shapes": band(chosen), "hovermode": "closest", "bargap": 0.35,
+        "xaxis": across(table["layer"].tolist()), "shapes": band(chosen), "hovermode": "closest", "bargap": 0.35,
         "yaxis": {"title": {"text": "Share of the largest layer's"}, "tickformat": ".0%", "rangemode": "tozero"},
     })
     truth = table["measured_nll"]

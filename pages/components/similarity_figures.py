@@ -103,7 +103,7 @@ def mean_lines(layers: Sequence[Mapping[str, Any]], choice: Choice, chosen: int 
                 records.append({"layer": row["layer"], "matrix": matrix, "of": source, "rank": rank, **values})
     table = pd.DataFrame(records)
     drawn = go.Figure(layout={
-        "xaxis": across(len(layers)), "shapes": band(chosen), "hovermode": "closest",
+        "xaxis": across([row["layer"] for row in layers]), "shapes": band(chosen), "hovermode": "closest",
         "yaxis": {"title": {"text": "Mean CKA over pairs"}, "range": [min(-0.04, float(table["mean"].min())), 1.05]},
     })
     for source in ("experts", choice.control):

@@ -120,9 +120,12 @@ def test_shares_of_ranks_find_the_nearest_rank_of_a_small_matrix() -> None:
         assert choice.kernel(ranks, "W") == 0
 
 
-def test_damage_is_explained_and_shows_nothing_wrong(tmp_path: Path) -> None:
+def test_damage_is_explained_in_place(tmp_path: Path) -> None:
     context = Context(Settings(runs=tmp_path))
     run = analysed_run(tmp_path)
     (run.path / "evaluations" / "similarity.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
-        similarity._draw(context)(ViewState(run=run.identity.id), *USUAL)
+    state = ViewState(run=run.identity.id)
+    facts, *figures = drawn(context, state, *USUAL)
+    assert facts == ""
+    assert all("similarity.json is damaged" in data["advice"] for data in figures)
+    assert similarity._layers(context)(state).choices == []

@@ -92,5 +92,4 @@ def test_a_damaged_comparison_is_named(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"similarity.layer-001.json is damaged"):
         read_layer(copy, 1)
     next(folder.glob("similarity.random.output*")).unlink()
-    with pytest.raises(RunError, match=r"lacks similarity\.random\.output-32x24x3\.seed-0\.json"):
-        read_layer(copy, 2)
+    assert read_layer(copy, 2) is None
