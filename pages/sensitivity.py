@@ -32,7 +32,7 @@ def build(context: Context) -> None:
     purpose = "Which layers bear decomposition: what the metrics say, what measuring says, and how well they agree."
     with Page(context, "Sensitivity", purpose) as page:
         with gr.Row(elem_classes="columns"):
-            measurement = gr.Dropdown([("latest", _LATEST)], value=_LATEST, label="Measured", min_width=250, elem_id="measurement")
+            measurement = gr.Dropdown([("latest", _LATEST)], value=_LATEST, label="Measurement", min_width=250, elem_id="measurement")
             layer = picker("sensitivity-layer")
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=7, min_width=300):
