@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.find import decoder_layers, expert_layers
+from moesvd_core.architectures.host_memory import return_freed_memory
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.loading import WeightLoader
 from moesvd_core.architectures.skeleton import skeleton
@@ -174,6 +175,7 @@ class LayerStream(_Decoder):
         self._holders[index] += 1
         try:
             if self._holders[index] == 1:
+                return_freed_memory()  # what the last layer's work left behind
                 self._loader.load(index)
             yield self.layers[index]
         finally:
