@@ -170,7 +170,11 @@ def compare(matrix_ERC: Tensor, side: Side, sampling: Sampling | None = None) ->
         InputError: fewer than two experts, or an axis of fewer than four entries.
         StatisticsError: an expert of zeros, NaN or Inf; the message names it.
     """
-    sampling = sampling or Sampling()
+    return _compare(matrix_ERC, side, sampling or Sampling(), ("experts", "shuffled"))
+
+
+def _compare(matrix_ERC: Tensor, side: Side, sampling: Sampling, sources: Sequence[Source]) -> dict[Source, SideSimilarity]:
+    """As `compare`, for some of "experts" and "shuffled"."""
     total, rows, columns = matrix_ERC.shape
     if total < 2 or min(rows, columns) < 4:
         raise InputError(f"comparing needs at least 2 experts of at least 4 x 4, got {total} of {rows} x {columns}")
@@ -178,7 +182,7 @@ def compare(matrix_ERC: Tensor, side: Side, sampling: Sampling | None = None) ->
     own = [_thin_svd(matrix_ERC[expert], f"expert {expert}, {side} side") for expert in experts]
     reach = min(each.rank for each in own)
     ranks = tuple(sorted({max(1, round(share * reach)) for share in RANK_SHARES}))
-    found: dict[Source, dict[str, AxisSimilarity]] = {"experts": {}, "shuffled": {}}
+    found: dict[Source, dict[str, AxisSimilarity]] = {source: {} for source in sources}
     for axis in AXES:
         of_rows = (axis == "neurons") == (side == "input")
         for source, axes in found.items():
@@ -199,7 +203,7 @@ def random_control(like: SideSimilarity, sampling: Sampling | None = None, devic
     sampling = sampling or Sampling()
     shape = (len(like.experts), like.rows, like.columns)
     matrix_ERC = torch.randn(shape, generator=_generator(sampling.seed)).to(device)
-    return compare(matrix_ERC, like.side, Sampling(len(like.experts), sampling.seed))["experts"]
+    return _compare(matrix_ERC, like.side, Sampling(len(like.experts), sampling.seed), ("experts",))["experts"]
 
 
 @dataclass(frozen=True)
