@@ -22,8 +22,11 @@ STATIONS = {
     "moesvd_core.similarity": (),
     "moesvd_core.planning": (),
     "moesvd_core.decomposition": ("moesvd_core.architectures.layout", "moesvd_core.calibration.statistics", "moesvd_core.planning"),
-    "moesvd_core.experts": (),
-    "moesvd_core.checkpoint": ("moesvd_core.architectures", "moesvd_core.decomposition.factors", "moesvd_core.experts"),
+    "moesvd_core.grouped": (),
+    "moesvd_core.experts": ("moesvd_core.grouped",),
+    "moesvd_core.checkpoint": (
+        "moesvd_core.architectures", "moesvd_core.decomposition.factors", "moesvd_core.experts", "moesvd_core.grouped",
+    ),
     "moesvd_core.evaluation": ("moesvd_core.architectures", "moesvd_core.calibration.text", "moesvd_core.calibration.tensor_files"),
 }
 """The stations that a model passes, and what each may import beside the foundation and itself: a model flows in one direction. Whatever
