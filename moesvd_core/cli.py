@@ -6,6 +6,7 @@ for something that cannot be done as asked (one line says why), 130 when it was 
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads spin otherwise: ten times slower when the cores are shared
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; their end is told in our own words
     try:
         given = parser(words).parse_args(words, argparse.Namespace(words=words))
