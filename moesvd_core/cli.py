@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads spin otherwise: ten times slower when the cores are shared
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; their end is told in our own words
     try:
+        if words[:1] == ["serve"]:  # its options are the app's own
+            return commands.serve(argparse.Namespace(rest=words[1:]))
         given = parser(words).parse_args(words, argparse.Namespace(words=words))
         command: Command = given.command
         return command(given) or 0
@@ -57,6 +59,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     kinds = top.add_subparsers(required=True, metavar="COMMAND")
     _add_models(kinds)
     _add_runs(kinds)
+    kinds.add_parser("serve", help="open the explorer in a browser", add_help=False)
     bench = kinds.add_parser("benchmark", help="print the figures of the documentation again")
     bench.set_defaults(command=commands.benchmark)
     if "benchmark" in words[:1]:

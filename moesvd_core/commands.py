@@ -1,6 +1,8 @@
 """What each command of `moesvd` does once its words are understood. Torch and transformers are imported only by those that need them."""
 
 import shlex
+import subprocess
+import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Mapping
@@ -98,6 +100,18 @@ def resume(given: Namespace) -> None:
     jobs = Client(run.path.parent, launch=lambda run: None).resume(run)
     for job in jobs:
         _followed(run, job.id)
+
+
+def serve(given: Namespace) -> int:
+    """`moesvd serve`: the explorer, in a process of its own with the same words (`moesvd serve --help` lists them).
+
+    Raises:
+        InputError: only the package is installed; the pages are in the repository.
+    """
+    app = Path(__file__).parents[1] / "app.py"
+    if not app.is_file():
+        raise InputError("the explorer is not part of the installed package: run `python app.py` in the repository")
+    return subprocess.call([sys.executable, str(app), *given.rest])  # noqa: S603 - our own app, no shell
 
 
 def worker(given: Namespace) -> int:

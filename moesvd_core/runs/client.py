@@ -18,6 +18,7 @@ from moesvd_core.errors import InputError, RunError
 from moesvd_core.runs.events import Event
 from moesvd_core.runs.folder import RunFolder, list_runs, runs_root
 from moesvd_core.runs.jobs import ENDED, INTERRUPTED, Job, JobState, read_jobs
+from moesvd_core.runs.process import name_of
 from moesvd_core.runs.queue import START_SECONDS, Queue
 
 ActionName = Literal["analyze", "sensitivity", "similarity", "plan", "measure", "compress", "export", "evaluate"]
@@ -67,6 +68,8 @@ def launch(run: RunFolder) -> None:
             [sys.executable, "-m", "moesvd_core", "worker", str(run.path.resolve())],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment,
         )
+    if (name := name_of(process.pid)) is not None:
+        atomic.write_json(run.launched_file, name.as_dict())
     threading.Thread(target=process.wait, name=f"reaper of {process.pid}", daemon=True).start()  # a dead child must not stay as a zombie
 
 
@@ -92,7 +95,7 @@ class Client:
             InputError: no such action.
         """
         job = enqueue(run, action, arguments)
-        if run.worker() is None:
+        if not run.attended():
             self._launch(run)
         return job
 
@@ -240,4 +243,4 @@ def _abandoned(run: RunFolder, job: Job) -> bool:
     """Whether a job waits for a worker that does not come, or was left by one that died."""
     if job.state in ENDED or run.worker() is not None:
         return False
-    return job.state == "running" or time.time() - job.submitted > START_SECONDS
+    return job.state == "running" or (not run.attended() and time.time() - job.submitted > START_SECONDS)

@@ -3,7 +3,7 @@
     run.json        what the run is about: model, calibration; written once
     source.json     the model's files as they were found: folder, fingerprint, facts; written once
     events.jsonl    the diary (see `events`)
-    worker.json     who works on it now; touched as a heartbeat
+    worker.json     who works on it now; touched as a heartbeat (launched.json: who is about to)
     recipe.yaml     the last recipe
     statistics/ curves/ factors/ plans/ evaluations/ exports/   what each station of the pipeline left
     work/           hidden states and logs: may be deleted when nothing runs
@@ -174,14 +174,28 @@ class RunFolder:
         """Holds the id of the job that is to stop."""
         return self.path / "cancel"
 
+    @property
+    def launched_file(self) -> Path:
+        """A worker that was launched and has not claimed the run yet: on a busy machine that takes seconds."""
+        return self.path / "launched.json"
+
     def worker(self) -> ProcessName | None:
         """The live process that works on this run, or None."""
-        try:
-            heartbeat = self.worker_file.stat().st_mtime
-            name = ProcessName(**json.loads(self.worker_file.read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
-        return name if is_alive(name, heartbeat) else None
+        return _live(self.worker_file)
+
+    def attended(self) -> bool:
+        """Whether somebody works on this run, or is about to."""
+        return self.worker() is not None or _live(self.launched_file) is not None
+
+
+def _live(file: Path) -> ProcessName | None:
+    """The process that a file names, if it is alive."""
+    try:
+        heartbeat = file.stat().st_mtime
+        name = ProcessName(**json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return name if is_alive(name, heartbeat) else None
 
 
 def list_runs(root: Path) -> list[RunFolder | RunError]:

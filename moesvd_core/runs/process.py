@@ -15,7 +15,7 @@ import psutil
 
 HEARTBEAT_SECONDS = 1.0
 """How often a worker touches its file."""
-SILENCE_SECONDS = 30.0
+SILENCE_SECONDS = 8.0
 """A worker on another machine that has been silent for so long is taken for dead."""
 
 
@@ -34,9 +34,15 @@ class ProcessName:
 
 def this_process() -> ProcessName:
     """The name of the process that asks."""
-    birth = birth_of(os.getpid())
-    assert birth is not None, "a process that runs this line is alive"  # noqa: S101 - not a check of input
-    return ProcessName(os.getpid(), birth, machine())
+    name = name_of(os.getpid())
+    assert name is not None, "a process that runs this line is alive"  # noqa: S101 - not a check of input
+    return name
+
+
+def name_of(pid: int) -> ProcessName | None:
+    """The full name of a live process of this machine, or None when it is dead."""
+    birth = birth_of(pid)
+    return None if birth is None else ProcessName(pid, birth, machine())
 
 
 def birth_of(pid: int) -> float | None:

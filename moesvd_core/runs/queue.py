@@ -122,7 +122,7 @@ class Queue:
             run = RunFolder.open(self.root / ticket.run)
         except RunError:
             return False
-        if run.worker() is not None:
+        if run.attended():
             return True
         job = read_jobs(run.log).get(ticket.job)
         young = time.time() - ticket.nanoseconds / 1e9 < START_SECONDS

@@ -22,7 +22,7 @@ from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress, Report
 from moesvd_core.runs.estimate import estimate, require
 from moesvd_core.runs.exporting import card_facts, write_export
-from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.folder import STATIONS, RunFolder
 from moesvd_core.runs.similarity import compare_layers
 from moesvd_core.runs.workbench import Text, Workbench, plan_key
 from moesvd_core.runs.worker import Action
@@ -160,8 +160,9 @@ def _started(run: RunFolder, report: Report, *, output: Path | None = None, form
     """
     bench = Workbench(run, report)
     require(estimate(bench.source.facts, bench.calibration, form if output else None), run.path, output)
-    for station in ("statistics", "plans", "evaluations", "work"):
-        atomic.sweep(run.station(station))
+    for station in (run.station(name) for name in STATIONS if name != "exports"):
+        for folder in (station, *(path for path in station.iterdir() if path.is_dir())):
+            atomic.sweep(folder)
     return bench
 
 

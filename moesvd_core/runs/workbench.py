@@ -185,8 +185,9 @@ class Workbench:
 
 def plan_key(recipe: Recipe) -> str:
     """Name of a recipe's files: method and ratio, and digits for further choices where there are some."""
-    choices = {name: value for name, value in recipe.as_dict().items() if name not in ("method", "ratio")}
-    plain = {name: value for name, value in Recipe().as_dict().items() if name not in ("method", "ratio")}
+    shown = ("method", "ratio") if recipe.ratio == round(recipe.ratio, 4) else ("method",)
+    choices = {name: value for name, value in recipe.as_dict().items() if name not in shown}
+    plain = {name: value for name, value in Recipe().as_dict().items() if name not in shown}
     further = "" if choices == plain else f"-{_digest(json.dumps(choices, sort_keys=True))[:6]}"
     return f"{recipe.method}{further}@{recipe.ratio:.4f}"
 

@@ -73,6 +73,7 @@ def _claim(run: RunFolder) -> bool:
                 run.log.append("interrupted", job.id, error=INTERRUPTED)
         run.cancel_file.unlink(missing_ok=True)
         atomic.write_json(run.worker_file, this_process().as_dict())
+        run.launched_file.unlink(missing_ok=True)
         return True
 
 

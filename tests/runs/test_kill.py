@@ -1,19 +1,21 @@
-"""kill -9 at any write: the next worker goes on, and the result is the same to the last byte.
+"""kill -9 at any write, or a disk full from then on: the next worker goes on, and the result is the same to the last byte.
 
-A worker is forked from this process, which has imported everything already, and kills itself at a given write to the disk. Writes are what
-matters: between two of them nothing outside the process changes.
+A worker is forked from this process, which has imported everything already, and meets its fault at a given write to the disk. Writes are
+what matters: between two of them nothing outside the process changes.
 """
 
+import errno
 import os
 import random
 import signal
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import RECIPE, TEXT, contents, tiny_run
+from tiny_runs import RECIPE, TEXT, contents, do, tiny_run
 
 from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder
@@ -22,13 +24,13 @@ from moesvd_core.runs.worker import work
 POINTS = 24
 
 
-def work_until(run: RunFolder, write: int | None) -> bool:
-    """Do the run's jobs in a forked process that is killed at its n-th write; whether it lived to the end."""
+def work_until(run: RunFolder, write: int | None, fault: Callable[[], None] | None = None) -> bool:
+    """Do the run's jobs in a forked process that meets a fault (to be killed) from its n-th write on; whether it lived to the end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking is safe here: no other thread runs
         child = os.fork()
     if child == 0:
-        kill_at(write)
+        fail_at(write, fault or (lambda: os.kill(os.getpid(), signal.SIGKILL)))
         try:
             work(run)
         finally:
@@ -36,18 +38,22 @@ def work_until(run: RunFolder, write: int | None) -> bool:
     return os.WIFEXITED(os.waitpid(child, 0)[1])
 
 
-def kill_at(write: int | None) -> None:
-    """From now on, die at the n-th file that is synced, renamed or appended to, just before that happens."""
+def fail_at(write: int | None, fault: Callable[[], None]) -> None:
+    """From the n-th time on that something is written, synced, renamed or appended to, meet the fault just before that happens."""
     left = [write]
     for name in ("fsync", "replace", "rename", "write"):
         def counted(*arguments: object, original: object = getattr(os, name)) -> object:
             if left[0] is not None:
                 left[0] -= 1
                 if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    fault()
             return original(*arguments)  # type: ignore[operator]
 
         setattr(os, name, counted)
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +93,34 @@ def test_a_run_killed_at_random_writes_ends_as_an_undisturbed_one(reference: tup
         if event.kind == "progress" and event.data["stage"] in ("calibrate", "decompose")
     )
     assert sum(steps.values()) - len(steps) <= kills, "a kill costs one layer at most"
+
+
+@pytest.mark.parametrize("write", [3, 9, 20, 45, 80, 110, 125])
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(reference: tuple[RunFolder, Path], tmp_path: Path, write: int) -> None:
+    undisturbed, expected = reference
+    model = undisturbed.path.parent / "model-mixtral"
+    before = contents(model)
+    run, output = tiny_run(tmp_path / "run", model), tmp_path / "out"
+    client = Client(tmp_path, launch=lambda run: None)
+    client.submit(run, "compress", recipe=RECIPE, output=str(output), text=TEXT)
+    assert work_until(run, write, disk_full)
+    state = client.status(run).state
+    assert state in ("interrupted", "queued"), "the diary itself could not be written"
+    assert not output.exists()
+    if state == "interrupted":
+        client.resume(run)
+    assert work_until(run, None)
+    assert client.status(run).state == "finished"
+    assert contents(output) == contents(expected)
+    assert contents(model) == before
+
+
+def test_a_disk_that_is_full_for_tensors_only_fails_with_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        disk_full()
+
+    run = tiny_run(tmp_path / "run")
+    monkeypatch.setattr("moesvd_core.decomposition.decompose.save_file", full)
+    job = do(run, "plan", recipe=RECIPE)
+    assert (job.state, job.error_kind) == ("failed", "ResourceError")
+    assert "GiB are free now" in job.error

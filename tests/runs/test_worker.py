@@ -11,10 +11,12 @@ import pytest
 from fake_worker import ACTIONS
 from run_helpers import launch_fake, new_run, until
 
+from moesvd_core import atomic
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.progress import Progress
 from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.process import this_process
 from moesvd_core.runs.worker import STOP_SECONDS, work
 
 
@@ -190,3 +192,26 @@ def test_unknown_actions_and_nothing_to_cancel_are_told(client: Client) -> None:
         client.submit(run, "fly")
     with pytest.raises(RunError, match="nothing to cancel"):
         client.cancel(run)
+
+
+def test_a_worker_that_is_slow_to_start_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesvd_core.runs.client.START_SECONDS", 0.0)
+    monkeypatch.setattr("moesvd_core.runs.queue.START_SECONDS", 0.0)
+    run = new_run(tmp_path)
+    atomic.write_json(run.launched_file, this_process().as_dict())
+    launched: list[RunFolder] = []
+    client = Client(tmp_path, launch=launched.append)
+    client.submit(run, "analyze", to=1)
+    assert (client.status(run).state, client.status(run).place) == ("queued", 0)
+    assert launched == []
+    run.launched_file.unlink()
+    assert client.status(run).state == "interrupted"
+
+
+def test_the_real_worker_is_launched_and_says_why_it_failed(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    client = Client(tmp_path)
+    job = client.wait(run, client.submit(run, "evaluate").id, 60)
+    assert job.state == "failed"
+    assert "'tiny'" in job.error  # which is no model
+    until(lambda: run.worker() is None)

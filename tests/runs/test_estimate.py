@@ -1,0 +1,49 @@
+"""Work that cannot fit is refused before it begins, by its figures."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny_models import save_tiny
+from tiny_runs import CALIBRATION, RECIPE, do, tiny_run
+
+from moesvd_core.architectures.inspect import inspect
+from moesvd_core.errors import ResourceError
+from moesvd_core.runs.estimate import Estimate, estimate, require
+
+NOTHING = Estimate(memory=1, run_disk=1, export_disk=1, flops=1)
+
+
+def test_more_text_needs_more_disk_and_an_export_needs_its_bytes(tmp_path: Path) -> None:
+    facts = inspect(save_tiny("mixtral", tmp_path / "model")).as_dict()
+    small, large = estimate(facts, CALIBRATION), estimate(facts, replace(CALIBRATION, samples=60))
+    assert large.run_disk > small.run_disk and large.flops == 10 * small.flops
+    assert small.export_disk == 0
+    assert estimate(facts, CALIBRATION, "factored").export_disk >= facts["bytes"]
+    assert all(value >= 0 for value in asdict(small).values())
+
+
+def test_the_estimate_covers_what_a_run_writes(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run")
+    needed = estimate(inspect(tmp_path / "model-mixtral").as_dict(), CALIBRATION)
+    do(run, "plan", recipe=RECIPE)
+    assert sum(path.stat().st_size for path in run.path.rglob("*.safetensors")) <= needed.run_disk + 2**20
+
+
+def test_what_does_not_fit_is_refused_by_its_figures(tmp_path: Path) -> None:
+    require(NOTHING, tmp_path, tmp_path / "out")
+    with pytest.raises(ResourceError, match=r"not enough memory: about 1048576.00 GiB are needed and .* are free"):
+        require(replace(NOTHING, memory=2**50), tmp_path, None)
+    with pytest.raises(ResourceError, match=r"not enough disk at .*: about 1048576.00 GiB are needed"):
+        require(replace(NOTHING, run_disk=2**50), tmp_path, None)
+    with pytest.raises(ResourceError, match="not enough disk"):
+        require(replace(NOTHING, export_disk=2**50), tmp_path, tmp_path / "not" / "there" / "yet")
+
+
+def test_a_job_that_does_not_fit_fails_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
+    stages: list[str] = []
+    job = do(tiny_run(tmp_path / "run"), "plan", lambda progress: stages.append(progress.stage), recipe=RECIPE)
+    assert (job.state, job.error_kind) == ("failed", "ResourceError")
+    assert set(stages) == {"inspect"}

@@ -1,0 +1,34 @@
+"""What people read on the command line."""
+
+import pytest
+
+from moesvd_core.console import ProgressBars, cell, ranks, show_rows
+from moesvd_core.progress import Progress
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (True, "yes"), (12345, "12,345"), (0.123456789, "0.123457"), ("word", "word")]
+)
+def test_values_as_people_read_them(value: object, text: str) -> None:
+    assert cell(value) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([-1, -1], "dense"), ([8, 8], "8"), ([0, 24, 8, -1], "0 · 8 · 24 (+1 dense)")]
+)
+def test_ranks_of_a_side(values: list[int], text: str) -> None:
+    assert ranks(values) == text
+
+
+def test_a_table_in_a_pipe_is_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    show_rows("title", ["a", "b"], [["x" * 60, "y" * 60]])
+    assert "y" * 60 in capsys.readouterr().out
+
+
+def test_without_a_terminal_a_stage_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBars() as bars:
+        bars(Progress("calibrate", 1, 2, "layer 0"))
+        bars(Progress("calibrate", 2, 2, "layer 1"))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == ["calibrate: 2/2 layer 1"]

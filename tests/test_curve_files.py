@@ -1,0 +1,35 @@
+"""Curves come back from disk as they were, and damage is told."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moesvd_core.curve_files import load_curves, save_curves
+from moesvd_core.errors import RunError
+from moesvd_core.planning import SideCurve
+
+
+def curve(layer: int) -> SideCurve:
+    costs = {"rank_cost_S": np.array([7, 7]), "dense_cost_S": np.array([40, 40])}
+    flops = {"load_S": np.ones(2), "rank_flops_S": np.full(2, 7.0), "dense_flops_S": np.full(2, 40.0)}
+    return SideCurve(layer, "input", "per-expert", np.array([[3.0, 1.0, 0.0]] * 2), np.array([[2.0, 1.0]] * 2), **costs, **flops)
+
+
+def test_curves_come_back_as_they_were(tmp_path: Path) -> None:
+    save_curves(tmp_path / "a.safetensors", [curve(3), curve(4)])
+    loaded = load_curves(tmp_path / "a.safetensors")
+    assert loaded is not None
+    for mine, theirs in zip([curve(3), curve(4)], loaded, strict=True):
+        assert (mine.layer, mine.side, mine.structure) == (theirs.layer, theirs.side, theirs.structure)
+        for name in ("loss_SR", "gain_SR", "rank_cost_S", "dense_cost_S", "load_S", "rank_flops_S", "dense_flops_S"):
+            np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
+
+
+def test_no_file_is_no_curve_and_a_damaged_one_is_told(tmp_path: Path) -> None:
+    assert load_curves(tmp_path / "a.safetensors") is None
+    save_curves(tmp_path / "a.safetensors", [curve(3)])
+    data = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(RunError, match=r"a\.safetensors is damaged"):
+        load_curves(tmp_path / "a.safetensors")
