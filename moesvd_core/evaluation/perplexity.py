@@ -148,8 +148,9 @@ def _distance(mine: NextTokens, original: NextTokens) -> _Scores:
     if mine.logp.shape != original.logp.shape:
         raise InputError(f"model and reference must share one vocabulary, got {mine.logp.shape[-1]} and {original.logp.shape[-1]} tokens")
     expected = original.logp.to(mine.logp.device)
-    kl = (expected.exp() * (expected - mine.logp)).sum(-1).clamp_min(0)  # rounding may leave a negative zero
-    agree = mine.logp.argmax(-1) == expected.argmax(-1)
+    kl = (expected - mine.logp).mul_(expected.exp()).sum(-1).clamp_min(0)  # rounding may leave a negative zero
+    first = expected.argmax(-1, keepdim=True)
+    agree = mine.logp.gather(-1, first).squeeze(-1) == mine.logp.amax(-1)  # the largest is found faster than its place
     return mine.windows, mine.positions, (*_nll(mine)[2], *_nll(original)[2], kl, agree)
 
 
