@@ -5,11 +5,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing leaves the machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: its threads would spin on cores that others need
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: idle threads leave the cores to the worker
 
 import gradio as gr
 
 from moesvd_core.errors import InputError
-from pages import compare, export, model, sensitivity, similarity
+from pages import compare, export, model, ratio, sensitivity, similarity
 from pages.components import assets, demo
 from pages.components.context import Context, PageLink
 from pages.components.settings import Settings
@@ -19,6 +21,7 @@ from pages.components.theme import theme
 PAGES: tuple[tuple[str, str, Callable[[Context], None]], ...] = (
     ("Model", "/", model.build),
     ("Sensitivity", "/sensitivity", sensitivity.build),
+    ("Ratio", "/ratio", ratio.build),
     ("Similarity", "/similarity", similarity.build),
     ("Compare", "/compare", compare.build),
     ("Export", "/export", export.build),

@@ -1,7 +1,8 @@
-"""Comparing and exporting as a person does it, from the first question to the files on their own disk; and that both pages are well made."""
+"""Comparing and exporting as a person does it, from the first question to the files on their disk; and that both pages are well made."""
 
 import http.cookiejar
 import json
+import re
 import tarfile
 import urllib.error
 import urllib.parse
@@ -51,7 +52,7 @@ def compare(visit: Open, run: RunFolder) -> Open:
 
     def opened(query: str = "", **how: object) -> Page:
         page = visit(f"/compare?run={RUN}&ratio=0.4{query}", **how)
-        expect(page.locator("#measured .empty, #measured table")).to_have_count(1, timeout=30_000)
+        expect(page.locator(".strip")).to_contain_text(RUN, timeout=30_000)
         page.get_by_role("button", name="How to answer").click()
         page.get_by_label("Tokens", exact=True).fill("24")
         page.get_by_label("Prompt").fill("once upon a time")
@@ -74,7 +75,7 @@ def export(visit: Open, run: RunFolder) -> Open:
 
 def asked(page: Page) -> Page:
     page.get_by_role("button", name="Ask both").click()
-    expect(page.locator("#told")).to_contain_text("same", timeout=60_000)
+    expect(page.locator("#told")).to_contain_text(re.compile("part|same"), timeout=60_000)
     return page
 
 
@@ -165,7 +166,7 @@ def test_a_push_without_network_is_explained_and_forgets_the_token(export: Open,
     page.get_by_role("option", name=NAME).click()
     expect(page.locator("#export-files")).to_contain_text("41.0 %")
     page.get_by_role("button", name="Push to the Hugging Face hub").click()
-    page.get_by_label("Repository").fill("someone/tiny")
+    page.get_by_label("Repository", exact=True).fill("someone/tiny")
     token = page.get_by_label("Access token")
     assert token.get_attribute("type") == "password"
     token.fill("hf_aVerySecretToken123")
@@ -184,10 +185,10 @@ def test_the_commands_can_be_copied(export: Open) -> None:
     expect(page.locator("#export-twin")).to_contain_text(f"moesvd export {RUN} --method auto --ratio 0.2")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 768, 1440])
+@pytest.mark.parametrize(("width", "theme"), [(360, "light"), (768, "dark"), (1440, "light"), (1440, "dark")])
 def test_both_pages_fit_and_nobody_is_locked_out(compare: Open, export: Open, width: int, theme: str) -> None:
     page = asked(compare(width=width, theme=theme))
+    page.locator("#scored-text textarea").fill("once upon a time we the people")
     page.get_by_role("button", name="Colour by change").click()
     expect(page.locator(".scored")).to_be_visible(timeout=60_000)
     other = export(width=width, theme=theme)

@@ -1,0 +1,168 @@
+"""What a smaller model costs, over all methods: predicted by their plans, and measured; and the figures of one measured plan."""
+
+from collections.abc import Mapping, Sequence
+from math import exp, isfinite
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from moesvd_core.planning import Recipe
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import Measured, measurements
+from moesvd_core.runs.workbench import Text
+from pages.components import figure, plan_table, tables
+from pages.components.colors import ORIGINAL, mark
+from pages.components.text import escape, number, share
+
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_LEAST_SHOWN, _MOST_SHOWN = 0.15, 1.0
+"""Nats a token above the original that the curve has room for, at least and at most."""
+_TELLING = (0.002, 0.5)
+"""Measured losses, nats a token, that tell how far predictions are off: smaller ones are noise, larger ones no longer of second order."""
+_ENOUGH = 3
+
+
+def on_dataset(run: RunFolder, text: Text) -> list[Measured]:
+    """Plans that were measured on a data set, whatever its part; the largest part of it last for each recipe."""
+    rows = [row for row in measurements(run) if row.recipe is not None and row.figures["dataset"] == text.dataset]
+    return sorted(rows, key=lambda row: (row.ratio, row.figures["windows"] * row.figures["length"]))
+
+
+def original_nll(run: RunFolder, text: Text) -> float | None:
+    """The original's loss on the largest part of a data set that it was measured on, nats a token; None where it never was.
+
+    Raises:
+        RunError: a file of the run is damaged.
+    """
+    found = [run.read_json("evaluations", file.name) for file in (run.path / "evaluations").glob("original--*.json")]
+    known = [row for row in found if row is not None and row["dataset"] == text.dataset]
+    return float(max(known, key=lambda row: row["tokens"])["nll"]) if known else None
+
+
+def curve(run: RunFolder, method: str, text: Text) -> str:
+    """Quality against size of all planned methods as the value of a figure; the view's method on top.
+
+    Points are the original's perplexity times what was measured on the very same tokens for each plan, so that points measured on few
+    windows and on many stand beside each other.
+
+    Raises:
+        RunError: a file of the run is damaged.
+    """
+    names = plan_table.planned(run)
+    base = original_nll(run, text)
+    if not names or base is None:
+        return figure.nothing("Nothing to compare yet", "The curve of every planned method appears here once the original is measured.")
+    points: dict[str, list[Measured]] = {}
+    for row in {row.recipe: row for row in on_dataset(run, text)}.values():
+        points.setdefault(row.recipe.method if row.recipe else "", []).append(row)
+    ordered = sorted(names, key=lambda name: name == method)
+    totals = {name: found for name in ordered if (found := plan_table.totals(run, name)) is not None}
+    whole = max(total["bytes"][0] for total in totals.values())
+    unit, word = next((each for each in _UNITS if whole >= each[0]), (1.0, "B"))
+    scale = predicted_scale(totals, points)
+    drawn = go.Figure(layout={"meta": unit, "hovermode": "closest"})
+    for name, total in totals.items():
+        look = mark(name)
+        drawn.add_scatter(
+            x=[value / unit for value in total["bytes"]], y=[_perplexity(base + scale * loss) for loss in total["predicted_loss"]],
+            name=f"{name}, predicted", mode="lines", line={"color": look.color, "dash": look.dash, "width": 2 if name == method else 1},
+            opacity=1 if name == method else 0.5, showlegend=False, hovertemplate=f"{name}, predicted: %{{y:.4g}} at %{{x:.3g}}<extra></extra>",
+        )
+    for name, rows in sorted(points.items(), key=lambda pair: pair[0] == method):
+        _add_measured(drawn, name, rows, base, unit, name == method)
+    look = {"color": ORIGINAL.color, "symbol": ORIGINAL.symbol, "size": 11}
+    hover = "original: %{y:.4g}<extra></extra>"
+    drawn.add_scatter(x=[whole / unit], y=[exp(base)], name="original", mode="markers", marker=look, hovertemplate=hover)
+    added = [row.figures["delta_nll"] for rows in points.values() for row in rows]
+    highest = exp(base + max([_LEAST_SHOWN, *(1.1 * each for each in added if each < _MOST_SHOWN)]))
+    drawn.update_layout(
+        xaxis={"title": {"text": f"Size, {word}"}, "rangemode": "tozero"},
+        yaxis={"title": {"text": "Perplexity"}, "range": [exp(base - 0.03), highest]},
+    )
+    times = "" if scale == 1 else f" times {number(scale, 2)}, as the markers tell"
+    caption = (
+        f"Markers: measured on held-out text of {Path(text.dataset).name}. Lines: the loss predicted from calibration{times}. "
+        "The dotted line is the slider."
+    )
+    return figure.drawing(drawn, _table(totals, points, base), caption, "quality-by-size")
+
+
+def predicted_scale(totals: Mapping[str, Mapping[str, Sequence[float]]], points: Mapping[str, Sequence[Measured]]) -> float:
+    """What predicted losses are multiplied by to be of the size of measured ones; 1 before enough was measured to tell.
+
+    The prediction is of second order: it ranks plans, and is too small by a factor that belongs to the model.
+    """
+    ratios = []
+    for name, total in totals.items():
+        predicted = {round(ratio, 6): loss for ratio, loss in zip(total["ratio"], total["predicted_loss"], strict=True)}
+        for row in points.get(name, ()):
+            added, loss = row.figures["delta_nll"], predicted.get(round(row.ratio, 6), 0.0)
+            if loss > 0 and _TELLING[0] <= added <= _TELLING[1]:
+                ratios.append(added / loss)
+    return median(ratios) if len(ratios) >= _ENOUGH else 1.0
+
+
+def measured_html(run: RunFolder, recipe: Recipe, text: Text, otherwise: str) -> str:
+    """Figures of one plan, measured; before that `otherwise`."""
+    found = next((row for row in reversed(on_dataset(run, text)) if row.recipe == recipe), None)
+    if found is None:
+        return nothing_measured(otherwise)
+    figures = found.figures
+    error, paired = figures["perplexity_stderr"], figures["delta_nll_stderr"]
+    original = exp(figures["nll"] - figures["delta_nll"])
+    pairs = [
+        ("Perplexity", number(figures["perplexity"], 4), f"original {number(original, 4)}{_within(error)}"),
+        ("Loss added", f"{figures['delta_nll']:+.4f}".replace("-", "−"), f"nats a token{_within(paired)}"),
+        ("KL to the original", number(figures["kl_mean"]), f"nats a token; 95 % below {number(figures['kl_p95'])}"),
+        ("Same first choice", share(figures["top1_agreement"]), "of all tokens predicted"),
+    ]
+    on = f"{Path(figures['dataset']).name}, {figures['windows']} windows of {figures['length']} tokens"
+    title = f"Measured at {share(recipe.ratio, 0)} by {recipe.method}: {on}"
+    return f'<div class="measured"><p class="figure-title">{escape(title)}</p>{tables.facts(pairs, "Measured")}</div>'
+
+
+def nothing_measured(words: str) -> str:
+    """What stands in the place of measured figures."""
+    return f'<div class="measured"><p class="figure-title">Measured</p><p class="quiet-text">{escape(words)}</p></div>'
+
+
+def is_measured(run: RunFolder, recipe: Recipe, text: Text) -> bool:
+    """Whether a plan has its point on the curve."""
+    return any(row.recipe == recipe for row in on_dataset(run, text))
+
+
+def _within(error: float | None) -> str:
+    return "" if error is None else f", ± {number(error, 2)}"
+
+
+def _add_measured(drawn: go.Figure, name: str, rows: Sequence[Measured], base: float, unit: float, chosen: bool) -> None:
+    look = mark(name)
+    drawn.add_scatter(
+        x=[row.bytes / unit for row in rows], y=[exp(base + row.figures["delta_nll"]) for row in rows], name=name, mode="markers",
+        marker={"color": look.color, "symbol": look.symbol, "size": 11 if chosen else 8},
+        hovertemplate=f"{name}, measured: %{{y:.4g}} at %{{x:.3g}}<extra></extra>",
+    )
+
+
+def _table(totals: Mapping[str, Mapping[str, Sequence[float]]], points: Mapping[str, Sequence[Measured]], base: float) -> pd.DataFrame:
+    """Everything that is drawn: one row a plan, measured figures where there are some."""
+    rows: list[dict[str, Any]] = [{"method": "original", "ratio": 0.0, "predicted perplexity": exp(base)}]
+    for name, total in totals.items():
+        measured = {round(row.ratio, 6): row for row in points.get(name, ())}
+        for place, ratio in enumerate(total["ratio"]):
+            figures = measured[round(ratio, 6)].figures if round(ratio, 6) in measured else {}
+            rows.append({
+                "method": name, "ratio": ratio, "bytes": total["bytes"][place],
+                "predicted perplexity": _perplexity(base + total["predicted_loss"][place]),
+                "measured perplexity": exp(base + figures["delta_nll"]) if figures else None,
+                "loss added, nats": figures.get("delta_nll"), "KL, nats": figures.get("kl_mean"), "windows": figures.get("windows"),
+            })
+    return pd.DataFrame(rows)
+
+
+def _perplexity(nll: float) -> float | None:
+    """Perplexity of a loss, None where it is too large to be drawn."""
+    return exp(nll) if isfinite(nll) and nll < 50 else None

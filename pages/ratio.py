@@ -1,0 +1,170 @@
+"""Ratio: drag a slider and see what of which expert is kept, what that is predicted to cost, and measure it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gradio as gr
+
+from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.errors import InputError
+from moesvd_core.live import fits
+from moesvd_core.planning import Recipe
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import reach
+from moesvd_core.runs.workbench import Text
+from pages.components import figure, jobs, machine, plan_table
+from pages.components import ratio_figures as figures
+from pages.components import ratio_stage as stage
+from pages.components.context import Context
+from pages.components.page import Page
+from pages.components.session import ViewState
+from pages.components.text import escape
+
+TEXT = Text(windows=32)
+"""What plans are measured on while a person waits: enough to tell plans apart, since original and compressed read the same tokens."""
+AT_ONCE_SECONDS = 15.0
+"""Plans are measured as soon as the slider is let go where this machine needs no longer for it, by its own estimate."""
+_LARGEST = 80
+_QUIET: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_HEAVY: Mapping[str, Any] = {**_QUIET, "concurrency_id": "gpu", "concurrency_limit": 1, "trigger_mode": "always_last"}
+
+
+def build(context: Context) -> None:
+    """Lay out the page."""
+    with Page(context, "Ratio", "How small the model may become, and what that costs.") as page:
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=5, min_width=280):
+                method = gr.Dropdown(list(METHODS), value="auto", label="Method", elem_id="ratio-method")
+            with gr.Column(scale=7, min_width=280):
+                about = gr.HTML("", elem_id="ratio-about", min_height=52)
+        control = stage.control()
+        measured = gr.HTML("", elem_id="ratio-measured", min_height=116)
+        expert_map = stage.expert_map()
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(min_width=300):
+                stage.retained()
+            with gr.Column(min_width=300):
+                curve = figure.box("Quality by size, all methods", height=372, elem_id="ratio-curve")
+        gr.HTML('<h2 class="section">Work</h2>')
+        with gr.Row(elem_classes="actions"):
+            plan = gr.Button("Plan this method", elem_id="ratio-plan", min_width=180, scale=0)
+            measure = gr.Button("Measure this plan", elem_id="ratio-measure", min_width=180, scale=0)
+        jobs.Panel(page)
+
+        page.view(_method_shown(context), [method, about, plan], fields=("run", "method"))
+        page.view(lambda state: stage.drawing(context.open(state), state), [control], fields=("run", "method"))
+        page.view(_measured(context), [measured, measure], fields=("run", "method", "ratio"))
+        page.view(_curve(context), [curve], fields=("run", "method"))
+        method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_QUIET)
+        control.release(page.changes(_released), page.state, page.state, **_QUIET)
+        expert_map.select(page.changes(_layer_chosen), page.state, page.state, **_QUIET)
+        page.state.change(page.changes(_measure_at_once(context)), page.state, [measured, curve], **_HEAVY)
+        plan.click(page.changes(_plan(context)), page.state, page.wake, **_QUIET)
+        measure.click(page.changes(_measure(context)), page.state, page.wake, **_QUIET)
+
+
+def _released(event: gr.EventData, state: ViewState) -> ViewState:
+    """The view at the ratio where the slider was let go."""
+    percent = event.percent
+    if not isinstance(percent, int) or not 0 <= percent <= _LARGEST:
+        raise InputError(f"ratio must be a whole percent in [0, {_LARGEST}], got {percent!r}")
+    return state.but(ratio=percent / 100)
+
+
+def _layer_chosen(event: gr.EventData, state: ViewState) -> ViewState:
+    """The view with a layer lit, or none."""
+    layer = event.layer
+    if layer is not None and not isinstance(layer, int):
+        raise InputError(f"layer must be a whole number, got {layer!r}")
+    return state.but(layer=layer)
+
+
+def _method_shown(context: Context) -> Callable[[ViewState], Any]:
+    def shown(state: ViewState) -> tuple[Any, ...]:
+        """The list of methods, what the chosen one does, and whether it has to be planned first."""
+        run = context.open(state)
+        planned = [] if run is None else plan_table.planned(run)
+        names = [(name if name in planned or not planned else f"{name} (not planned yet)", name) for name in METHODS]
+        chosen = METHODS[state.method]
+        text = f'<p class="ratio-about">{escape(chosen.description)} <span>Source: {escape(chosen.reference)}</span></p>'
+        return gr.Dropdown(choices=names, value=state.method), text, gr.Button(interactive=bool(planned) and state.method not in planned)
+
+    return shown
+
+
+def _measured(context: Context) -> Callable[[ViewState], Any]:
+    def shown(state: ViewState) -> tuple[Any, ...]:
+        """The figures of this plan where it was measured before, else how that comes about."""
+        run = context.open(state)
+        recipe = None if run is None else recipe_of(run, state)
+        if run is None or recipe is None:
+            return figures.nothing_measured("Plans that were measured show their figures here."), gr.Button(interactive=False)
+        at_once = answers_at_once(context, run)
+        if at_once:
+            words = f"Measuring {recipe.method} at {100 * recipe.ratio:.0f} % …"
+        else:
+            words = "Not measured yet: press “Measure this plan” below; a job of the run does it, one layer in memory at a time."
+        by_job = not (at_once or figures.is_measured(run, recipe, TEXT) or context.client.status(run).busy)
+        return figures.measured_html(run, recipe, TEXT, words), gr.Button(interactive=by_job)
+
+    return shown
+
+
+def _curve(context: Context) -> Callable[[ViewState], str]:
+    def drawn(state: ViewState) -> str:
+        run = context.open(state)
+        if run is None:
+            return figure.nothing("No run is chosen", "Choose a model on the Model page and analyse it.")
+        return figures.curve(run, state.method, TEXT)
+
+    return drawn
+
+
+def _measure_at_once(context: Context) -> Callable[[ViewState], Any]:
+    def measure(state: ViewState) -> Any:
+        """Swap the plan in and measure it, where that takes seconds."""
+        run = context.open(state)
+        recipe = None if run is None else recipe_of(run, state)
+        if run is None or recipe is None or figures.is_measured(run, recipe, TEXT) or not answers_at_once(context, run):
+            return gr.skip(), gr.skip()
+        context.live.of(run).measure(recipe, TEXT)
+        return figures.measured_html(run, recipe, TEXT, ""), figures.curve(run, state.method, TEXT)
+
+    return measure
+
+
+def _plan(context: Context) -> Callable[[ViewState], Any]:
+    def plan(state: ViewState) -> Any:
+        """Ask the run's worker for all plans of the method."""
+        context.client.submit(context.require_run(state), "analyze", methods=[state.method])
+        return gr.Timer(active=True)
+
+    return plan
+
+
+def _measure(context: Context) -> Callable[[ViewState], Any]:
+    def measure(state: ViewState) -> Any:
+        """Ask the run's worker to measure the plan."""
+        run = context.require_run(state)
+        recipe = recipe_of(run, state)
+        if recipe is None:
+            raise InputError(f"{state.method} is not planned yet: press “Plan this method” first")
+        context.client.submit(run, "measure", recipe=recipe.as_dict(), text=vars(TEXT))
+        return gr.Timer(active=True)
+
+    return measure
+
+
+def recipe_of(run: RunFolder, state: ViewState) -> Recipe | None:
+    """What the view asks for, at most as far as its method reaches; None where the method was not planned."""
+    most = reach(run, state.method)
+    return None if most is None else Recipe(method=state.method, ratio=min(round(state.ratio, 4), int(100 * most) / 100))
+
+
+def answers_at_once(context: Context, run: RunFolder) -> bool:
+    """Whether a plan of the run's model can be measured while a person waits: it fits, is small, and no job is at work."""
+    facts = context.facts(run)
+    if facts is None or context.client.queue():
+        return False
+    tokens = (TEXT.windows or 0) * min(2048, facts["context_length"] or 2048)
+    return fits(facts["bytes"]) and machine.seconds(2 * facts["active_parameters"] * tokens) < AT_ONCE_SECONDS
