@@ -36,6 +36,8 @@ SCORED = (
     "My fellow Americans, tonight I can report to you that the state of our Union is strong. We have created new jobs, and we have "
     "cut the deficit. But there is much more to do, and we will do it together."
 )
+LONGEST = 100_000
+"""Characters of a prompt or a text; the fields of the page end there, but fields can be forged."""
 FRAME_SECONDS = 0.08
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _HEAVY: Mapping[str, Any] = {**_PRIVATE, "concurrency_id": "gpu", "concurrency_limit": 1}
@@ -47,7 +49,7 @@ def build(context: Context) -> None:
         round_ = gr.State(None)
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=7, min_width=300):
-                prompt = gr.Textbox(DEMO_PROMPTS[0], label="Prompt", lines=2, max_lines=8, max_length=100_000, elem_id="prompt")
+                prompt = gr.Textbox(DEMO_PROMPTS[0], label="Prompt", lines=2, max_lines=8, max_length=LONGEST, elem_id="prompt")
                 with gr.Row(elem_classes="picks"):
                     picks = [gr.Button(text, size="sm", min_width=60) for text in DEMO_PROMPTS]
             with gr.Column(scale=5, min_width=300):
@@ -66,7 +68,7 @@ def build(context: Context) -> None:
             buttons = [gr.Button(name, interactive=False, elem_id=f"vote-{choice}") for name, choice in zip(names, CHOICES, strict=True)]
         with gr.Tabs():
             with gr.Tab("A given text"):
-                text = gr.Textbox(SCORED, label="Text", lines=3, max_lines=12, max_length=100_000, elem_id="scored-text")
+                text = gr.Textbox(SCORED, label="Text", lines=3, max_lines=12, max_length=LONGEST, elem_id="scored-text")
                 score = gr.Button("Colour by change", elem_id="score", scale=0, min_width=180)
                 scored = gr.HTML(_nothing_scored(), elem_id="scored", min_height=200)
             with gr.Tab("Figures on data"):
@@ -116,6 +118,7 @@ def _ask(context: Context) -> Callable[..., Any]:
         if None in settings:
             raise InputError("tokens, temperature, top p and seed must be numbers: a field under “How to answer” is empty")
         sampling = Sampling(*settings)
+        _refuse_long("prompt", prompt)
         run = context.require_run(state)
         yield None, notice("Loading the model."), gr.skip(), gr.skip(), *_closed()
         live = context.live.of(run)
@@ -132,6 +135,11 @@ def _ask(context: Context) -> Callable[..., Any]:
                 yield _round_shown(now)
 
     return ask
+
+
+def _refuse_long(name: str, text: str) -> None:
+    if len(text) > LONGEST:
+        raise InputError(f"{name} must have at most {LONGEST:,} characters, got {len(text):,}: shorten it")
 
 
 def _round_shown(now: Round | None) -> tuple[Any, ...]:
@@ -166,6 +174,7 @@ def _cast(context: Context, choice: str) -> Callable[..., Any]:
 def _score(context: Context) -> Callable[..., Any]:
     def score(state: ViewState, text: str) -> str:
         """The text coloured by what compression changed."""
+        _refuse_long("text", text)
         live = context.live.of(context.require_run(state))
         model = live.apply(live.plan(recipe_of(state)))
         scores = token_scores(model, live.original, live.tokenizer, text)

@@ -5,6 +5,7 @@
     events.jsonl    the diary (see `events`)
     worker.json     who works on it now; touched as a heartbeat (launched.json: who is about to)
     recipe.yaml     the last recipe
+    votes.jsonl     which answers people preferred without knowing whose they were (see `votes`)
     statistics/ curves/ factors/ plans/ evaluations/ exports/   what each station of the pipeline left
     work/           hidden states and logs: may be deleted when nothing runs
 

@@ -1,4 +1,4 @@
-"""What every page is given: where runs, models and exports lie, and what the person who started the server allowed."""
+"""What every page is given: where runs and models lie, and what the person who started the server allowed."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -20,9 +20,8 @@ class Settings:
     Attributes:
         host: address to listen on; anything but loopback needs a password.
         port: 0 to 65535, 0 for any free one.
-        runs: folder of runs.
+        runs: folder of runs; files are downloaded from the exports in it, and from nowhere else.
         models: folders in which local models must lie.
-        exports: folder that exports are written to, and the only one that files are downloaded from.
         user, password: what a visitor must give; None: no login.
         remote_code: whether models may bring code of their own.
     """
@@ -31,7 +30,6 @@ class Settings:
     port: int = 7860
     runs: Path = Path("runs")
     models: tuple[Path, ...] = (Path("assets"), Path("models"))
-    exports: Path = Path("out")
     user: str = "moesvd"
     password: str | None = None
     remote_code: bool = False
@@ -58,7 +56,7 @@ class Settings:
         """
         found = _parser(environment).parse_args(arguments)
         return cls(
-            host=found.host, port=found.port, runs=found.runs, exports=found.exports, models=tuple(found.models),
+            host=found.host, port=found.port, runs=found.runs, models=tuple(found.models),
             user=environment.get("MOESVD_USER") or cls.user, password=environment.get(PASSWORD_VARIABLE) or None,
             remote_code=found.allow_remote_code,
         )
@@ -80,6 +78,5 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=environment.get("MOESVD_PORT") or Settings.port, help="port, 0 for any free one")
     parser.add_argument("--runs", type=Path, default=environment.get("MOESVD_RUNS") or Settings.runs, help="folder of runs")
     parser.add_argument("--models", type=Path, nargs="+", default=models or Settings.models, help="folders that local models must lie in")
-    parser.add_argument("--exports", type=Path, default=environment.get("MOESVD_EXPORTS") or Settings.exports, help="folder of exports")
     parser.add_argument("--allow-remote-code", action="store_true", help="run code that comes with a model")
     return parser

@@ -124,6 +124,7 @@ def test_a_round_that_was_stopped_carries_no_vote(context: Context) -> None:
     [
         ("  ", SETTINGS, "must not be empty"),
         ("word " * 2000, SETTINGS, "fewer than"),
+        ("x" * 1_000_000, SETTINGS, "at most 100,000 characters, got 1,000,000"),
         ("x", (None, 0.9, 0.95, 3, False), "a field under"),
         ("x", (0, 0.9, 0.95, 3, False), "new_tokens must be in"),
         ("x", (5, -1, 0.95, 3, False), "temperature must be in"),
@@ -153,8 +154,9 @@ def test_a_text_is_coloured_token_by_token(context: Context) -> None:
     assert "Perplexity, compressed" in shown
     tokens = context.live.of(context.client.open(RUN)).tokenizer(text)["input_ids"]
     assert shown.partition("scored-legend")[0].partition('class="scored"')[2].count("<span class=") == len(tokens) - 1
-    with pytest.raises(InputError, match="text must have 2 to"):
-        compare._score(context)(state(), "")
+    for text, words in (("", "text must have 2 to"), ("x" * 1_000_000, "at most 100,000 characters")):
+        with pytest.raises(InputError, match=words):
+            compare._score(context)(state(), text)
 
 
 def test_a_measurement_is_asked_of_the_worker_and_shown(context: Context) -> None:
