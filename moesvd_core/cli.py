@@ -128,6 +128,11 @@ def _add_runs(kinds: "_Kinds") -> None:
     _add_output(kind)
     kind.add_argument("--dtype", choices=DTYPES, help="number format to write (default: the original's)")
 
+    kind = _command(kinds, "push", commands.push, "publish an export on the Hugging Face hub as one commit", as_json=False)
+    kind.add_argument("export", metavar="DIR", help="folder of an export; it is checked before anything is sent")
+    kind.add_argument("repository", metavar="OWNER/NAME", help="made where there is none; the token is $HF_TOKEN or that of `hf auth login`")
+    kind.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+
     _command(kinds, "runs", commands.runs, "list all runs and what they are doing")
     for name, command, text in (
         ("cancel", commands.cancel, "stop a run's work; what was finished is kept"),

@@ -58,6 +58,18 @@ def plan(given: Namespace) -> None:
     _show_plan(run, _worked(run, "plan", {"recipe": _recipe(given)}), given.json)
 
 
+def push(given: Namespace) -> None:
+    """`moesvd push`: an export to the hub; prints the address of the commit."""
+    from huggingface_hub import get_token
+
+    from moesvd_core.checkpoint.hub import push as publish
+
+    token = get_token()
+    if token is None:
+        raise InputError("no access token of the hub is known: set HF_TOKEN, or log in by `hf auth login`")
+    print(publish(Path(given.export), given.repository, token, private=not given.public))
+
+
 def analyze(given: Namespace) -> None:
     """`moesvd analyze`: everything the explorer shows of a model before anything is compressed."""
     methods = [Recipe(method=name).method for name in given.method or ["auto"]]

@@ -145,3 +145,13 @@ def test_stopping_by_signal_ends_within_seconds_and_the_run_goes_on(model: str, 
     assert not (tmp_path / "out").exists()
     assert main(["resume", str(tmp_path / "run")]) == 0
     assert ModelFiles.open(tmp_path / "out").bytes > 0
+
+
+def test_a_push_needs_a_token_and_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert main(["push", str(tmp_path), "owner/name"]) == 2
+    assert "set HF_TOKEN" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_aVerySecretToken123")
+    assert main(["push", str(tmp_path), "owner/name"]) == 2
+    assert "no complete export" in (printed := capsys.readouterr().err)
+    assert "hf_aVerySecretToken123" not in printed

@@ -88,7 +88,8 @@ def twin_html(run: RunFolder, recipe: Recipe, *, name: str, form: str, dtype: st
     nothing = compress_command(run.identity, recipe, output=output, form=form, dtype=dtype)
     if nothing is not None:
         boxes.append(code.box("From nothing, with calibration and measurement", nothing))
-    boxes.append(code.box("recipe.yaml", recipe.to_yaml(), "Both commands take it by --recipe recipe.yaml instead of method and ratio."))
+    boxes.append(code.box("To the hub", f"moesvd push {output} owner/name", "The token is that of HF_TOKEN, or of hf auth login."))
+    boxes.append(code.box("recipe.yaml", recipe.to_yaml(), "Both take it by --recipe recipe.yaml, instead of method and ratio."))
     return "".join(boxes)
 
 
