@@ -130,7 +130,7 @@ def _add_runs(kinds: "_Kinds") -> None:
 
     kind = _command(kinds, "push", commands.push, "publish an export on the Hugging Face hub as one commit", as_json=False)
     kind.add_argument("export", metavar="DIR", help="folder of an export; it is checked before anything is sent")
-    kind.add_argument("repository", metavar="OWNER/NAME", help="made where there is none; the token is $HF_TOKEN or that of `hf auth login`")
+    kind.add_argument("repository", metavar="OWNER/NAME", help="made where there is none; token: $HF_TOKEN or that of `hf auth login`")
     kind.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
 
     _command(kinds, "runs", commands.runs, "list all runs and what they are doing")
