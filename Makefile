@@ -1,4 +1,4 @@
-# make run: everything from nothing to the demo; make test: everything that must hold. Python 3.11 and a package index are all they assume.
+# make run: the explorer on the demo model at http://127.0.0.1:7860; make test: everything that must hold. Python 3.11 and a package index are all they assume.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,9 +18,8 @@ $(VENV)/.test: $(VENV)/.run
 	$(PIP) install --editable '.[test]'
 	touch $@
 
-# The main job on the demo model: calibrate, plan, factor, export, reload, measure.
 run: $(VENV)/.run
-	$(BIN)/moesvd compress assets/demo-moe --ratio 0.4 --output out/demo-40 --overwrite
+	$(BIN)/python app.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

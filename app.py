@@ -31,7 +31,8 @@ PAGES: tuple[tuple[str, str, Callable[[Context], None]], ...] = (
 def create(settings: Settings) -> gr.Blocks:
     """The app with all its pages."""
     settings.runs.mkdir(parents=True, exist_ok=True)
-    demo.install(settings.runs)
+    if settings.demo:
+        demo.install(settings.runs)
     context = Context(settings, tuple(PageLink(title, path) for title, path, _ in PAGES))
     app = gr.Blocks(title="MoE-SVD Explorer", analytics_enabled=False)
     with app:
@@ -47,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until interrupted. Exit status 2 on settings that cannot be used."""
     try:
         settings = Settings.read(arguments)
-        create(settings).launch(
+        explorer = create(settings)
+        if settings.demo:
+            demo.complete(settings.runs)
+        explorer.launch(
             server_name=settings.host, server_port=settings.port or None, auth=settings.login, share=False, ssr_mode=False, quiet=True,
             theme=theme(), head=assets.head(), footer_links=[], run_history=False, mcp_server=False, pwa=False,
             enable_monitoring=False, max_file_size="1mb", show_error=False, app_kwargs=assets.app_kwargs(settings.runs),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moesvd_core import atomic
 from moesvd_core.errors import RunError
+from moesvd_core.runs.client import Client
 from moesvd_core.runs.folder import RunFolder
 from pages.components.assets import FOLDER
 
@@ -36,3 +37,13 @@ def install(runs: Path, shipped: Path = SHIPPED, model: Path = MODEL) -> str:
         atomic.write_json(copy / name, {**data, key: str(model)})
     copy.rename(place)
     return run.identity.id
+
+
+def complete(runs: Path, shipped: Path = SHIPPED) -> None:
+    """Have the statistics made that are too large to ship: plans are there without them, measuring takes them. Half a minute's work."""
+    if not (shipped / "run.json").exists():
+        return
+    run = RunFolder.open(runs / RunFolder.open(shipped).identity.id)
+    client = Client(runs)
+    if not (run.path / "statistics" / "statistics.json").exists() and not client.status(run).busy:
+        client.submit(run, "analyze", methods=["auto"])

@@ -24,6 +24,7 @@ class Settings:
         models: folders in which local models must lie.
         user, password: what a visitor must give; None: no login.
         remote_code: whether models may bring code of their own.
+        demo: whether the finished analysis of the demo model is put among the runs.
     """
 
     host: str = "127.0.0.1"
@@ -33,6 +34,7 @@ class Settings:
     user: str = "moesvd"
     password: str | None = None
     remote_code: bool = False
+    demo: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -58,7 +60,7 @@ class Settings:
         return cls(
             host=found.host, port=found.port, runs=found.runs, models=tuple(found.models),
             user=environment.get("MOESVD_USER") or cls.user, password=environment.get(PASSWORD_VARIABLE) or None,
-            remote_code=found.allow_remote_code,
+            remote_code=found.allow_remote_code, demo=not found.no_demo,
         )
 
 
@@ -79,4 +81,5 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=environment.get("MOESVD_RUNS") or Settings.runs, help="folder of runs")
     parser.add_argument("--models", type=Path, nargs="+", default=models or Settings.models, help="folders that local models must lie in")
     parser.add_argument("--allow-remote-code", action="store_true", help="run code that comes with a model")
+    parser.add_argument("--no-demo", action="store_true", help="leave out the finished analysis of the demo model")
     return parser

@@ -82,7 +82,8 @@ def release(page: Page, percent: int) -> float:
 def opened(runs: Path) -> Iterator[tuple[str, Page]]:
     """The app on these runs, and a page of a browser."""
     system = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    with serving(["app.py", "--runs", str(runs)], runs.parent / "log", flag=["--port"]) as address, sync_playwright() as playwright:
+    command = ["app.py", "--no-demo", "--runs", str(runs)]
+    with serving(command, runs.parent / "log", flag=["--port"]) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=system or playwright.chromium.executable_path, args=list(ARGUMENTS))
         yield address, browser.new_page(viewport={"width": 1440, "height": 900})
         browser.close()

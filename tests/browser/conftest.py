@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The running app."""
-    with serving(["app.py", "--runs", str(runs)], tmp_path_factory.mktemp("app") / "log", flag=["--port"]) as started:
+    with serving(["app.py", "--no-demo", "--runs", str(runs)], tmp_path_factory.mktemp("app") / "log", flag=["--port"]) as started:
         yield started
 
 

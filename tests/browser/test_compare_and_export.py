@@ -203,7 +203,7 @@ def test_both_pages_fit_and_nobody_is_locked_out(compare: Open, export: Open, wi
 
 def test_downloads_ask_for_the_same_login_as_the_pages(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESVD_PASSWORD", "right")
-    with serving(["app.py", "--runs", str(run.path.parent)], tmp_path / "log", flag=["--port"]) as address:
+    with serving(["app.py", "--no-demo", "--runs", str(run.path.parent)], tmp_path / "log", flag=["--port"]) as address:
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
         file = f"{address}/download/{RUN}/{NAME}/README.md"
         with pytest.raises(urllib.error.HTTPError, match="401"):

@@ -22,7 +22,7 @@ def client(tmp_path: Path) -> TestClient:
 
 
 def test_every_page_of_the_list_is_a_route(tmp_path: Path) -> None:
-    made = app.create(Settings(runs=tmp_path / "runs"))
+    made = app.create(Settings(runs=tmp_path / "runs", demo=False))
     assert [f"/{path}" for path, *_ in made.pages] == [path for _, path, _ in app.PAGES]
     assert (tmp_path / "runs").is_dir()
 
