@@ -32,11 +32,14 @@ def on_dataset(run: RunFolder, text: Text) -> list[Measured]:
 
 
 def original_nll(run: RunFolder, text: Text) -> float | None:
-    """The original's loss on the largest part of a data set that it was measured on, nats a token; None where it never was.
+    """The original's loss on a text, nats a token, else on the largest part of its data set that was measured; None where there is none.
 
     Raises:
         RunError: a file of the run is damaged.
     """
+    exact = run.read_json("evaluations", f"original--{text.key}.json")
+    if exact is not None:
+        return float(exact["nll"])
     found = [run.read_json("evaluations", file.name) for file in (run.path / "evaluations").glob("original--*.json")]
     known = [row for row in found if row is not None and row["dataset"] == text.dataset]
     return float(max(known, key=lambda row: row["tokens"])["nll"]) if known else None
@@ -66,10 +69,11 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
     drawn = go.Figure(layout={"meta": unit, "hovermode": "closest"})
     for name, total in totals.items():
         look = mark(name)
+        hover = f"{name}, predicted: %{{y:.4g}} at %{{x:.3g}}<extra></extra>"
         drawn.add_scatter(
             x=[value / unit for value in total["bytes"]], y=[_perplexity(base + scale * loss) for loss in total["predicted_loss"]],
-            name=f"{name}, predicted", mode="lines", line={"color": look.color, "dash": look.dash, "width": 2 if name == method else 1},
-            opacity=1 if name == method else 0.5, showlegend=False, hovertemplate=f"{name}, predicted: %{{y:.4g}} at %{{x:.3g}}<extra></extra>",
+            name=name, mode="lines", line={"color": look.color, "dash": look.dash, "width": 2 if name == method else 1},
+            opacity=1 if name == method else 0.5, legendgroup=name, hovertemplate=hover,
         )
     for name, rows in sorted(points.items(), key=lambda pair: pair[0] == method):
         _add_measured(drawn, name, rows, base, unit, name == method)
@@ -142,7 +146,7 @@ def _add_measured(drawn: go.Figure, name: str, rows: Sequence[Measured], base: f
     look = mark(name)
     drawn.add_scatter(
         x=[row.bytes / unit for row in rows], y=[exp(base + row.figures["delta_nll"]) for row in rows], name=name, mode="markers",
-        marker={"color": look.color, "symbol": look.symbol, "size": 11 if chosen else 8},
+        marker={"color": look.color, "symbol": look.symbol, "size": 11 if chosen else 8}, legendgroup=name, showlegend=False,
         hovertemplate=f"{name}, measured: %{{y:.4g}} at %{{x:.3g}}<extra></extra>",
     )
 
