@@ -1,9 +1,12 @@
 """What a run already knows of plans and of how good they are, read from its files; nothing is planned or measured here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import RunError
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.runs.folder import RunFolder
@@ -29,14 +32,19 @@ class Measured:
     figures: dict[str, Any]
 
 
+def analysed(run: RunFolder) -> list[str]:
+    """Methods whose plans of all ratios the run has."""
+    return [name for name in METHODS if _table_file(run, name).exists()]
+
+
 def reach(run: RunFolder, method: str) -> float | None:
     """The largest ratio that a method reaches, None when it was not analysed.
 
     Raises:
         RunError: the table of plans is damaged.
     """
-    table = _table(run, method)
-    return None if table is None else float(table["max_ratio"])
+    file = _table_file(run, method)
+    return _reach(run.path, file.name, file.stat().st_mtime_ns) if file.exists() else None
 
 
 def known_plan(run: RunFolder, recipe: Recipe) -> Plan | None:
@@ -47,10 +55,12 @@ def known_plan(run: RunFolder, recipe: Recipe) -> Plan | None:
         InputError: its content is no plan.
     """
     made = run.read_json("plans", f"{plan_key(recipe)}.json")
-    if made is None and recipe == Recipe(method=recipe.method, ratio=recipe.ratio):
-        table = _table(run, recipe.method) or {"plans": []}
-        made = next((plan for plan in table["plans"] if abs(plan["asked_ratio"] - recipe.ratio) < 1e-9), None)
-    return None if made is None else Plan.from_dict({name: made[name] for name in _PLAN_FIELDS if name in made})
+    if made is not None:
+        return _plan(made)
+    file = _table_file(run, recipe.method)
+    if recipe != Recipe(method=recipe.method, ratio=recipe.ratio) or not file.exists():
+        return None
+    return _planned(run.path, file.name, file.stat().st_mtime_ns, recipe.ratio)
 
 
 def measurements(run: RunFolder) -> list[Measured]:
@@ -79,7 +89,28 @@ def _records(run: RunFolder) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _table(run: RunFolder, method: str) -> dict[str, Any] | None:
+def _table_file(run: RunFolder, method: str) -> Path:
     """Plans of all whole percents by a method as it is."""
-    table = run.read_json("plans", f"all-{plan_key(Recipe(method=method)).partition('@')[0]}.json")
-    return None if table is None else dict(table)
+    return run.path / "plans" / f"all-{plan_key(Recipe(method=method)).partition('@')[0]}.json"
+
+
+# Tables of large models are megabytes, and pages ask often: what was found is kept for as long as the file is the same.
+
+
+@lru_cache(maxsize=256)
+def _reach(run: Path, file: str, changed: int) -> float:
+    return float(_table(run, file)["max_ratio"])
+
+
+@lru_cache(maxsize=256)
+def _planned(run: Path, file: str, changed: int, ratio: float) -> Plan | None:
+    made = next((plan for plan in _table(run, file)["plans"] if abs(plan["asked_ratio"] - ratio) < 1e-9), None)
+    return None if made is None else _plan(made)
+
+
+def _table(run: Path, file: str) -> dict[str, Any]:
+    return dict(RunFolder.open(run).read_json("plans", file) or {"max_ratio": 0.0, "plans": []})
+
+
+def _plan(made: Mapping[str, Any]) -> Plan:
+    return Plan.from_dict({name: made[name] for name in _PLAN_FIELDS if name in made})

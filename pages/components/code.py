@@ -1,5 +1,7 @@
 """Text to be copied: a command, a recipe."""
 
+import shlex
+
 from pages.components.text import escape
 
 
@@ -15,3 +17,9 @@ def box(label: str, code: str, remark: str = "") -> str:
         f'<button type="button" class="quiet" data-copy aria-label="Copy: {escape(label)}">Copy</button></div>'
         f'<pre tabindex="0" role="region" aria-label="{escape(label)}"><code>{escape(code)}</code></pre>{note}</div>'
     )
+
+
+def folded(command: str) -> str:
+    """A command of the shell with one option a line, which means the same."""
+    quoted = any(" --" in word for word in shlex.split(command))  # there a line end would be part of the word
+    return command if quoted else command.replace(" --", " \\\n  --")

@@ -84,10 +84,10 @@ def _quality(run: RunFolder, recipe: Recipe, plan: Plan | None) -> tuple[str, st
 def twin_html(run: RunFolder, recipe: Recipe, *, name: str, form: str, dtype: str | None) -> str:
     """The commands and the recipe that do what the button does."""
     output = f"out/{name}"
-    boxes = [code.box("From this run", export_command(run.identity.id, recipe, output=output, form=form, dtype=dtype))]
+    boxes = [code.box("From this run", code.folded(export_command(run.identity.id, recipe, output=output, form=form, dtype=dtype)))]
     nothing = compress_command(run.identity, recipe, output=output, form=form, dtype=dtype)
     if nothing is not None:
-        boxes.append(code.box("From nothing, with calibration and measurement", nothing))
+        boxes.append(code.box("From nothing, with calibration and measurement", code.folded(nothing)))
     boxes.append(code.box("To the hub", f"moesvd push {output} owner/name", "The token is that of HF_TOKEN, or of hf auth login."))
     boxes.append(code.box("recipe.yaml", recipe.to_yaml(), "Both take it by --recipe recipe.yaml, instead of method and ratio."))
     return "".join(boxes)
@@ -100,7 +100,7 @@ def files_html(run: str, export: ExportFolder) -> str:
         ("Format", str(export.facts["format"]), ""),
         ("Removed", share(export.facts["ratio"]), f"of {count(facts['original_parameters'])} parameters"),
         ("On disk", size(export.size), f"{len(export.files)} files"),
-        ("Verified", "equal", f"reloaded and run on {moment(export.created)}"),
+        ("Verified", "reloaded", f"answers equal, {moment(export.created)}"),
     ]
     link = f'<a class="take" href="{escape(archive_address(run, export.name))}" download>Download everything</a>'
     columns = [

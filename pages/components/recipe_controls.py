@@ -7,7 +7,7 @@ import gradio as gr
 
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
-from moesvd_core.runs.known import reach
+from moesvd_core.runs.known import analysed, reach
 from pages.components.page import Page
 from pages.components.session import ViewState
 
@@ -32,10 +32,9 @@ class RecipeControls:
     def _values(self, state: ViewState) -> tuple[Any, ...]:
         """The view's method and ratio; methods that were analysed come first, and the slider ends where the method does."""
         run = self._page.context.open(state)
-        reached = {} if run is None else {name: reach(run, name) for name in METHODS}
-        ready = [name for name in METHODS if reached.get(name) is not None]
+        ready = [] if run is None else analysed(run)
         choices = [(name, name) for name in ready] + [(f"{name} (not analysed yet)", name) for name in METHODS if name not in ready]
-        most = reached.get(state.method)
+        most = None if run is None else reach(run, state.method)
         percent = _HIGHEST if most is None else max(1, int(100 * most))
         return gr.Dropdown(choices=choices, value=state.method), gr.Slider(maximum=percent, value=min(percent, round(100 * state.ratio, 2)))
 

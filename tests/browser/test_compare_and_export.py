@@ -182,7 +182,7 @@ def test_the_commands_can_be_copied(export: Open) -> None:
     page.get_by_role("button", name="The same on the command line").click()
     page.get_by_role("button", name="Copy: From this run").click()
     expect(page.locator("[data-copy]").first).to_have_text("Copied")
-    expect(page.locator("#export-twin")).to_contain_text(f"moesvd export {RUN} --method auto --ratio 0.2")
+    expect(page.locator("#export-twin")).to_contain_text(f"moesvd export {RUN}")
 
 
 @pytest.mark.parametrize(("width", "theme"), [(360, "light"), (768, "dark"), (1440, "light"), (1440, "dark")])

@@ -1,6 +1,7 @@
 """The handlers of the export page, without a browser."""
 
 import json
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from moesvd_core.runs.known import known_plan
 from moesvd_core.runs.pushes import Push, Pushes
 from moesvd_core.runs.worker import work
 from pages import export
+from pages.components import code
 from pages.components import export_parts as parts
 from pages.components.context import Context
 from pages.components.session import ViewState
@@ -73,7 +75,8 @@ def test_the_preview_is_the_plan_s_size_before_anything_is_written(context: Cont
     shown, twin, button = preview(context, state())
     assert f"{plan.bytes / 1000:.0f} kB" in shown
     assert "model-mixtral-auto-20-factored" in shown
-    assert "moesvd export run --method auto --ratio 0.2 --output out/model-mixtral-auto-20-factored --format factored" in twin
+    command = ["moesvd export run", "--method auto", "--ratio 0.2", "--output out/model-mixtral-auto-20-factored", "--format factored"]
+    assert " \\\n  ".join(command) in twin
     assert "ratio: 0.2" in twin
     assert button.interactive
 
@@ -186,6 +189,13 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(context: Conte
 
 def test_the_real_push_is_the_engine_s() -> None:
     assert export.push is hub.push
+
+
+def test_a_folded_command_means_the_same() -> None:
+    for command in ("moesvd push a b", "moesvd export 'x --y' --ratio 0.2", "moesvd compress m --ratio 0.2 --output 'a b'"):
+        assert shlex.split(code.folded(command).replace("\\\n", "")) == shlex.split(command)  # as a shell does outside of quotes
+    assert code.folded("a --b c") == "a \\\n  --b c"
+    assert code.folded("a 'x --y'") == "a 'x --y'"
 
 
 def test_an_address_that_is_no_web_page_is_no_link() -> None:

@@ -10,7 +10,7 @@ from tiny_runs import TEXT, do, tiny_run
 from moesvd_core.errors import RunError
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import known_plan, measurements, reach
+from moesvd_core.runs.known import analysed, known_plan, measurements, reach
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def test_plans_of_whole_percents_come_from_the_analysis(run: RunFolder) -> None:
     most = reach(run, "auto")
     assert most is not None
+    assert analysed(run) == ["auto"]
+    assert reach(run, "latent") is None
     plan = known_plan(run, Recipe(ratio=0.2))
     assert plan is not None
     assert (plan.method, plan.asked_ratio) == ("auto", 0.2)
@@ -51,6 +53,15 @@ def test_measurements_stand_beside_the_original_in_order_of_their_ratio(run: Run
     assert original.bytes > small.bytes > large.bytes
     assert large.figures["kl_mean"] > 0
     assert {row.figures["windows"] for row in (original, small, large)} == {4}
+
+
+def test_a_table_that_was_made_again_is_read_again(run: RunFolder) -> None:
+    file = run.path / "plans" / "all-auto.json"
+    whole = file.read_bytes()
+    assert known_plan(run, Recipe(ratio=0.2)) is not None
+    file.write_text('{"max_ratio": 0.5, "plans": []}')
+    assert (reach(run, "auto"), known_plan(run, Recipe(ratio=0.2))) == (0.5, None)
+    file.write_bytes(whole)
 
 
 def test_a_method_that_was_not_analysed_is_not_known(tmp_path: Path) -> None:
