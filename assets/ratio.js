@@ -60,7 +60,10 @@
 
   function nats(value) {
     if (value === 0) return "0";
-    if (value < 5e-5) return value.toExponential(1).replace("e-", " · 10⁻").replace(/(?<=⁻)\d+/, digits => [...digits].map(d => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).join(""));
+    if (value < 5e-5) {
+      const [digits, exponent] = value.toExponential(1).split("e-");
+      return `${digits} · 10⁻${[...exponent].map(digit => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("")}`;
+    }
     return value.toPrecision(2).includes("e") ? value.toFixed(5) : Number(value.toPrecision(3)).toString();
   }
 
@@ -78,8 +81,7 @@
     const parts = anchors.map(color => [1, 3, 5].map(start => parseInt(color.slice(start, start + 2), 16)));
     return Array.from({ length: 256 }, (_, index) => {
       const spot = (index / 255) * (parts.length - 1), low = Math.min(Math.floor(spot), parts.length - 2);
-      const mixed = parts[low].map((each, channel) => Math.round(each + (spot - low) * (parts[low + 1][channel] - each)));
-      return mixed;
+      return parts[low].map((each, channel) => Math.round(each + (spot - low) * (parts[low + 1][channel] - each)));
     });
   }
 
@@ -117,7 +119,8 @@
   const edges = (start, size, parts) => Array.from({ length: parts + 1 }, (_, index) => Math.round(start + (size * index) / parts));
 
   /* Which of many labels fit at a distance of `least` pixels. */
-  const every = (size, parts, least) => [1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 50, 64, 100, 128].find(step => (size / parts) * step >= least) || parts;
+  const STEPS = [1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 50, 64, 100, 128];
+  const every = (size, parts, least) => STEPS.find(step => (size / parts) * step >= least) || parts;
 
   function plate(table, canvas) {
     const width = canvas.clientWidth, left = 34, top = 24, rows = table.layers.length;
@@ -322,6 +325,8 @@
       this.pin = null;
       this.shown = null;
       this.asked = 0;
+      this.turn = 0;
+      this.mark = this.mark.bind(this);
       new MutationObserver(() => this.ask()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
     }
 
@@ -349,9 +354,12 @@
         this.tables.clear();
         Object.assign(this, { run: data.run, pin: null, shown: null, percent: data.percent, chosen: -1 });
       }
-      if (this.fresh === undefined) this.percent = data.percent;
-      this.fresh = false;
-      if (data.table) this.tables.set(data.method, await unpack(data.table));
+      const turn = ++this.turn;
+      if (data.table) {
+        const table = await unpack(data.table);
+        if (turn !== this.turn) return; // another method was chosen meanwhile
+        this.tables.set(data.method, table);
+      }
       this.method = data.method;
       this.empty = data.empty;
       if (this.table && data.layer !== null) this.chosen = this.table.layers.indexOf(data.layer);
@@ -361,7 +369,8 @@
 
     /* Move from what the map shows to the plan, unless the person wants no motion. */
     glide() {
-      if (!this.table || !this.shown || this.shown.length !== this.cells().length || matchMedia("(prefers-reduced-motion: reduce)").matches) return;
+      const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+      if (still || !this.table || !this.shown || this.shown.length !== this.cells().length) return;
       this.from = Float32Array.from(this.shown);
       this.since = performance.now();
     }
@@ -428,17 +437,15 @@
       const slider = this.part("control", "slider");
       if (!slider) return;
       const totals = name => table.totals[name][place], before = name => table.original[name];
-      const write = (name, text) => {
-        const node = this.part("control", name);
-        if (node && node.textContent !== text) node.textContent = text;
-      };
+      const write = (name, text) => set(this.part("control", name), text);
       const last = String(table.asked.length - 1);
       if (slider.max !== last) slider.max = last;
       if (slider.value !== String(place)) slider.value = String(place);
       slider.setAttribute("aria-valuetext", `${table.asked[place]} percent removed`);
       slider.style.setProperty("--reached", `${(100 * place) / (table.asked.length - 1)}%`);
       write("percent", `${table.asked[place]} %`);
-      write("reach", table.max_ratio < 0.8 ? `${this.method} reaches ${share(Math.floor(1000 * table.max_ratio) / 1000, 1)}` : "0 to 80 %, in steps of 1 %");
+      const reach = `${this.method} reaches ${share(Math.floor(1000 * table.max_ratio) / 1000, 1)}`;
+      write("reach", table.max_ratio < 0.8 ? reach : "0 to 80 %, in steps of 1 %");
       const loss = totals("predicted_loss");
       write("size", bytes(totals("bytes")));
       write("loss", nats(loss));
@@ -473,14 +480,15 @@
     paintLayers(table, place, pinned) {
       const body = this.part("map", "rows");
       if (body.rows.length !== table.layers.length) {
-        const { make } = window.explorer;
-        const row = () => make("tr", {}, make("th", { scope: "row" }), ...Array.from({ length: 5 }, () => make("td", {}, make("span"), make("small"))));
-        body.replaceChildren(...table.layers.map(row));
+        const { make } = window.explorer, cell = () => make("td", {}, make("span"), make("small"));
+        const head = () => make("th", { scope: "row" }, make("button", { type: "button", className: "stage-layer" }));
+        body.replaceChildren(...table.layers.map(() => make("tr", {}, head(), cell(), cell(), cell(), cell(), cell())));
         for (const each of body.rows) [3, 4].forEach(column => each.cells[column].classList.add("number"));
       }
       const box = this.part("map", "layers"), scroll = box.querySelector(".table-scroll"), open = Boolean(pinned);
       const top = scroll.scrollTop, bottom = top + scroll.clientHeight;
-      const seen = [...body.rows].map(row => open || !row.cells[1].textContent || (row.offsetTop < bottom && row.offsetTop + row.offsetHeight > top));
+      const inSight = row => row.offsetTop < bottom && row.offsetTop + row.offsetHeight > top;
+      const seen = [...body.rows].map(row => open || !row.cells[1].textContent || inSight(row)); // the others follow when the hand rests
       box.classList.toggle("compared", open);
       const differing = table.layers.filter((_, index) => seen[index] && this.paintRow(body.rows[index], table, place, index, pinned)).length;
       const title = open
@@ -491,10 +499,13 @@
 
     /* One row of the table of layers; says whether it differs from the pinned plan, which is shown below each figure that does. */
     paintRow(row, table, place, index, pinned) {
-      const mine = this.words(table, place, index), theirs = pinned && index < pinned[0].layers.length ? this.words(...pinned, index) : mine;
+      const mine = this.words(table, place, index), theirs = pinned ? this.words(...pinned, index) : mine;
       const differs = mine.slice(0, 4).some((text, column) => text !== theirs[column]), hidden = Boolean(pinned) && !differs;
       if (row.hidden !== hidden) row.hidden = hidden;
-      set(row.cells[0], String(table.layers[index]));
+      const button = row.cells[0].firstChild;
+      set(button, String(table.layers[index]));
+      button.setAttribute("aria-label", `Light layer ${table.layers[index]}`);
+      button.setAttribute("aria-pressed", String(index === this.chosen));
       mine.forEach((text, column) => {
         const cell = row.cells[column + 1];
         set(cell.firstChild, text);
@@ -514,20 +525,34 @@
       ];
     }
 
-    /* Once the hand rests: say it to people who do not see it, and show where this is on the curve of all methods. */
+    /* Once the hand rests: rows out of sight, words for people who do not see the map, the place on the curve of all methods. */
     tell(table, place) {
       if (table !== this.table || place !== this.place) return;
-      const pinned = this.pinned();
-      [...(this.part("map", "rows")?.rows ?? [])].forEach((row, index) => this.paintRow(row, table, place, index, pinned)); // those out of sight too
-      const totals = table.totals, words = `${table.asked[place]} % removed: ${bytes(totals.bytes[place])}, predicted loss ${nats(totals.predicted_loss[place])} nats a token`;
+      const pinned = this.pinned(), { bytes: sizes, predicted_loss: losses } = table.totals;
+      [...(this.part("map", "rows")?.rows ?? [])].forEach((row, index) => this.paintRow(row, table, place, index, pinned));
+      const words = `${table.asked[place]} % removed: ${bytes(sizes[place])}, predicted loss ${nats(losses[place])} nats a token`;
       this.part("map", "experts")?.setAttribute("aria-label", `Expert map by ${this.method}, ${words}. The table of layers says the same.`);
-      const live = this.part("control", "said");
-      if (live) set(live, words);
+      set(this.part("control", "said"), words);
+      this.mark();
+    }
+
+    /* A line on the curve where the slider is; drawn again whenever the curve is. */
+    mark() {
       const plot = document.querySelector("#ratio-curve .plot");
-      if (plot?.bound && window.Plotly && plot.layout) {
-        const line = { type: "line", xref: "x", yref: "paper", x0: totals.bytes[place] / plot.layout.meta, x1: totals.bytes[place] / plot.layout.meta, y0: 0, y1: 1 };
-        window.Plotly.relayout(plot, { shapes: [{ ...line, line: { color: ink().quiet, width: 1, dash: "dot" } }] });
-      }
+      if (!this.table || !plot?.bound || !plot.layout) return;
+      const size = this.table.totals.bytes[this.place] / plot.layout.meta, { quiet } = ink(), shown = plot.layout.shapes?.[0];
+      plot.removeListener("plotly_afterplot", this.mark);
+      plot.on("plotly_afterplot", this.mark);
+      if (shown?.x0 === size && shown.line.color === quiet) return;
+      const line = { color: quiet, width: 1, dash: "dot" };
+      window.Plotly.relayout(plot, { shapes: [{ type: "line", xref: "x", yref: "paper", x0: size, x1: size, y0: 0, y1: 1, line }] });
+    }
+
+    /* Light a layer, or put it out again; gives its index, or null. */
+    light(place) {
+      this.chosen = this.chosen === place ? -1 : place;
+      this.ask();
+      return this.chosen < 0 ? null : this.table.layers[this.chosen];
     }
   }
 
@@ -557,9 +582,8 @@
     });
     element.addEventListener("click", event => {
       const name = part(event);
-      if (name === "pin" && stage.table) stage.pin = { method: stage.method, place: stage.place, percent: stage.table.asked[stage.place] };
-      else if (name === "unpin") stage.pin = null;
-      else return;
+      if (!stage.table || (name !== "pin" && name !== "unpin")) return;
+      stage.pin = name === "pin" ? { method: stage.method, place: stage.place, percent: stage.table.asked[stage.place] } : null;
       stage.ask();
     });
     const receive = () => props.value && stage.receive(JSON.parse(props.value));
@@ -572,9 +596,10 @@
     const where = event => {
       const canvas = event.target.closest('[data-part="experts"]'), table = stage.table;
       if (!canvas || !table) return null;
-      const frame = plate(table, canvas), column = frame.x.findIndex((edge, index) => index && event.offsetX < edge) - 1;
-      const row = frame.y.findIndex((edge, index) => index && event.offsetY < edge) - 1;
-      return event.offsetX < frame.left || event.offsetY < frame.top || row < 0 || column < 0 || column >= table.experts[row] ? null : { row, column, canvas };
+      const frame = plate(table, canvas), before = (edges, offset) => edges.findIndex((edge, index) => index && offset < edge) - 1;
+      const row = before(frame.y, event.offsetY), column = before(frame.x, event.offsetX);
+      const outside = event.offsetX < frame.left || event.offsetY < frame.top || row < 0 || column < 0;
+      return outside || column >= table.experts[row] ? null : { row, column, canvas };
     };
     element.addEventListener("pointermove", event => {
       const spot = where(event);
@@ -588,14 +613,9 @@
     });
     element.addEventListener("pointerleave", () => (tip.hidden = true));
     element.addEventListener("click", event => {
-      const spot = where(event), table = stage.table;
-      if (spot) {
-        stage.chosen = stage.chosen === spot.row ? -1 : spot.row;
-        stage.ask();
-        return trigger("select", { layer: stage.chosen < 0 ? null : table.layers[spot.row] });
-      }
-      const asked = event.target.closest("button[data-save]")?.dataset.save;
-      if (asked && table) save(asked, table, stage);
+      const row = where(event)?.row ?? event.target.closest(".stage-layer")?.closest("tr").sectionRowIndex;
+      if (row !== undefined) return trigger("select", { layer: stage.light(row) });
+      save(event, stage);
     });
   }
 
@@ -609,35 +629,41 @@
       move(event);
     });
     element.addEventListener("pointermove", event => dragging && move(event));
-    element.addEventListener("pointerup", () => {
+    const end = () => {
       if (dragging) stage.released?.();
       dragging = false;
-    });
-    element.addEventListener("click", event => {
-      const asked = event.target.closest("button[data-save]")?.dataset.save;
-      if (asked && stage.table) save(asked, stage.table, stage);
-    });
+    };
+    element.addEventListener("pointerup", end);
+    element.addEventListener("pointercancel", end);
+    element.addEventListener("click", event => save(event, stage));
   }
 
-  /* Tables as CSV: the same data as the drawings. */
-  function save(asked, table, stage) {
-    const place = stage.place, name = `${stage.method}-${table.asked[place]}`, rows = [];
-    if (asked === "layers") {
-      table.layers.forEach((layer, index) => rows.push([layer, ...stage.words(table, place, index).slice(0, 2).map(text => text.replace("\n", " ")), keptOf(table, place, index), table.loss[at(table, place, index)], stage.words(table, place, index)[4]]));
-      return window.explorer.save(`layers-${name}`, ["layer", "gate and up", "down", "kept", "predicted loss, nats a token", "reason"], rows);
-    }
-    if (asked === "experts") {
-      table.layers.forEach((layer, index) => {
-        for (let expert = 0; expert < table.experts[index]; expert++) {
-          const cell = index * table.widest + expert;
-          rows.push([layer, expert, stage.cells()[cell] / WHOLE, table.load[cell]]);
-        }
-      });
-      return window.explorer.save(`experts-${name}`, ["layer", "expert", "kept", "share of tokens"], rows);
-    }
-    table.asked.forEach((percent, row) => rows.push([percent, ...table.layers.map((_, index) => keptOf(table, row, index))]));
-    return window.explorer.save(`retained-${stage.method}`, ["ratio, %", ...table.layers.map(layer => `layer ${layer}`)], rows);
+  /* What a drawing's button downloads: the same data as a table. */
+  function save(event, stage) {
+    const asked = event.target.closest("button[data-save]")?.dataset.save, table = stage.table;
+    if (!asked || !table) return;
+    const place = stage.place, name = `${stage.method}-${table.asked[place]}`;
+    const tables = {
+      experts: () => [`experts-${name}`, ["layer", "expert", "kept", "share of tokens"], expertRows(table, stage.cells())],
+      layers: () => [`layers-${name}`, ["layer", "gate and up", "down", "kept", "predicted loss, nats a token", "reason"], layerRows(stage, table, place)],
+      retained: () => [`retained-${stage.method}`, ["ratio, %", ...table.layers.map(layer => `layer ${layer}`)], retainedRows(table)],
+    };
+    window.explorer.save(...tables[asked]());
   }
+
+  function expertRows(table, kept) {
+    const rows = [];
+    eachCell(table, (row, expert, cell) => rows.push([table.layers[row], expert, kept[cell] / WHOLE, table.load[cell]]));
+    return rows;
+  }
+
+  const layerRows = (stage, table, place) =>
+    table.layers.map((layer, index) => {
+      const [input, output, , , reason] = stage.words(table, place, index).map(text => text.replace("\n", " "));
+      return [layer, input, output, keptOf(table, place, index), table.loss[at(table, place, index)], reason];
+    });
+
+  const retainedRows = table => table.asked.map((percent, row) => [percent, ...table.layers.map((_, index) => keptOf(table, row, index))]);
 
   const KINDS = { control, map, retained };
 
