@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: nothing leaves the machine
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: its threads would spin on cores that others need
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: idle threads leave the cores to the worker
 
 import gradio as gr

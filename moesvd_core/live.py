@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moesvd_core.api import load_model
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import MemoryStream
+from moesvd_core.calibration.statistics import SUMMARY
 from moesvd_core.checkpoint.apply import compressed
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import method
@@ -51,7 +52,7 @@ class LiveModel:
             ResourceError: it does not fit beside what is in memory.
             RunError: it is not the model any more that the run was made for, or was not analysed yet.
         """
-        if not (run.path / "statistics" / "statistics.json").exists():
+        if not is_calibrated(run):
             raise RunError(f"run {run.identity.id} has no statistics yet: analyze its model first")
         self.run = run
         source = find_source(run)
@@ -143,6 +144,11 @@ class LiveModels:
                 self._live = None
                 self._live = LiveModel(run)
             return self._live
+
+
+def is_calibrated(run: RunFolder) -> bool:
+    """Whether the run holds all statistics of its model."""
+    return (run.path / "statistics" / SUMMARY).exists()
 
 
 def fits(files_bytes: int) -> bool:

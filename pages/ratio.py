@@ -7,7 +7,7 @@ import gradio as gr
 
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import InputError
-from moesvd_core.live import fits
+from moesvd_core.live import fits, is_calibrated
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import reach
@@ -58,7 +58,7 @@ def build(context: Context) -> None:
         method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_QUIET)
         control.release(page.changes(_released), page.state, page.state, **_QUIET)
         expert_map.select(page.changes(_layer_chosen), page.state, page.state, **_QUIET)
-        page.state.change(page.changes(_measure_at_once(context)), page.state, [measured, curve], **_HEAVY)
+        measured.change(page.changes(_measure_at_once(context)), page.state, [measured, curve], **_HEAVY)  # whenever it says “Measuring”
         plan.click(page.changes(_plan(context)), page.state, page.wake, **_QUIET)
         measure.click(page.changes(_measure(context)), page.state, page.wake, **_QUIET)
 
@@ -103,7 +103,7 @@ def _measured(context: Context) -> Callable[[ViewState], Any]:
         if at_once:
             words = f"Measuring {recipe.method} at {100 * recipe.ratio:.0f} % …"
         else:
-            words = "Not measured yet: press “Measure this plan” below; a job of the run does it, one layer in memory at a time."
+            words = "Not measured yet. A job of the run can do it: press “Measure this plan” below, once no other is at work."
         by_job = not (at_once or figures.is_measured(run, recipe, TEXT) or context.client.status(run).busy)
         return figures.measured_html(run, recipe, TEXT, words), gr.Button(interactive=by_job)
 
@@ -162,9 +162,9 @@ def recipe_of(run: RunFolder, state: ViewState) -> Recipe | None:
 
 
 def answers_at_once(context: Context, run: RunFolder) -> bool:
-    """Whether a plan of the run's model can be measured while a person waits: it fits, is small, and no job is at work."""
+    """Whether a plan of the run's model can be measured while a person waits: it is calibrated, fits, is small, and no job is at work."""
     facts = context.facts(run)
-    if facts is None or context.client.queue():
+    if facts is None or not is_calibrated(run) or context.client.queue():
         return False
     tokens = (TEXT.windows or 0) * min(2048, facts["context_length"] or 2048)
     return fits(facts["bytes"]) and machine.seconds(2 * facts["active_parameters"] * tokens) < AT_ONCE_SECONDS

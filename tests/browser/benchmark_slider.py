@@ -10,6 +10,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,10 @@ from browser.conftest import ARGUMENTS  # noqa: E402 - the paths come first
 from browser.serving import serving  # noqa: E402
 from planned_run import planned_run  # noqa: E402
 from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
+
+from moesvd_core.live import is_calibrated  # noqa: E402
+from moesvd_core.runs.client import Client  # noqa: E402
+from moesvd_core.runs.folder import RunFolder  # noqa: E402
 
 PAINTED_MS, MEASURED_SECONDS = 50.0, 3.0
 SIZES = (("8 layers x 8 experts", "planned-00000008", 8, 8, 256, 256), ("60 layers x 128 experts", "planned-00000060", 60, 128, 2048, 768))
@@ -120,12 +125,18 @@ def main(folder: Path) -> int:
 
 
 def demo_run(runs: Path) -> str:
-    """The shipped run, which the app copied among the runs when it started; without what would be read instead of measured."""
+    """The shipped run, which the app copied when it started, once its statistics are there; without what would be read and not measured."""
     found = next(iter(sorted(runs.glob("demo-moe-*"))), None)
-    for file in [] if found is None else (found / "evaluations").iterdir():
-        if re.match(r"(plan\.)?auto@", file.name):
+    if found is None:
+        return ""
+    deadline = time.monotonic() + 600
+    while not is_calibrated(RunFolder.open(found)) or Client(runs).queue():
+        assert time.monotonic() < deadline, "the demo's statistics were not made in ten minutes"
+        time.sleep(1)
+    for file in (found / "evaluations").iterdir():
+        if re.match(r"(plan\.)?auto@\d\.\d{4}--", file.name):
             file.unlink()
-    return "" if found is None else found.name
+    return found.name
 
 
 def arguments(given: Sequence[str]) -> int:

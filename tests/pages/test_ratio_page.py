@@ -112,7 +112,7 @@ def test_a_ratio_beyond_the_methods_reach_is_its_largest(run: RunFolder) -> None
 @pytest.mark.usefixtures("slow")
 def test_slow_models_are_measured_by_a_job(context: Context, run: RunFolder) -> None:
     panel, button = ratio._measured(context)(STATE)
-    assert "a job of the run does it" in panel
+    assert "A job of the run can do it" in panel
     assert button.interactive
     assert all(part["__type__"] == "update" for part in ratio._measure_at_once(context)(STATE))
     ratio._measure(context)(STATE)
@@ -125,7 +125,9 @@ def test_slow_models_are_measured_by_a_job(context: Context, run: RunFolder) -> 
         ratio._measure(context)(ViewState())
 
 
-def test_nothing_is_measured_at_once_beside_a_job(context: Context, run: RunFolder) -> None:
+def test_nothing_is_measured_at_once_beside_a_job_or_without_statistics(context: Context, run: RunFolder) -> None:
+    assert not ratio.answers_at_once(context, run)
+    (run.station("statistics") / "statistics.json").write_text("{}")
     assert ratio.answers_at_once(context, run)
     context.client.submit(run, "evaluate")
     assert not ratio.answers_at_once(context, run)
