@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.find import decoder_layers, expert_layers
-from moesvd_core.architectures.host_memory import return_freed_memory
+from moesvd_core.architectures.host_memory import bound_kernel_caches, return_freed_memory
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.loading import WeightLoader
 from moesvd_core.architectures.skeleton import skeleton
@@ -155,6 +155,7 @@ class LayerStream(_Decoder):
             CheckpointError: a file is missing, damaged, unsafe or inconsistent; every tensor's name, shape and dtype is checked here.
             UnsupportedModelError: the model cannot be built without code of its own.
         """
+        bound_kernel_caches()
         self.files = path if isinstance(path, ModelFiles) else ModelFiles.open(path, allow_remote_code=allow_remote_code)
         model, quantizer = skeleton(self.files, dtype, allow_remote_code=allow_remote_code)
         super().__init__(model, torch.device(device))

@@ -1,12 +1,14 @@
-"""Freed memory leaves the process, also from the middle of the heap."""
+"""Freed memory leaves the process, also from the middle of the heap, and kernels of shapes that never come back are not kept."""
 
+import os
+import subprocess
 import sys
 
 import psutil
 import pytest
 import torch
 
-from moesvd_core.architectures.host_memory import return_freed_memory
+from moesvd_core.architectures.host_memory import bound_kernel_caches, return_freed_memory
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other allocators return memory by themselves")
@@ -22,3 +24,31 @@ def test_holes_in_the_heap_are_handed_back() -> None:
 def test_it_may_be_called_at_any_time() -> None:
     return_freed_memory()
     return_freed_memory()
+
+
+GROWTH = """
+import psutil, torch
+from moesvd_core.architectures.host_memory import bound_kernel_caches
+torch.set_num_threads(1)
+bound_kernel_caches()
+weight = torch.zeros(256, 256, dtype=torch.bfloat16)
+sizes = []
+for rows in range(1, 1501):
+    torch.nn.functional.linear(torch.zeros(rows, 256, dtype=torch.bfloat16), weight)
+    if rows in (100, 1500):
+        sizes.append(psutil.Process().memory_info().rss)
+print(sizes[1] - sizes[0])
+"""
+
+
+def test_products_of_ever_new_shapes_leave_no_kernels_behind() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_CAPACITY")}
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, env=clean)
+    assert int(done.stdout) < 25_000_000
+
+
+def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    bound_kernel_caches()
+    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("7", "64")
