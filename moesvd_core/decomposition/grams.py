@@ -23,10 +23,6 @@ class Gram(ABC):
     def times(self, x_RS: torch.Tensor) -> torch.Tensor:
         """x G, [R, S], in the precision of x."""
 
-    def quadratic(self, x_RS: torch.Tensor) -> torch.Tensor:
-        """x G xᵀ, [R, R], exactly symmetric."""
-        return symmetric(self.times(x_RS) @ x_RS.T)
-
 
 class RootedGram(Gram):
     """A Gram matrix with a root R at hand, R Rᵀ = G."""

@@ -6,7 +6,7 @@ tr L ΔW G ΔWᵀ with the inner products that are given (see `metrics`).
 
 import torch
 
-from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky
+from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, symmetric
 
 
 def tail_losses(gain_R: torch.Tensor, rest: float = 0.0) -> torch.Tensor:
@@ -50,7 +50,8 @@ def fit_gains(basis_RS: torch.Tensor, inner: Gram, outer_SS: torch.Tensor) -> to
     With V made orthonormal in G from the top (Cholesky: nested, so one factor serves every rank), the fit is W G Vᵀ V and the gain of a
     row v is v G Wᵀ L W G vᵀ.
     """
-    lower_RR = cholesky(inner.quadratic(basis_RS))
-    seen_RS = torch.linalg.solve_triangular(lower_RR, inner.times(basis_RS), upper=False)
+    seen_RS = inner.times(basis_RS)
+    lower_RR = cholesky(symmetric(seen_RS @ basis_RS.T))
+    seen_RS = torch.linalg.solve_triangular(lower_RR, seen_RS, upper=False)
     gain_R: torch.Tensor = ((seen_RS @ outer_SS) * seen_RS).sum(1)
     return gain_R

@@ -31,7 +31,7 @@ def test_ridge_makes_an_empty_gram_the_identity() -> None:
 def test_diagonal_and_full_agree() -> None:
     weight_S, x_RS = random(5).abs() + 0.1, random(3, 5, seed=1)
     diagonal, full = DiagonalGram(weight_S), FullGram(weight_S.diag())
-    for name in ("times", "root_times", "inverse_root_times", "quadratic"):
+    for name in ("times", "root_times", "inverse_root_times"):
         torch.testing.assert_close(getattr(diagonal, name)(x_RS), getattr(full, name)(x_RS))
 
 
@@ -43,7 +43,7 @@ def test_implied_gram_shows_the_outputs_that_were_collected() -> None:
     weight_NM, half = random(3, 8), random(8, 8, seed=1)
     outer_NN = weight_NM @ half @ half.T @ weight_NM.T
     implied = ImpliedGram(weight_NM, outer_NN, 0.5)
-    torch.testing.assert_close(implied.quadratic(weight_NM), outer_NN, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(implied.times(weight_NM) @ weight_NM.T, outer_NN, rtol=1e-6, atol=1e-6)
 
 
 def test_implied_gram_is_isotropic_where_the_matrix_sees_nothing() -> None:

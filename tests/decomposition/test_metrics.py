@@ -129,7 +129,7 @@ def test_shrinkage_of_outputs_is_that_of_the_neurons_seen_through_the_matrix() -
     metric = made(tiny_layer(starved=1))
     for expert in range(4):
         weight_DM = metric.weight("output", expert)
-        through_DD = metric.right("output", "output", expert).quadratic(weight_DM)
+        through_DD = metric.right("output", "output", expert).times(weight_DM) @ weight_DM.T
         torch.testing.assert_close(metric.written_by("output", "output", expert), through_DD)
 
 
