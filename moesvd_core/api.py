@@ -99,6 +99,7 @@ def compress(model: PreTrainedModel, statistics: Statistics, plan: Plan, *, repo
     if list(statistics.expert_layers) != stream.expert_layers:
         raise InputError("statistics must be of the model that is compressed, got those of one with other layers: calibrate this one")
     pipeline = _pipeline(statistics, stream)
+    pipeline.compensate(plan, report)
 
     def layers() -> Iterator[tuple[ExpertLayer, LayerFactors]]:
         for done, (index, layer) in enumerate(pipeline.layers.items(), start=1):

@@ -106,6 +106,7 @@ def _add_runs(kinds: "_Kinds") -> None:
     _add_model(kind)
     _add_recipe(kind)
     _add_output(kind)
+    _add_compensation(kind)
     _add_calibration(kind)
     kind.add_argument("--evaluate-on", default="sotu", metavar="NAME_OR_FILE", help="text to measure on (default: held-out sotu)")
     kind.add_argument("--windows", type=int, default=64, help="windows of it; 0 does not measure (default: 64)")
@@ -126,6 +127,7 @@ def _add_runs(kinds: "_Kinds") -> None:
     kind.add_argument("run", metavar="RUN", help="id or folder of a run")
     _add_recipe(kind)
     _add_output(kind)
+    _add_compensation(kind)
     kind.add_argument("--dtype", choices=DTYPES, help="number format to write (default: the original's)")
 
     kind = _command(kinds, "push", commands.push, "publish an export on the Hugging Face hub as one commit", as_json=False)
@@ -158,6 +160,13 @@ def _add_output(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--output", required=True, metavar="DIR", help="new or empty folder for the compressed model")
     kind.add_argument("--format", choices=("factored", "dense"), default="factored", help="factors, or multiplied out (default: factored)")
     kind.add_argument("--overwrite", action="store_true", help="replace an earlier export in that folder")
+
+
+def _add_compensation(kind: argparse.ArgumentParser) -> None:
+    kind.add_argument(
+        "--compensate", action=argparse.BooleanOptionalAction,
+        help="fit each layer's output factors to what the layers before it have changed (default: with auto; a recipe file says it itself)",
+    )
 
 
 def _add_calibration(kind: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,9 @@ def _recipe(given: Namespace) -> dict[str, Any]:
         raise InputError("ratio is missing: give --ratio, the share of the model's parameters to remove, or --recipe")
     chosen = {name: getattr(given, name) for name in ("method", "ratio") if getattr(given, name) is not None}
     recipe = Recipe.from_dict(base.as_dict() | chosen)
-    method_of(recipe)
+    usual = method_of(recipe).compensate if given.recipe is None else recipe.compensate
+    if "compensate" in given:  # a command that makes a model, not a plan alone
+        recipe = replace(recipe, compensate=usual if given.compensate is None else given.compensate)
     return recipe.as_dict()
 
 

@@ -4,6 +4,9 @@ A layer is decomposed once for each metric and structure, whichever methods and 
 decomposed is kept in a folder (a run) or in memory (a session), layer by layer, so that work which was interrupted goes on where it was.
 """
 
+import hashlib
+import json
+import shutil
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,15 +23,19 @@ from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.families import family_of
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import DecoderStream, LayerCall, LayerStream
+from moesvd_core.calibration.states import DiskStates, MemoryStates
 from moesvd_core.calibration.statistics import Statistics
+from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
 from moesvd_core.checkpoint.apply import replace_experts
+from moesvd_core.compensation import Compensation, batches_of
 from moesvd_core.curve_files import load_curves, save_curves
+from moesvd_core.decomposition.compensation import FITTED_STRUCTURES, can_compensate, fitted_tensors, with_fitted
 from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.decompose import load as load_decomposition
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import Method, method
-from moesvd_core.errors import InputError
-from moesvd_core.planning import ModelShape, Plan, Recipe, SideCurve, SidePlan, Structure, layer_plans, max_ratio, plans
+from moesvd_core.errors import InputError, RunError, StatisticsError
+from moesvd_core.planning import LayerPlan, ModelShape, Plan, Recipe, SideCurve, SidePlan, Structure, layer_plans, max_ratio, plans
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.sensitivity import LayerSensitivity, scores, sensitivities
 
@@ -93,6 +100,7 @@ class Pipeline:
         folder: where decompositions (`factors/`) and curves (`curves/`) are kept; None: in `cache`.
         dtype: floating type of what is written; None: that of the source.
         cache: decompositions of this session.
+        compensated: fitted factors of this session, by plan (`compensation_key`) and layer, where there is no folder.
         resident: keep decompositions in `cache` although there is a folder: for whoever changes the ratio often, and has the memory.
     """
 
@@ -101,6 +109,7 @@ class Pipeline:
     folder: Path | None = None
     dtype: torch.dtype | None = None
     cache: Cache = field(default_factory=dict)
+    compensated: dict[tuple[str, int], LayerFactors] = field(default_factory=dict)
     resident: bool = False
 
     @cached_property
@@ -180,7 +189,7 @@ class Pipeline:
         """
         chosen, filled = self._filled(recipe)
         made = plans(self.curves(chosen, report), self.shape, filled, ratios, scores(self.sensitivities, chosen.allocation))
-        return [replace(plan, metric=chosen.metric) for plan in made]
+        return [replace(plan, metric=chosen.metric, compensate=recipe.compensate) for plan in made]
 
     def plan(self, recipe: Recipe, report: Report = silent) -> Plan:
         """The plan of a recipe at its ratio.
@@ -213,7 +222,72 @@ class Pipeline:
 
         Raises:
             InputError: the plan is of another model.
+            RunError: the plan is to be compensated, and was not yet.
         """
+        factors = self._planned_factors(plan, index)
+        if factors is None or not plan.compensate or not can_compensate(factors):
+            return factors
+        fitted = self._fitted_factors(plan, index, factors)
+        if fitted is None:
+            raise RunError(f"layer {index} of the plan is not compensated yet: call `compensate` first, or plan without compensation")
+        return fitted
+
+    def compensate(self, plan: Plan, report: Report = silent) -> None:
+        """Fit a plan's factors to the compressed stream, where the plan asks for it and that was not done before.
+
+        Goes on where it was interrupted when there is a folder.
+
+        Raises:
+            StatisticsError: the token ids of the calibration were not kept.
+        """
+        if not plan.compensate or all(self._is_fitted(plan, layer) for layer in plan.layers):
+            return
+        window_NL = self.statistics.window_NL
+        if window_NL is None:
+            raise StatisticsError("compensation reads the calibration text again, and these statistics do not hold it: calibrate again")
+        work = None if self.folder is None else self.folder / "work" / f"compensate-{compensation_key(plan)}"
+        Compensation(
+            stream=self.stream,
+            batches=batches_of(window_NL),
+            statistics=self.statistics.layers.__getitem__,
+            factors=lambda index: self._planned_factors(plan, index),
+            kind=plan.metric or method(plan.method).metric,
+            states=MemoryStates() if work is None else DiskStates(work),
+            finished=lambda index: self._fitted_factors(plan, index, self._planned_factors(plan, index)),
+            keep=lambda index, factors: self._keep_fitted(plan, index, factors),
+        ).run(report)
+        if work is not None:
+            shutil.rmtree(work)
+
+    def _is_fitted(self, plan: Plan, layer: LayerPlan) -> bool:
+        """Whether nothing is left to fit in a layer."""
+        if layer.output.structure not in FITTED_STRUCTURES:
+            return True
+        file = self._fitted_file(plan, layer.layer)
+        return (compensation_key(plan), layer.layer) in self.compensated if file is None else file.exists()
+
+    def _fitted_factors(self, plan: Plan, index: int, planned: LayerFactors | None) -> LayerFactors | None:
+        """What `_keep_fitted` kept, in the place of the planned factors; None where there is nothing."""
+        file = self._fitted_file(plan, index)
+        if file is None:
+            return self.compensated.get((compensation_key(plan), index))
+        return with_fitted(planned, load_tensors(file)[0]) if planned is not None and file.exists() else None
+
+    def _keep_fitted(self, plan: Plan, index: int, factors: LayerFactors) -> None:
+        file = self._fitted_file(plan, index)
+        if file is None:
+            self.compensated[compensation_key(plan), index] = factors
+        elif not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(file, fitted_tensors(factors), {})
+
+    def _fitted_file(self, plan: Plan, index: int) -> Path | None:
+        if self.folder is None:
+            return None
+        return self.folder / "factors" / f"compensated-{compensation_key(plan)}" / f"layer-{index:03d}.safetensors"
+
+    def _planned_factors(self, plan: Plan, index: int) -> LayerFactors | None:
+        """Slices of the layer's decompositions."""
         layer_plan = next((layer for layer in plan.layers if layer.layer == index), None)
         if layer_plan is None or not layer_plan.selected:
             return None
@@ -291,6 +365,12 @@ def single_structures(method: Method) -> list[Method]:
 def decomposition_key(single: Method) -> str:
     """Name under which a method of one structure keeps its decompositions: what decides them and nothing else."""
     return "-".join([single.metric, single.structures[0], *(["refit"] if single.refit else [])])
+
+
+def compensation_key(plan: Plan) -> str:
+    """Name under which a plan's fitted factors are kept: what decides them and nothing else."""
+    decided = [plan.method, plan.metric, [(layer.layer, vars(layer.input), vars(layer.output)) for layer in plan.layers]]
+    return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]
 
 
 def _single(method: Method, structure: Structure) -> Method:

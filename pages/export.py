@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import gradio as gr
 
 from moesvd_core.checkpoint.export import FORMATS
 from moesvd_core.checkpoint.hub import check_request, push
+from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import CheckpointError, InputError
+from moesvd_core.planning import Recipe
 from moesvd_core.runs.command_line import compress_command, export_command
 from moesvd_core.runs.exports import ExportFolder, export_name, list_exports, open_export
 from moesvd_core.runs.folder import RunFolder
@@ -41,6 +44,11 @@ def build(context: Context) -> None:
                 with gr.Row():
                     form = gr.Radio(_FORMS, value="factored", label="Format", elem_id="export-format", scale=2, min_width=300)
                     dtype = gr.Dropdown(list(NUMBERS), value=OWN, label="Numbers", elem_id="export-dtype", min_width=200)
+                fit = gr.Checkbox(
+                    METHODS[ViewState.method].compensate, label="Compensate: fit each layer to what the layers before it have changed",
+                    info="Better answers at the same size, for two more passes over some of the calibration text.",
+                    elem_id="export-compensate",
+                )
                 summary = gr.HTML("", elem_id="export-summary", min_height=220)
             with gr.Column(scale=5, min_width=300):
                 write = gr.Button("Write and verify", variant="primary", elem_id="export-write")
@@ -65,9 +73,10 @@ def build(context: Context) -> None:
                     pushed = gr.HTML("", elem_id="push-state", min_height=44)
         watch = gr.Timer(PUSH_SECONDS, active=False)
 
-        page.view(_preview(context), [summary, twin, write], fields=("run", "method", "ratio"), controls=[form, dtype])
+        page.view(lambda state: METHODS[state.method].compensate, [fit], fields=("method",))
+        page.view(_preview(context), [summary, twin, write], fields=("run", "method", "ratio"), controls=[form, dtype, fit])
         page.view(_listed(context), [chosen], fields=("run",))
-        write.click(page.changes(_write(context)), [page.state, form, dtype], page.wake, **_PRIVATE)
+        write.click(page.changes(_write(context)), [page.state, form, dtype, fit], page.wake, **_PRIVATE)
         details = [files, about, card, pushed, watch]
         chosen.change(page.changes(_shown(context, pushes)), [page.state, chosen], details, **_PRIVATE)
         sent = [page.state, chosen, repository, token, private]
@@ -75,7 +84,7 @@ def build(context: Context) -> None:
         watch.tick(page.changes(_pushed(context, pushes)), [page.state, chosen], [pushed, watch], **_PRIVATE)
 
 
-def place(run: RunFolder, state: ViewState, form: str, dtype: str) -> tuple[str, str | None]:
+def place(run: RunFolder, recipe: Recipe, form: str, dtype: str) -> tuple[str, str | None]:
     """Name of the export's folder, and the number format (None: the original's).
 
     Raises:
@@ -84,17 +93,18 @@ def place(run: RunFolder, state: ViewState, form: str, dtype: str) -> tuple[str,
     if form not in FORMATS or dtype not in NUMBERS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, numbers one of {', '.join(NUMBERS)}")
     number = None if dtype == OWN else dtype
-    return export_name(run.identity.model, recipe_of(state), form, number), number
+    return export_name(run.identity.model, recipe, form, number), number
 
 
 def _preview(context: Context) -> Callable[..., Any]:
-    def preview(state: ViewState, form: str, dtype: str) -> tuple[Any, ...]:
+    def preview(state: ViewState, form: str, dtype: str, fit: bool) -> tuple[Any, ...]:
         """What the button would write, and the commands that do the same."""
         run = context.open(state)
         facts = None if run is None else context.facts(run)
         if run is None or facts is None:
             return empty("No analysed model", "Analyse a model on the Model page first."), "", gr.Button(interactive=False)
-        recipe, (name, number) = recipe_of(state), place(run, state, form, dtype)
+        recipe = replace(recipe_of(state), compensate=fit)
+        name, number = place(run, recipe, form, dtype)
         most = reach(run, state.method)
         if most is not None and state.ratio > most:
             reason = f"{state.method} reaches {share(most)} on this model, {share(state.ratio)} is asked for: choose less."
@@ -108,10 +118,11 @@ def _preview(context: Context) -> Callable[..., Any]:
 
 
 def _write(context: Context) -> Callable[..., Any]:
-    def write(state: ViewState, form: str, dtype: str) -> Any:
+    def write(state: ViewState, form: str, dtype: str, fit: bool) -> Any:
         """Ask the worker for the export."""
         run = context.require_run(state)
-        recipe, (name, number) = recipe_of(state), place(run, state, form, dtype)
+        recipe = replace(recipe_of(state), compensate=fit)
+        name, number = place(run, recipe, form, dtype)
         output = str((run.station("exports") / name).absolute())
         jobs_now = context.client.status(run).jobs
         if any(job.arguments.get("output") == output and job.state in ("queued", "running") for job in jobs_now):

@@ -78,6 +78,7 @@ def calibrate(
         windows=window_NL.shape[0],
         length=window_NL.shape[1],
         gradient="backward" if calibration.gradient else "probe",
+        window_NL=window_NL,
         stream=stream,
     )
     path = None if folder is None else Path(folder)

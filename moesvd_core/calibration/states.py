@@ -50,7 +50,7 @@ class MemoryStates:
         return self._batches[name][batch]
 
     def count(self, name: str) -> int:
-        return len(self._batches[name])
+        return len(self._batches.get(name, []))
 
     def drop(self, name: str) -> None:
         self._batches.pop(name, None)

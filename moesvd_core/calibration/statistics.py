@@ -22,6 +22,8 @@ from moesvd_core.errors import StatisticsError
 
 SUMMARY = "statistics.json"
 """File that makes a folder of statistics complete; written last."""
+WINDOWS = "windows.safetensors"
+"""File of the token ids that were read."""
 _SYMMETRIC = (
     "input_gram_EDD",
     "output_gram_EDD",
@@ -111,6 +113,7 @@ class Statistics:
         text: fingerprint of the token ids that were read.
         windows, length: windows of text, and tokens in each.
         gradient: how the gradient Grams were made: "backward" pass, or "probe" (an identity scaled by one measured KL a layer).
+        window_NL: the token ids that were read, int64; None when they were not kept (statistics of an older version).
         stream: the model itself where it is at hand; not saved.
         decompositions: what `pipeline` has made from them in this session; not saved.
     """
@@ -123,6 +126,7 @@ class Statistics:
     windows: int
     length: int
     gradient: Literal["backward", "probe"]
+    window_NL: torch.Tensor | None = field(default=None, repr=False, compare=False)
     stream: DecoderStream | None = field(default=None, repr=False, compare=False)
     decompositions: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -143,6 +147,8 @@ class Statistics:
             target = LayerFolder(path)
             for index, layer in self.layers.items():
                 target[index] = layer
+        if self.window_NL is not None:
+            save_tensors(path / WINDOWS, {"windows": self.window_NL}, {})
         write_json(path / SUMMARY, self.summary())
 
     def summary(self) -> dict[str, Any]:
@@ -176,6 +182,7 @@ class Statistics:
                 windows=data["windows"],
                 length=data["length"],
                 gradient=data["gradient"],
+                window_NL=load_tensors(path / WINDOWS)[0]["windows"] if (path / WINDOWS).exists() else None,
                 stream=stream,
             )
         except FileNotFoundError as error:

@@ -30,6 +30,7 @@ class Method:
     refit: bool
     reference: str
     description: str
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         _check("metric", self.metric, get_args(Metric))
@@ -72,6 +73,7 @@ _ALL = (
     Method(
         "auto", "output", ("per-expert", "latent"), "greedy", True, "this project",
         "For each layer and matrix whichever of dense, per-expert and latent factors costs the loss least: the recommended choice.",
+        compensate=True,
     ),
     Method(
         "fisher", "output", ("per-expert",), "greedy", False, "this project",

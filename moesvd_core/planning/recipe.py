@@ -29,6 +29,8 @@ class Recipe:
         block: ranks are multiples of it (grouped kernels need multiples of 8), unless a matrix is smaller.
         budget: what one more rank costs in greedy allocation: stored parameters, or multiply-adds a token. The ratio counts stored
             parameters with either.
+        compensate: fit each layer's output factors to what the layers before it have changed, after the ranks are chosen (`compensation`);
+            costs two passes over some of the calibration text for each ratio, and no parameter.
 
     Raises:
         InputError: a value out of its bounds or of a wrong type.
@@ -41,6 +43,7 @@ class Recipe:
     allocation: Allocation | None = None
     block: int = 8
     budget: Budget = "parameters"
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or not self.method:
@@ -49,6 +52,8 @@ class Recipe:
             raise InputError(f"ratio must be a number in [0, 1), the share of the model's parameters to remove, got {self.ratio!r}")
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
             raise InputError(f"block must be a whole number of ranks, at least 1 (8 suits grouped kernels), got {self.block!r}")
+        if not isinstance(self.compensate, bool):
+            raise InputError(f"compensate must be true or false, got {self.compensate!r}")
         _check_choice("metric", self.metric, get_args(Metric))
         _check_choice("structure", self.structure, get_args(Structure))
         _check_choice("allocation", self.allocation, get_args(Allocation))

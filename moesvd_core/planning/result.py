@@ -133,6 +133,7 @@ class Plan:
         predicted_loss: nats a token, second-order; it ranks plans well, its size has to be calibrated on measured ones.
         layers: in the model's order.
         metric: what the factors are to minimise; None: what the method says.
+        compensate: output factors are fitted to the compressed stream; ranks and sizes do not depend on it.
     """
 
     method: str
@@ -150,6 +151,7 @@ class Plan:
     predicted_loss: float
     layers: tuple[LayerPlan, ...]
     metric: Metric | None = None
+    compensate: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the fields above, layers as a list."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moesvd_core.calibration.settings import Calibration
+from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import Identity
 
@@ -54,7 +55,9 @@ def compress_command(
 def _recipe(recipe: Recipe, file: str) -> list[str]:
     usual = Recipe()
     named = [] if all(getattr(recipe, name) == getattr(usual, name) for name in _CHOICES) else ["--recipe", file]
-    return [*named, "--method", recipe.method, "--ratio", f"{recipe.ratio:g}"]
+    usually = METHODS[recipe.method].compensate
+    fitted = [] if recipe.compensate == usually else ["--no-compensate" if usually else "--compensate"]
+    return [*named, "--method", recipe.method, "--ratio", f"{recipe.ratio:g}", *fitted]
 
 
 def _calibration(settings: Mapping[str, Any]) -> list[str] | None:

@@ -44,6 +44,7 @@ def write_export(bench: Workbench, plan: Plan, output: Path, form: Format, card:
 
 def _write(bench: Workbench, plan: Plan, output: Path, form: Format, card: CardFacts, overwrite: bool) -> None:
     pipeline = bench.pipeline
+    pipeline.compensate(plan, bench.report)
 
     def factors(layer: ExpertLayer) -> LayerFactors | None:
         with bench.stream.layer(layer.index):
@@ -83,7 +84,7 @@ def card_facts(bench: Workbench, plan: Plan, known: Mapping[str, Any], command: 
     active = ("active parameters a token", f"{plan.original_active_parameters:,}", f"{plan.active_parameters:,}")
     return CardFacts(
         source=Path(bench.run.identity.model).name,
-        method=plan.method,
+        method=f"{plan.method}, compensated" if plan.compensate else plan.method,
         calibration=f"{calibration.dataset}, {statistics.windows} windows of {statistics.length} tokens, seed {calibration.seed}",
         command=command,
         figures=(active, *figures),

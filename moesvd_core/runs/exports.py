@@ -74,9 +74,10 @@ class ExportFolder:
 
 
 def export_name(model: str, recipe: Recipe, form: str, dtype: str | None = None) -> str:
-    """Name of the folder that an export goes to: model, method, percent removed, format, and number format where it was chosen."""
+    """Name of the folder that an export goes to: model, method, percent removed, format, compensation and number format where chosen."""
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-.")[:80] or "model"
-    return "-".join([readable, recipe.method, f"{100 * recipe.ratio:.4g}", form, *([dtype] if dtype else [])])
+    further = [*(["compensated"] if recipe.compensate else []), *([dtype] if dtype else [])]
+    return "-".join([readable, recipe.method, f"{100 * recipe.ratio:.4g}", form, *further])
 
 
 def list_exports(run: RunFolder) -> list[ExportFolder | CheckpointError]:

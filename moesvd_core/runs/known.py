@@ -1,7 +1,7 @@
 """What a run already knows of plans and of how good they are, read from its files; nothing is planned or measured here."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ def reach(run: RunFolder, method: str) -> float | None:
 def known_plan(run: RunFolder, recipe: Recipe) -> Plan | None:
     """The plan of a recipe if it was made: alone, or (for a method as it is) among the plans of all whole percents.
 
+    Compensation changes no rank: plans with and without it are the same.
+
     Raises:
         RunError: its file is damaged.
         InputError: its content is no plan.
@@ -58,6 +60,7 @@ def known_plan(run: RunFolder, recipe: Recipe) -> Plan | None:
     if made is not None:
         return _plan(made)
     file = _table_file(run, recipe.method)
+    recipe = replace(recipe, compensate=False)
     if recipe != Recipe(method=recipe.method, ratio=recipe.ratio) or not file.exists():
         return None
     return _planned(run.path, file.name, file.stat().st_mtime_ns, recipe.ratio)

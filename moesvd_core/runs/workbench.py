@@ -132,6 +132,7 @@ class Workbench:
 
     def compressed(self, name: str, plan: Plan, text: Text) -> Evaluation:
         """Figures of what a plan makes of the model, beside the original on the same tokens; kept under a name that stands for the plan."""
+        self.pipeline.compensate(plan, self.report)
         return self._evaluated(f"{name}--{text.key}", self.pipeline.compressed(plan), text, reference=True)
 
     def original_hidden(self, text: Text) -> FinalHidden:
@@ -184,12 +185,12 @@ class Workbench:
 
 
 def plan_key(recipe: Recipe) -> str:
-    """Name of a recipe's files: method and ratio, and digits for further choices where there are some."""
-    shown = ("method", "ratio") if recipe.ratio == round(recipe.ratio, 4) else ("method",)
+    """Name of a recipe's files: method and ratio, whether it compensates, and digits for further choices where there are some."""
+    shown = ("method", "compensate", *(["ratio"] if recipe.ratio == round(recipe.ratio, 4) else []))
     choices = {name: value for name, value in recipe.as_dict().items() if name not in shown}
     plain = {name: value for name, value in Recipe().as_dict().items() if name not in shown}
     further = "" if choices == plain else f"-{_digest(json.dumps(choices, sort_keys=True))[:6]}"
-    return f"{recipe.method}{further}@{recipe.ratio:.4f}"
+    return f"{recipe.method}{'-compensated' if recipe.compensate else ''}{further}@{recipe.ratio:.4f}"
 
 
 def _digest(text: str) -> str:

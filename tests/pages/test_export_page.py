@@ -60,7 +60,7 @@ def state(**changes: Any) -> ViewState:
 
 
 def preview(context: Context, view: ViewState, form: str = "factored", dtype: str = export.OWN) -> tuple[str, str, gr.Button]:
-    return export._preview(context)(view, form, dtype)
+    return export._preview(context)(view, form, dtype, False)
 
 
 def test_the_preview_is_the_plan_s_size_before_anything_is_written(context: Context) -> None:
@@ -100,17 +100,17 @@ def test_forged_choices_are_refused(context: Context, form: str, dtype: str) -> 
     with pytest.raises(InputError, match="format must be one of"):
         preview(context, state(), form, dtype)
     with pytest.raises(InputError, match="format must be one of"):
-        export._write(context)(state(), form, dtype)
+        export._write(context)(state(), form, dtype, False)
 
 
 def test_an_export_is_written_into_its_run_verified_and_shown(context: Context) -> None:
     view, run = state(), context.client.open(RUN)
-    export._write(context)(view, "factored", "bfloat16")
+    export._write(context)(view, "factored", "bfloat16", True)
     with pytest.raises(InputError, match="is being written already"):
-        export._write(context)(view, "factored", "bfloat16")
+        export._write(context)(view, "factored", "bfloat16", True)
     (job,) = work(run)
     assert job.state == "finished", job.error
-    name = "model-mixtral-auto-20-factored-bfloat16"
+    name = "model-mixtral-auto-20-factored-compensated-bfloat16"
     assert Path(job.result["output"]) == (run.path / "exports" / name).absolute()
     listed = export._listed(context)(view)
     assert (listed.value, listed.visible) == (name, True)

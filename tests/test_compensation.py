@@ -1,0 +1,117 @@
+"""Compensation on whole models: it mends what earlier layers changed, resumes where it was, and changes nothing that it must not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY, save_tiny, tiny_tokenizer
+
+from moesvd_core.architectures.streaming import DecoderStream, LayerStream
+from moesvd_core.calibration import Calibration, Statistics, calibrate
+from moesvd_core.compensation import batches_of
+from moesvd_core.errors import RunError, StatisticsError
+from moesvd_core.evaluation.hidden import final_hidden
+from moesvd_core.pipeline import Pipeline
+from moesvd_core.planning import Plan, Recipe
+from moesvd_core.progress import Progress
+
+RECIPE = Recipe(method="auto", ratio=0.3, compensate=True)
+
+
+class StoppedError(Exception):
+    """The process ended here."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def calibrated(folder: Path, name: str = "mixtral", samples: int = 40, keep: Path | None = None) -> Pipeline:
+    stream = LayerStream(save_tiny(name, folder / name))
+    statistics = calibrate(stream, tiny_tokenizer(), Calibration(samples=samples, length=24, batch=8))
+    return Pipeline(stream, statistics, keep)
+
+
+def fitted(pipeline: Pipeline, plan: Plan) -> Iterator[tuple[int, torch.Tensor]]:
+    """Output matrices of every compressed layer."""
+    for index in pipeline.layers:
+        with pipeline.stream.layer(index):
+            factors = pipeline.factors(plan, index)
+            if factors is not None:
+                yield index, factors.output.reconstruct()
+
+
+def distance(pipeline: Pipeline, plan: Plan, stream: DecoderStream) -> float:
+    """How far the last hidden states of the calibration text are from the original's."""
+    windows = torch.cat(batches_of(pipeline.statistics.window_NL))
+    off = final_hidden(pipeline.compressed(plan), windows).hidden_NLd - final_hidden(stream, windows).hidden_NLd
+    return float(off.float().square().mean())
+
+
+def test_what_leaves_the_last_layer_is_closer_to_the_original(tmp_path: Path) -> None:
+    pipeline = calibrated(tmp_path)
+    sliced, plan = pipeline.plan(Recipe(method="auto", ratio=0.3)), pipeline.plan(RECIPE)
+    assert [layer.as_dict() for layer in sliced.layers] == [layer.as_dict() for layer in plan.layers]
+    pipeline.compensate(plan)
+    assert distance(pipeline, plan, pipeline.stream) < 0.95 * distance(pipeline, sliced, pipeline.stream)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_family_can_be_compensated(name: str, tmp_path: Path) -> None:
+    pipeline = calibrated(tmp_path, name, samples=8)
+    reach = pipeline.max_ratio(RECIPE)
+    plan = pipeline.plan(Recipe(method="fisher", ratio=0.5 * reach, compensate=True))
+    original = {key: tensor.clone() for key, tensor in pipeline.stream.model.state_dict().items() if not tensor.is_meta}
+    pipeline.compensate(plan)
+    made = dict(fitted(pipeline, plan))
+    assert made
+    assert all(matrices.isfinite().all() for matrices in made.values())
+    assert all(torch.equal(tensor, original[key]) for key, tensor in pipeline.stream.model.state_dict().items() if key in original)
+
+
+def test_an_interrupted_compensation_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    whole = calibrated(tmp_path / "a", keep=tmp_path / "whole")
+    plan = whole.plan(RECIPE)
+    whole.compensate(plan)
+    expected = dict(fitted(whole, plan))
+
+    pipeline = Pipeline(whole.stream, whole.statistics, tmp_path / "stopped")
+    layers: list[str] = []
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "compensate":
+            layers.append(progress.message)
+            raise StoppedError
+
+    for _ in range(2):
+        with pytest.raises(StoppedError):
+            pipeline.compensate(plan, stop)
+    pipeline.compensate(plan, lambda progress: layers.append(progress.message))
+    assert layers == [f"layer {index}" for index in range(len(layers))]  # none twice
+    found = dict(fitted(pipeline, plan))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[index], expected[index]) for index in found)
+    assert not list((tmp_path / "stopped" / "work").iterdir())
+    again: list[Progress] = []
+    pipeline.compensate(plan, again.append)
+    assert not again
+
+
+def test_a_plan_that_was_not_compensated_yet_says_so(tmp_path: Path) -> None:
+    pipeline = calibrated(tmp_path, samples=4)
+    plan = pipeline.plan(RECIPE)
+    with pytest.raises(RunError, match=r"layer \d+ of the plan is not compensated yet: call `compensate` first"):
+        list(fitted(pipeline, plan))
+
+
+def test_statistics_keep_the_text_that_compensation_reads(tmp_path: Path) -> None:
+    pipeline = calibrated(tmp_path, samples=4)
+    pipeline.statistics.save(tmp_path / "kept")
+    loaded = Statistics.load(tmp_path / "kept")
+    assert torch.equal(loaded.window_NL, pipeline.statistics.window_NL)
+    (tmp_path / "kept" / "windows.safetensors").unlink()
+    old = Pipeline(pipeline.stream, Statistics.load(tmp_path / "kept"))
+    with pytest.raises(StatisticsError, match="calibrate again"):
+        old.compensate(old.plan(RECIPE))
