@@ -22,11 +22,11 @@ from moesvd_core.architectures.families import Family, family_of
 from moesvd_core.architectures.files import CONFIG, ModelFiles, file_inside
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.architectures.streaming import LayerStream
-from moesvd_core.checkpoint.apply import factored_modules, is_factored, replace_by_tensors
+from moesvd_core.checkpoint.apply import factored_modules, is_factored, replaced
 from moesvd_core.checkpoint.card import CardFacts, Counts, model_card
 from moesvd_core.checkpoint.factored import Spec, is_dense, layer_spec, layer_tensors
 from moesvd_core.checkpoint.manifest import MANIFEST, write_manifest
-from moesvd_core.checkpoint.native import native_copy
+from moesvd_core.checkpoint.native import PRUNED_IS_FACTORED, native_copy
 from moesvd_core.checkpoint.plugin import MoesvdConfig
 from moesvd_core.checkpoint.shim import FILE, auto_map, needs_code, shim_source
 from moesvd_core.checkpoint.staging import FACTS, staged
@@ -170,12 +170,8 @@ class _Streamed:
         tensors = dict(layer_tensors(layer, factors, stored))
         for name, tensor in tensors.items():
             self._writer.add(f"{layer.name}.{name}", tensor)
-        native = model.get_submodule(layer.name)
-        replace_by_tensors(model, self.specs[-1], tensors.items())
-        try:
+        with replaced(model, self.specs[-1], tensors.items()):
             yield layer.index
-        finally:
-            model.set_submodule(layer.name, native)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """Only what is stored in the experts' dtype is cast: some families keep single tensors in float32 on purpose."""
@@ -233,8 +229,16 @@ def _check(format_name: str, config: dict[str, Any] | None) -> None:
 
 
 def _multiplied_out(factors: LayerFactors, dtype: torch.dtype) -> ExpertWeights:
-    biases = [None if bias is None else bias.to(dtype) for bias in (factors.input_bias_EN, factors.output_bias_ED)]
-    return ExpertWeights(factors.input.reconstruct().to(dtype), factors.output.reconstruct().to(dtype), *biases)
+    """What a dense export stores of a layer.
+
+    Raises:
+        InputError: experts were pruned.
+    """
+    if factors.kept is not None:
+        raise InputError(PRUNED_IS_FACTORED)
+    dense = factors.multiplied_out()
+    biases = [None if bias is None else bias.to(dtype) for bias in (dense.input_bias_EN, dense.output_bias_ED)]
+    return ExpertWeights(dense.input_END.to(dtype), dense.output_EDM.to(dtype), *biases)
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:

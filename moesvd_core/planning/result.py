@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moesvd_core.errors import InputError
-from moesvd_core.planning.curves import SIDES
+from moesvd_core.planning.curves import SIDES, Structure
 from moesvd_core.planning.recipe import Metric
 
 
@@ -51,7 +51,7 @@ class SidePlan:
         predicted_loss: nats a token, from the curve.
     """
 
-    structure: Literal["dense", "per-expert", "shared-v", "latent"]
+    structure: Structure | Literal["dense"]
     ranks: tuple[int, ...]
     parameters: int
     predicted_loss: float
