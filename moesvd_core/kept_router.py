@@ -94,13 +94,15 @@ def _forward(router: Any, *args: Any, **kwargs: Any) -> Any:
         shell = _shell(router)
         bias_E: torch.Tensor = getattr(router, _CORRECTION)
         shell._buffers[_CORRECTION] = torch.full_like(bias_E, -torch.inf).index_copy(0, kept_K, bias_E[kept_K])
-        return shell(*args, **kwargs)
+        return type(router).forward(shell, *args, **kwargs)
 
     def cut(value: Any) -> Any:
         is_bias = isinstance(value, torch.Tensor) and value.ndim == 1 and len(value) == experts
         return value[kept_K.to(value.device)] if is_bias else value
 
-    answer = _cut(router, experts, kept_K)(*(cut(arg) for arg in args), **{name: cut(arg) for name, arg in kwargs.items()})
+    # Not called as a module: hooks belong to the router, which gives them the scores of all experts.
+    shell = _cut(router, experts, kept_K)
+    answer = type(router).forward(shell, *(cut(arg) for arg in args), **{name: cut(arg) for name, arg in kwargs.items()})
     if not any(_is_index(each) for each in answer):  # scores of all experts, then their logits: llama4
         return _spread(answer[0], experts, kept_K, 0.0), _spread(answer[1], experts, kept_K, -torch.inf)
     logits_TK, *rest = answer

@@ -1,19 +1,20 @@
 """Factored experts against the same model with the multiplied-out matrices, in every family and structure."""
 
 import copy
+from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from tiny_factors import INPUT_FORMS, OUTPUT_FORMS, layer_factors, model_factors, side_factors
+from tiny_factors import INPUT_FORMS, OUTPUT_FORMS, layer_factors, model_factors, narrow_factors, side_factors
 from tiny_models import TINY, tiny_batch, tiny_model
 from transformers import PreTrainedModel
 
 from moesvd_core import experts, grouped
 from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
-from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.checkpoint.apply import compressed, factored_modules, replace_experts
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.experts import make_side, segments
@@ -26,8 +27,7 @@ def multiplied_out(model: PreTrainedModel, layers: list[tuple[ExpertLayer, Layer
     """The native model whose experts are what the factors stand for."""
     dense = copy.deepcopy(model)
     for layer, factors in layers:
-        weights = ExpertWeights(factors.input.reconstruct(), factors.output.reconstruct(), factors.input_bias_EN, factors.output_bias_ED)
-        write_experts(dense.get_submodule(layer.name), layer, weights)
+        write_experts(dense.get_submodule(layer.name), layer, factors.multiplied_out())
     return dense
 
 
@@ -41,6 +41,17 @@ def test_answers_as_the_multiplied_out_experts_in_every_family(name: str) -> Non
         original = model(**tiny_batch()).logits
     assert torch.allclose(answer, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(answer, original, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_rivals_store_answers_as_the_multiplied_out_experts_in_every_family(name: str) -> None:
+    model = TINY[name]()
+    for make in (partial(layer_factors, input_form="base-delta", output_form="merged"), narrow_factors):
+        layers = [(layer, make(layer, read_experts(model.get_submodule(layer.name), layer))) for layer in expert_layers(model)]
+        with torch.no_grad():
+            expected = multiplied_out(model, layers)(**tiny_batch()).logits
+            answer = compressed(model, layers)(**tiny_batch()).logits
+        assert torch.allclose(answer, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("input_form", "output_form"), [*product(INPUT_FORMS, ["dense"]), *product(["latent"], OUTPUT_FORMS)])
