@@ -106,7 +106,8 @@ def test_the_router_itself_stays_as_it_was_and_may_be_let_go() -> None:
     assert logits_TE.shape == (50, EXPERTS) and logits_TE[:, 1].isinf().all()
     assert set(index_Tk.flatten().tolist()) == set(KEPT)
     release(block)
-    assert all(torch.equal(*pair) for pair in zip(block.gate(x_TD), model.get_submodule(layer.name.rpartition(".")[0]).gate(x_TD), strict=True))
+    again = model.get_submodule(layer.name.rpartition(".")[0])
+    assert all(torch.equal(*pair) for pair in zip(block.gate(x_TD), again.gate(x_TD), strict=True))
 
 
 def test_a_copy_moves_and_trains_with_its_own_router() -> None:
