@@ -1,20 +1,23 @@
 """Pruned experts are gone: the model answers as the one whose router and experts were cut, in every family."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_factors import kept_factors
-from tiny_models import EXPERTS, TINY, tiny_batch, tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel
+from tiny_models import EXPERTS, TINY, save_tiny, tiny_batch, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.families import family_of
+from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.find import expert_layers
-from moesvd_core.checkpoint.apply import compressed, replaced
-from moesvd_core.checkpoint.export import export
+from moesvd_core.checkpoint.apply import compressed, factored_modules, replaced
+from moesvd_core.checkpoint.export import export, export_streamed
 from moesvd_core.checkpoint.factored import layer_spec, layer_tensors
+from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.errors import InputError, UnsupportedModelError
 from moesvd_core.kept_router import ROUTERS, release, restrict, router_of
 
@@ -26,8 +29,13 @@ _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 
 
 def pruned(model: PreTrainedModel, kept: tuple[int, ...] = KEPT) -> PreTrainedModel:
+    factors = kept_everywhere(model, kept)
+    return compressed(model, [(layer, factors[layer.index]) for layer in expert_layers(model)])
+
+
+def kept_everywhere(model: PreTrainedModel, kept: tuple[int, ...] = KEPT) -> dict[int, LayerFactors]:
     layers = expert_layers(model)
-    return compressed(model, [(layer, kept_factors(layer, read_experts(model.get_submodule(layer.name), layer), kept)) for layer in layers])
+    return {layer.index: kept_factors(layer, read_experts(model.get_submodule(layer.name), layer), kept) for layer in layers}
 
 
 def cut(name: str, model: PreTrainedModel) -> PreTrainedModel:
@@ -137,6 +145,49 @@ def test_while_replaced_only() -> None:
     assert not torch.allclose(before, within, atol=1e-3)
 
 
-def test_a_dense_export_of_pruned_experts_is_refused(tmp_path: Any) -> None:
-    with pytest.raises(InputError, match="format must be factored where experts were pruned"):
-        export(pruned(TINY["mixtral"]()), tiny_tokenizer(), tmp_path / "out", format="dense")
+@pytest.mark.parametrize("name", [name for name in TINY if name not in GROUPED])
+def test_a_dense_export_is_the_native_model_with_fewer_experts(name: str, tmp_path: Path) -> None:
+    model = TINY[name]()
+    small = pruned(model)
+    with torch.no_grad():
+        expected = small(**tiny_batch()).logits
+    factors = kept_everywhere(model)
+    streamed = export_streamed(
+        ModelFiles.open(save_tiny(name, tmp_path / "source")), lambda layer: factors[layer.index], tmp_path / "streamed", format="dense"
+    )
+    from_memory = export(small, tiny_tokenizer(), tmp_path / "memory", format="dense")
+    for made in (streamed, from_memory):
+        loaded, info = AutoModelForCausalLM.from_pretrained(made.path, output_loading_info=True)
+        assert not any(info.values())
+        assert not factored_modules(loaded)
+        assert {layer.experts for layer in expert_layers(loaded)} == {len(KEPT)}
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**tiny_batch()).logits, expected, atol=1e-5, rtol=1e-5)
+        removed = sum(layer.parameters for layer in expert_layers(model)) // EXPERTS
+        assert made.counts.original_parameters == sum(each.numel() for each in model.parameters()) + _loose(model)
+        assert made.counts.original_parameters - made.counts.parameters >= removed
+
+
+def _loose(model: PreTrainedModel) -> int:
+    """Entries of what a checkpoint stores beside parameters."""
+    names = {name for name, _ in model.named_parameters()}
+    return sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in names)
+
+
+@pytest.mark.parametrize("way", ["streamed", "memory"])
+def test_layers_that_keep_different_numbers_cannot_be_dense(way: str, tmp_path: Path) -> None:
+    model = TINY["mixtral"]()
+    factors = kept_everywhere(model) | {1: kept_everywhere(model, (1, 2))[1]}
+    with pytest.raises(InputError, match="where layers keep different numbers of experts, got dense with 2 to 3 kept"):
+        if way == "memory":
+            small = compressed(model, [(layer, factors[layer.index]) for layer in expert_layers(model)])
+            export(small, tiny_tokenizer(), tmp_path / "out", format="dense")
+        else:
+            files = ModelFiles.open(save_tiny("mixtral", tmp_path / "source"))
+            export_streamed(files, lambda layer: factors[layer.index], tmp_path / "out", format="dense")
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_of_experts_cannot_be_dense(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="router looks for groups of experts, got dense"):
+        export(pruned(TINY["deepseek_v3"]()), tiny_tokenizer(), tmp_path / "out", format="dense")

@@ -21,7 +21,6 @@ from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.checkpoint.apply import compressed
 from moesvd_core.checkpoint.export import export_streamed
 from moesvd_core.decomposition.factors import LayerFactors
-from moesvd_core.errors import InputError
 
 torch.set_num_threads(1)
 MAKERS = {
@@ -84,11 +83,3 @@ def test_a_dense_export_holds_what_the_factors_stand_for(name: str, tmp_path: Pa
     written = export_streamed(ModelFiles.open(source), partial(factors_of, found), tmp_path / "dense", format="dense")
     assert written.verification.logit_difference is not None and written.verification.logit_difference <= 1e-6
     assert written.counts.parameters == written.counts.original_parameters
-
-
-def test_a_dense_export_of_pruned_experts_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    found = made(TINY["mixtral"](), "pruned")
-    source = save_tiny("mixtral", tmp_path / "source")
-    with pytest.raises(InputError, match="format must be factored where experts were pruned"):
-        export_streamed(ModelFiles.open(source), partial(factors_of, found), tmp_path / "dense", format="dense")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
