@@ -4,7 +4,8 @@ Experts are clustered hierarchically by average linkage, as HC-SMoE does. Calibr
 elsewhere, so the distance is one of weights: that between matched neurons, each the row of gate and of up, measured in the layer's input
 Gram (what the row answers to the tokens that there are), and the column of down. For the distance of a pair every neuron takes its best
 match; before two clusters are averaged their neurons are put in one order by assignment, since a mean of neurons that do different things
-does neither. A number of groups is a cut of the tree, so every number is one decomposition.
+does neither. A number of groups is a cut of the tree, so every number is one decomposition. All pairs are compared: the work grows with
+the square of the number of experts, and for alignment with the cube of their width.
 
 The predicted loss takes each expert's two matrices as replaced by its group's, its neurons in the group's order, and the two errors as
 independent, as everywhere.
@@ -163,9 +164,9 @@ def _loss(metric: LayerMetric, side: Side, members: Mapping[int, torch.Tensor]) 
     for expert, order_M in members.items():
         own_order_M = order_M.argsort()
         own_NM = mean_NM[:, own_order_M] if side == "output" else mean_NM[rows_in_order(metric.layer, own_order_M)]
-        delta_NM = (metric.weight(side, expert) - own_NM).double()
-        weighed_NM = metric.right(side, "output", expert).times(delta_NM)
-        total += float((metric.left(side, "output", expert).times(delta_NM.T).T * weighed_NM).sum())
+        delta_NM = metric.weight(side, expert) - own_NM
+        weighed_NM = metric.right(side, "output", expert).times(delta_NM if side == "input" else delta_NM.double())
+        total += float((metric.left(side, "output", expert).times(delta_NM.T).T * weighed_NM).sum(dtype=torch.float64))
     return total
 
 
