@@ -87,7 +87,8 @@ def export_streamed(
         shard_size: bytes of tensors a file, at most.
 
     Raises:
-        InputError: an unknown format, a source that is factored already, or a destination that may not be replaced.
+        InputError: an unknown format, a source that is factored already, a destination that may not be replaced, or a dense format for
+            layers that keep different numbers of experts.
         CheckpointError: the source is damaged, or the export did not pass verification; nothing is left of it.
         ResourceError: the disk is full; nothing is left of the export.
     """
@@ -124,6 +125,7 @@ class _Streamed:
         self.specs: list[Spec] = []
         self.factored = 0
         self.kept: dict[int, Sequence[int]] = {}
+        self._seen: list[ExpertLayer] = []
         self._stream, self._factors, self._writer, self._format, self._dtype = stream, factors, writer, format_name, dtype
         self._files = stream.files
         self._family: Family = family_of(stream.config)
@@ -146,6 +148,8 @@ class _Streamed:
                 with self._stream.layer(index):
                     layer = self._layers.get(index)
                     found = self._factors(layer) if layer else None
+                    if layer is not None and self._format == "dense":
+                        self._note_kept(layer, found)
                     if layer is None or found is None or is_dense(found):
                         yield index
                     else:
@@ -155,8 +159,6 @@ class _Streamed:
                 report(Progress("export", index + 1, total + 1, f"layer {index} of {total}"))
 
         expected = run_layers(self._stream, check_batch(self._stream.config), each_layer())
-        if self.kept:
-            fewer_experts.check(list(self._layers.values()), self.kept, self._stream.config.get_text_config().to_dict())
         for key in self._files.weight_map:
             if key not in replaced:
                 self._writer.add(key, self._cast(self._rows(key, self._files.read(key))))
@@ -183,9 +185,17 @@ class _Streamed:
         with replaced(model, self.specs[-1], tensors.items()):
             yield layer.index
 
+    def _note_kept(self, layer: ExpertLayer, factors: LayerFactors | None) -> None:
+        """Remember which experts a layer keeps, and stop at the first one that does not go with those before it."""
+        self._seen.append(layer)
+        if factors is not None and factors.kept is not None:
+            self.kept[layer.index] = factors.kept
+        if self.kept:
+            fewer_experts.check(self._seen, self.kept, self._stream.config.get_text_config().to_dict())
+
     def _kept_layer(self, layer: ExpertLayer, factors: LayerFactors, stored: torch.dtype) -> Iterator[int]:
         """Write the experts that one layer keeps under the first numbers, and let it run with them."""
-        kept = self.kept[layer.index] = factors.kept or ()
+        kept = self.kept[layer.index]
         weights = fewer_experts.of_layer(_multiplied_out(factors, stored), kept)
         numbers = {key: expert_tensor(key, self._family) for key in self._keys[layer.index]}
         keys = [key for key, found in numbers.items() if found and (found.expert or 0) < len(kept)]
@@ -222,7 +232,8 @@ def export(
         shard_size: bytes of tensors a file, at most.
 
     Raises:
-        InputError: an unknown format, a model without factored experts, or a destination that may not be replaced.
+        InputError: an unknown format, a model without factored experts, a destination that may not be replaced, or a dense format for
+            layers that keep different numbers of experts.
         CheckpointError: the export did not pass verification; nothing is left of it.
         ResourceError: the disk is full; nothing is left of the export.
     """
