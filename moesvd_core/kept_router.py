@@ -60,13 +60,14 @@ def restrict(block: nn.Module, experts: int, kept: Sequence[int], active: int) -
     if groups > 1:
         _check_groups(router, groups, experts, kept, active)
     router.kept_experts, router.counted_experts, router.by_groups = tuple(kept), experts, groups > 1
+    router.kept_tables = {}
     router.forward = MethodType(_forward, router)
 
 
 def release(block: nn.Module) -> None:
     """Let the router choose among all experts again."""
     router = router_of(block)
-    for name in ("kept_experts", "counted_experts", "by_groups", "forward"):
+    for name in ("kept_experts", "counted_experts", "by_groups", "kept_tables", "forward"):
         router.__dict__.pop(name, None)
 
 
@@ -88,8 +89,10 @@ def _check_groups(router: nn.Module, groups: int, experts: int, kept: Sequence[i
 
 def _forward(router: Any, *args: Any, **kwargs: Any) -> Any:
     """The router's own forward with what is left of it; its answer in the numbers of all experts."""
-    experts, example = router.counted_experts, next(router.parameters())
-    kept_K = torch.tensor(router.kept_experts, device=example.device)
+    experts, device = router.counted_experts, next(router.parameters()).device
+    if device not in router.kept_tables:  # made once: a GPU would be waited for at every call
+        router.kept_tables[device] = torch.tensor(router.kept_experts, device=device)
+    kept_K: torch.Tensor = router.kept_tables[device]
     if router.by_groups:
         shell = _shell(router)
         bias_E: torch.Tensor = getattr(router, _CORRECTION)
