@@ -101,16 +101,19 @@ def base_curve(metric: LayerMetric, side: Side, loss_R: torch.Tensor, gain_R: to
 
 
 def neuron_curve(metric: LayerMetric, side: Side, loss_R: torch.Tensor, gain_R: torch.Tensor) -> SideCurve:
-    """One slot for the layer, a rank for every neuron that each expert keeps: its rows of the input matrix, its column of the output's."""
+    """One slot for the layer, a rank for every neuron that each expert keeps: its rows of the input matrix, its column of the output's.
+
+    The biases of a neuron's rows go with it, so they are counted here as parameters of the input side.
+    """
     rows, columns = metric.shape(side)
-    each = rows * columns // metric.layer.width
-    active = sum(metric.frequencies)
+    experts, width, active = metric.layer.experts, metric.layer.width, sum(metric.frequencies)
+    stored = rows * (columns + (metric.layer.biased and side == "input"))
     return _curve(
         metric, side, "kept-neurons", loss_R[None], gain_R[None],
-        cost=[metric.layer.experts * each],
-        dense=[metric.layer.experts * rows * columns],
+        cost=[experts * stored // width],
+        dense=[experts * stored],
         load=[1.0],
-        flops=[active * each],
+        flops=[active * rows * columns / width],
         dense_flops=[active * rows * columns],
     )
 

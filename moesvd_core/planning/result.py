@@ -66,7 +66,7 @@ class LayerPlan:
         selected: something of it is decomposed.
         reason: one sentence for a person.
         input, output: its two sides.
-        original_parameters: of both sides, without biases, which stay as they are.
+        original_parameters: of both sides, without biases, which stay as they are (but where neurons go, and theirs with them).
     """
 
     layer: int

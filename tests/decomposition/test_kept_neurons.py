@@ -95,6 +95,19 @@ def test_a_narrow_expert_computes_with_the_neurons_that_it_keeps(rows: str) -> N
                                    sides["output"].factors([4]).weight_ENM[expert] @ h_M[kept_R])
 
 
+def test_a_neuron_takes_its_biases_along_and_they_are_counted() -> None:
+    tiny = tiny_layer(3)
+    tiny.layer = replace(tiny.layer, biased=True)
+    generator = torch.Generator().manual_seed(1)
+    biases = [torch.randn(3, size, generator=generator, dtype=torch.float64) for size in (14, 10)]
+    tiny.weights = ExpertWeights(tiny.weights.input_END, tiny.weights.output_EDM, *biases)
+    bases = {side: KeptNeuronsBasis.made(metric_of(tiny), side, "input") for side in SIDES}
+    factors = LayerFactors(3, bases["input"].factors([4]), bases["output"].factors([4]), *bases["input"].biases((4,)))
+    counted = sum(4 * int(basis.curve.rank_cost_S[0]) for basis in bases.values())
+    assert factors.parameters == counted + biases[1].numel()
+    assert sum(basis.curve.dense_parameters for basis in bases.values()) == tiny.layer.parameters - biases[1].numel()
+
+
 def test_dense_is_the_original_tensor() -> None:
     metric = metric_of(tiny_layer())
     for side in SIDES:
