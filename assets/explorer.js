@@ -82,10 +82,11 @@
     return (width - 110) / columns < longest * LETTER ? { ...trace, texttemplate: "" } : trace;
   }
 
-  const DASHES = { dot: "2 3", dash: "7 4", longdash: "11 4" };
+  const DASHES = { dot: "2 3", dash: "7 4", longdash: "11 4", dashdot: "7 3 2 3" };
   const GLYPHS = {
     circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", cross: "✚", x: "✖", star: "★", pentagon: "⬟",
     "circle-open": "○", "square-open": "□", "diamond-open": "◇", "triangle-up-open": "△",
+    hexagon: "⬢", "triangle-down": "▼", hourglass: "⧗", "hourglass-open": "⧖", bowtie: "⧓",
   };
 
   /* A legend that wraps: plotly's own takes one line for each name on a small screen, and with them half of the drawing. */

@@ -25,7 +25,8 @@ from moesvd_core.calibration.moments import pre_activations
 from moesvd_core.calibration.settings import WIDE
 from moesvd_core.calibration.states import States
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.checkpoint.apply import replace_experts
+from moesvd_core.checkpoint.apply import replaced
+from moesvd_core.checkpoint.factored import layer_spec, layer_tensors
 from moesvd_core.decomposition.compensation import OutputFit, can_compensate
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.metrics import LayerMetric
@@ -179,11 +180,9 @@ def _swapped(model: nn.Module, layer: ExpertLayer | None, factors: LayerFactors 
     if layer is None or factors is None or native is None:
         yield native
         return
-    module = replace_experts(model, layer, factors)
-    try:
+    dtype = next(native.parameters()).dtype
+    with replaced(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype)) as module:
         yield module
-    finally:
-        model.set_submodule(layer.name, native)
 
 
 def _pairs(layer: ExpertLayer, before: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:

@@ -12,6 +12,7 @@ A side (input: gate and up stacked; output: down) is one expert's matrix `W_e [N
 - per-expert: `U_e V_e`, a rank for every expert; rank -1 is the matrix itself, rank 0 nothing at all
 - shared-right: `(Σ U_s) V_g`, one V for a group of experts (the paper's form), or for all (latent input: V once a token)
 - shared-left: `P B_e` on the output side (latent output: P once a token)
+- those of `rival_sides.py`
 """
 
 import copy
@@ -263,6 +264,10 @@ class SharedLeftSide(Side):
         return self.left @ self.right
 
 
+STRUCTURES: dict[str, Callable[..., Side]] = {}
+"""Further structures by name, put here by the files that define them: (spec, experts, rows, columns, reads_tokens) -> empty side."""
+
+
 def make_side(spec: dict[str, Any], experts: int, rows: int, columns: int, reads_tokens: bool, **kind: Any) -> Side:
     """The empty side that its description asks for.
 
@@ -278,6 +283,8 @@ def make_side(spec: dict[str, Any], experts: int, rows: int, columns: int, reads
         return SharedRightSide(spec["groups"], rows, columns, reads_tokens, **kind)
     if structure == "shared-left" and not reads_tokens:
         return SharedLeftSide(spec["rank"], experts, rows, columns, **kind)
+    if structure in STRUCTURES:
+        return STRUCTURES[structure](spec, experts, rows, columns, reads_tokens, **kind)
     raise ValueError(f"structure {structure!r} is not known for this side: a newer version of moesvd must have made the checkpoint")
 
 
@@ -285,7 +292,8 @@ class FactoredExperts(nn.Module):
     """All routed experts of one layer, each side in the structure that `spec` describes.
 
     `spec` is plain data, kept in the checkpoint's configuration: `layer` (index, name, experts, hidden, width, active, rows, transposed,
-    biased, routing of the native module), and for `input` and `output` the structure with its ranks.
+    biased, routing of the native module), for `input` and `output` the structure with its ranks, and `kept`, the experts among which the
+    router chooses, where some were pruned.
     """
 
     def __init__(self, spec: dict[str, Any], gate: Gate, device: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -298,7 +306,8 @@ class FactoredExperts(nn.Module):
         self.spec, self.gate, self.num_experts = spec, gate, experts
         self.input = make_side(spec["input"], experts, rows, hidden, True, **kind)
         self.output = make_side(spec["output"], experts, hidden, width, False, **kind)
-        self.input_bias = nn.Parameter(torch.empty(experts, rows, **kind)) if layer["biased"] else None
+        own_rows = spec["input"].get("size", rows)  # of the rows that the input side stores
+        self.input_bias = nn.Parameter(torch.empty(experts, own_rows, **kind)) if layer["biased"] else None
         self.output_bias = nn.Parameter(torch.empty(experts, hidden, **kind)) if layer["biased"] else None
         # A tripwire without content: where the plug-in is missing, transformers would warn and go on with random experts, but it stops at
         # a shape that does not fit. This shape survives the conversion to one tensor an expert and back.

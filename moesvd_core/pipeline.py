@@ -26,7 +26,8 @@ from moesvd_core.architectures.streaming import DecoderStream, LayerCall, LayerS
 from moesvd_core.calibration.states import DiskStates, MemoryStates
 from moesvd_core.calibration.statistics import Statistics
 from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
-from moesvd_core.checkpoint.apply import replace_experts
+from moesvd_core.checkpoint.apply import replaced
+from moesvd_core.checkpoint.factored import layer_spec, layer_tensors
 from moesvd_core.compensation import Compensation, batches_of
 from moesvd_core.curve_files import load_curves, save_curves
 from moesvd_core.decomposition.compensation import FITTED_STRUCTURES, can_compensate, fitted_tensors, with_fitted
@@ -295,19 +296,14 @@ class Pipeline:
             raise InputError(f"the plan decomposes layer {index}, but this model has experts in layers {sorted(self.layers)}: plan again")
         base = method(plan.method).customised(metric=plan.metric)
         dense = SidePlan("dense", (), 0, 0.0)
-        halves = {
-            side: self._decomposition(index, _single(base, _structure(side_plan))).materialise(
-                replace(layer_plan, **{"input": dense, "output": dense, side: side_plan})  # type: ignore[arg-type]
-            )
-            for side, side_plan in (("input", layer_plan.input), ("output", layer_plan.output))
-            if side_plan.structure != "dense"
-        }
-        whole = next(iter(halves.values()))
-        return replace(
-            whole,
-            input=halves["input"].input if "input" in halves else whole.input,
-            output=halves["output"].output if "output" in halves else whole.output,
-        )
+        sides: dict[str, SidePlan] = {"input": layer_plan.input, "output": layer_plan.output}
+        made: LayerFactors | None = None
+        for structure in sorted({side.structure for side in sides.values()} - {"dense"}):
+            its = {name: side if side.structure == structure else dense for name, side in sides.items()}
+            part = self._decomposition(index, _single(base, structure)).materialise(replace(layer_plan, **its))  # type: ignore[arg-type]
+            names = [name for name, side in sides.items() if side.structure == structure]
+            made = part if made is None else replace(made, **{name: getattr(part, name) for name in names})
+        return made
 
     def compressed(self, plan: Plan) -> "CompressedStream":
         """The model as the plan makes it, layer by layer, nothing written."""
@@ -342,14 +338,13 @@ class CompressedStream:
                 yield module
                 return
             layer = self._pipeline.layers[index]
-            native = self.model.get_submodule(layer.name)
-            replace_experts(self.model, layer, factors)
-            self._held[index] = 1
-            try:
-                yield module
-            finally:
-                del self._held[index]
-                self.model.set_submodule(layer.name, native)
+            dtype = next(self.model.get_submodule(layer.name).parameters()).dtype
+            with replaced(self.model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype)):
+                self._held[index] = 1
+                try:
+                    yield module
+                finally:
+                    del self._held[index]
 
     def run_layer(self, index: int, hidden_BTD: Tensor, call: LayerCall) -> Tensor:
         """Hidden states [B, T, D] after the layer."""
@@ -375,8 +370,3 @@ def compensation_key(plan: Plan) -> str:
 
 def _single(method: Method, structure: Structure) -> Method:
     return replace(method, structures=(structure,), refit=method.refit and structure == "shared-v")
-
-
-def _structure(side: SidePlan) -> Structure:
-    assert side.structure != "dense", "dense sides have no decomposition"  # noqa: S101 - the caller looked
-    return side.structure

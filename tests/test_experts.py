@@ -1,21 +1,23 @@
 """Factored experts against the same model with the multiplied-out matrices, in every family and structure."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from tiny_factors import INPUT_FORMS, OUTPUT_FORMS, layer_factors, model_factors, side_factors
+from tiny_factors import INPUT_FORMS, OUTPUT_FORMS, layer_factors, model_factors, narrow_factors, side_factors
 from tiny_models import TINY, tiny_batch, tiny_model
 from transformers import PreTrainedModel
 
 from moesvd_core import experts, grouped
 from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
-from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.checkpoint.apply import compressed, factored_modules, replace_experts
-from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors
 from moesvd_core.experts import make_side, segments
 from moesvd_core.grouped import Runs
 
@@ -26,8 +28,7 @@ def multiplied_out(model: PreTrainedModel, layers: list[tuple[ExpertLayer, Layer
     """The native model whose experts are what the factors stand for."""
     dense = copy.deepcopy(model)
     for layer, factors in layers:
-        weights = ExpertWeights(factors.input.reconstruct(), factors.output.reconstruct(), factors.input_bias_EN, factors.output_bias_ED)
-        write_experts(dense.get_submodule(layer.name), layer, weights)
+        write_experts(dense.get_submodule(layer.name), layer, factors.multiplied_out())
     return dense
 
 
@@ -41,6 +42,17 @@ def test_answers_as_the_multiplied_out_experts_in_every_family(name: str) -> Non
         original = model(**tiny_batch()).logits
     assert torch.allclose(answer, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(answer, original, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_rivals_store_answers_as_the_multiplied_out_experts_in_every_family(name: str) -> None:
+    model = TINY[name]()
+    for make in (partial(layer_factors, input_form="base-delta", output_form="merged"), narrow_factors):
+        layers = [(layer, make(layer, read_experts(model.get_submodule(layer.name), layer))) for layer in expert_layers(model)]
+        with torch.no_grad():
+            expected = multiplied_out(model, layers)(**tiny_batch()).logits
+            answer = compressed(model, layers)(**tiny_batch()).logits
+        assert torch.allclose(answer, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("input_form", "output_form"), [*product(INPUT_FORMS, ["dense"]), *product(["latent"], OUTPUT_FORMS)])
@@ -112,6 +124,35 @@ def test_gradients_equal_those_of_the_multiplied_out_experts() -> None:
         each(inputs_embeds=embedded).logits.square().sum().backward()
         embeddings.append(embedded.grad)
     assert torch.allclose(*embeddings, rtol=1e-4, atol=1e-5 * embeddings[0].abs().max().item())
+
+
+@pytest.mark.parametrize("make", [partial(layer_factors, input_form="base-delta", output_form="merged"),
+                                  partial(layer_factors, input_form="merged", output_form="base-delta"), narrow_factors])
+def test_so_do_those_of_what_rivals_store_and_every_tensor_gets_one(make: Callable[..., LayerFactors]) -> None:
+    model = TINY["mixtral"]()
+    layers = [(layer, make(layer, read_experts(model.get_submodule(layer.name), layer))) for layer in expert_layers(model)]
+    student = compressed(model, layers)
+    embeddings = []
+    for each in (student, multiplied_out(model, layers)):
+        embedded = each.get_input_embeddings()(tiny_batch(rows=8)["input_ids"]).detach().requires_grad_()
+        each(inputs_embeds=embedded).logits.square().sum().backward()
+        embeddings.append(embedded.grad)
+    assert torch.allclose(*embeddings, rtol=1e-4, atol=1e-5 * embeddings[0].abs().max().item())
+    for module in factored_modules(student).values():
+        assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+
+
+def test_a_base_alone_is_one_matrix_for_all() -> None:
+    model = TINY["mixtral"]()
+    layer = expert_layers(model)[0]
+    weights = read_experts(model.get_submodule(layer.name), layer)
+    stored = weights.input_END, weights.output_EDM
+    sides = [BaseDeltaFactors(each[0].clone(), each[:, :, :0].clone(), each[:, :0].clone()) for each in stored]
+    factors = LayerFactors(layer.index, *sides)
+    dense = multiplied_out(model, [(layer, factors)]).get_submodule(layer.name)
+    call = torch.randn(20, layer.hidden), torch.randint(4, (20, 2)), torch.rand(20, 2)
+    with torch.no_grad():
+        assert torch.allclose(replace_experts(model, layer, factors)(*call), dense(*call), atol=1e-5)
 
 
 def test_a_compressed_copy_shares_what_is_not_factored_and_leaves_the_model_alone() -> None:

@@ -24,8 +24,11 @@ STATIONS = {
     "moesvd_core.decomposition": ("moesvd_core.architectures.layout", "moesvd_core.calibration.statistics", "moesvd_core.planning"),
     "moesvd_core.grouped": (),
     "moesvd_core.experts": ("moesvd_core.grouped",),
+    "moesvd_core.rival_sides": ("moesvd_core.experts", "moesvd_core.grouped"),
+    "moesvd_core.kept_router": (),
     "moesvd_core.checkpoint": (
         "moesvd_core.architectures", "moesvd_core.decomposition.factors", "moesvd_core.experts", "moesvd_core.grouped",
+        "moesvd_core.rival_sides", "moesvd_core.kept_router",
     ),
     "moesvd_core.evaluation": ("moesvd_core.architectures", "moesvd_core.calibration.text", "moesvd_core.calibration.tensor_files"),
 }

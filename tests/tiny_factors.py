@@ -6,8 +6,11 @@ from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.decomposition.factors import (
+    BaseDeltaFactors,
     DenseFactors,
     LayerFactors,
+    MergedFactors,
+    NarrowFactors,
     PerExpertFactors,
     RightGroup,
     SharedLeftFactors,
@@ -16,8 +19,8 @@ from moesvd_core.decomposition.factors import (
 )
 
 RANK = 8
-INPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "latent")
-OUTPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "basis")
+INPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "latent", "base-delta", "merged")
+OUTPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "basis", "base-delta", "merged")
 
 
 def side_factors(form: str, weight_ENM: torch.Tensor, seed: int = 0) -> SideFactors:
@@ -59,6 +62,10 @@ def side_factors(form: str, weight_ENM: torch.Tensor, seed: int = 0) -> SideFact
             return SharedRightFactors((first, group(everyone[:half], 1, [[0]] * half, RANK)))
         case "latent":
             return SharedRightFactors((group(everyone, experts, [[expert] for expert in everyone], RANK),))
+        case "base-delta":
+            return BaseDeltaFactors(random(rows, columns), random(experts, rows, RANK), random(experts, RANK, columns))
+        case "merged":
+            return MergedFactors(random(experts - 1, rows, columns), (*range(experts - 1), 0))
         case "basis":
             return SharedLeftFactors(random(rows, RANK), random(experts, RANK, columns))
     raise ValueError(form)
@@ -73,6 +80,34 @@ def layer_factors(layer: ExpertLayer, weights: ExpertWeights, input_form: str = 
         weights.input_bias_EN,
         weights.output_bias_ED,
     )
+
+
+def narrow_factors(layer: ExpertLayer, weights: ExpertWeights, width: int = 16) -> LayerFactors:
+    """Random factors of so many neurons an expert, with as many of its own biases."""
+    generator = torch.Generator().manual_seed(layer.index)
+    rows = width * layer.input_rows // layer.width
+    input_ERD = torch.randn(layer.experts, rows, layer.hidden, generator=generator) * 0.3
+    output_EDR = torch.randn(layer.experts, layer.hidden, width, generator=generator) * 0.3
+    return LayerFactors(
+        layer.index,
+        NarrowFactors(input_ERD, 1, 2 if layer.rows == "concatenated" else 1, layer.input_rows),
+        NarrowFactors(output_EDR, 2, 1, layer.width),
+        None if weights.input_bias_EN is None else weights.input_bias_EN[:, :rows],
+        weights.output_bias_ED,
+    )
+
+
+def kept_factors(layer: ExpertLayer, weights: ExpertWeights, kept: tuple[int, ...]) -> LayerFactors:
+    """The experts that are kept, as they are."""
+    sides = []
+    for weight_ENM in (weights.input_END, weights.output_EDM):
+        experts, rows, columns = weight_ENM.shape
+        none = torch.empty(0, dtype=weight_ENM.dtype)
+        dense = {expert: weight_ENM[expert] for expert in kept}
+        ranks = tuple(-1 if expert in kept else 0 for expert in range(experts))
+        lefts, rights = (none.reshape(rows, 0),) * experts, (none.reshape(0, columns),) * experts
+        sides.append(PerExpertFactors(ranks, lefts, rights, dense))
+    return LayerFactors(layer.index, *sides, weights.input_bias_EN, weights.output_bias_ED, kept)
 
 
 def model_factors(model: torch.nn.Module, *, leave: int = 0) -> list[tuple[ExpertLayer, LayerFactors]]:

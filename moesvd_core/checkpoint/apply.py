@@ -1,7 +1,8 @@
 """Putting factors into a loaded model."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from moesvd_core.checkpoint.factored import Spec, is_dense, layer_spec, layer_te
 from moesvd_core.checkpoint.plugin import METHOD, attach, replace_module
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.experts import FactoredExperts
+from moesvd_core.kept_router import release
 
 
 def replace_experts(model: nn.Module, layer: ExpertLayer, factors: LayerFactors) -> FactoredExperts:
@@ -30,6 +32,19 @@ def replace_by_tensors(model: nn.Module, spec: Spec, tensors: Iterable[tuple[str
     factored = replace_module(model, spec, torch.device("meta"))
     factored.load_state_dict({name: tensor.to(example.device, example.dtype) for name, tensor in tensors}, assign=True)
     return factored
+
+
+@contextmanager
+def replaced(model: nn.Module, spec: Spec, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[FactoredExperts]:
+    """Factored experts (see `replace_by_tensors`) for as long as the context lasts; then everything is as it was."""
+    name = spec["layer"]["name"]
+    native = model.get_submodule(name)
+    try:
+        yield replace_by_tensors(model, spec, tensors)
+    finally:
+        model.set_submodule(name, native)
+        if spec.get("kept") is not None:
+            release(model.get_submodule(name.rpartition(".")[0]))
 
 
 def compressed(model: PreTrainedModel, layers: Iterable[tuple[ExpertLayer, LayerFactors]]) -> PreTrainedModel:

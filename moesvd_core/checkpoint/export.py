@@ -1,13 +1,13 @@
 """Writing a compressed model: streamed from a checkpoint that may be larger than the memory, or from a model in memory.
 
 Two formats. *Factored* holds the factors themselves: small on disk and in memory, loaded through the plug-in or the file of code that comes
-with it. *Dense* multiplies them out under the tensor names of the hub: as large as the original, and loads anywhere. Either becomes visible
-under its name only after it was reloaded from disk, run, and found equal.
+with it. *Dense* multiplies them out under the tensor names of the hub: as large as the original (unless experts were pruned), and loads
+anywhere. Either becomes visible under its name only after it was reloaded from disk, run, and found equal.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from moesvd_core.architectures.families import Family, family_of
 from moesvd_core.architectures.files import CONFIG, ModelFiles, file_inside
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.architectures.streaming import LayerStream
-from moesvd_core.checkpoint.apply import factored_modules, is_factored, replace_by_tensors
+from moesvd_core.checkpoint import fewer_experts
+from moesvd_core.checkpoint.apply import factored_modules, is_factored, replaced
 from moesvd_core.checkpoint.card import CardFacts, Counts, model_card
 from moesvd_core.checkpoint.factored import Spec, is_dense, layer_spec, layer_tensors
 from moesvd_core.checkpoint.manifest import MANIFEST, write_manifest
@@ -86,7 +87,8 @@ def export_streamed(
         shard_size: bytes of tensors a file, at most.
 
     Raises:
-        InputError: an unknown format, a source that is factored already, or a destination that may not be replaced.
+        InputError: an unknown format, a source that is factored already, a destination that may not be replaced, or a dense format for
+            layers that keep different numbers of experts.
         CheckpointError: the source is damaged, or the export did not pass verification; nothing is left of it.
         ResourceError: the disk is full; nothing is left of the export.
     """
@@ -104,7 +106,10 @@ def export_streamed(
         finally:
             writer.close()
         _copy_side_files(files.folder, folder)
-        _write_config(folder, files.config, work.specs, type(stream.model).__name__, format, dtype)
+        config = files.config
+        if work.kept:
+            config = fewer_experts.configured(config, stream.expert_layers[0].experts, len(next(iter(work.kept.values()))))
+        _write_config(folder, config, work.specs, type(stream.model).__name__, format, dtype)
         counts = Counts(writer.parameters, _parameters(files), writer.bytes, files.bytes, work.factored, len(stream.layers))
         _describe(folder, card or CardFacts(files.folder.name), counts, format)
         verification = verify(folder, expected=expected, dtype=stream.dtype, device=stream.device, report=report)
@@ -119,6 +124,8 @@ class _Streamed:
     ) -> None:
         self.specs: list[Spec] = []
         self.factored = 0
+        self.kept: dict[int, Sequence[int]] = {}
+        self._seen: list[ExpertLayer] = []
         self._stream, self._factors, self._writer, self._format, self._dtype = stream, factors, writer, format_name, dtype
         self._files = stream.files
         self._family: Family = family_of(stream.config)
@@ -141,6 +148,8 @@ class _Streamed:
                 with self._stream.layer(index):
                     layer = self._layers.get(index)
                     found = self._factors(layer) if layer else None
+                    if layer is not None and self._format == "dense":
+                        self._note_kept(layer, found)
                     if layer is None or found is None or is_dense(found):
                         yield index
                     else:
@@ -152,13 +161,16 @@ class _Streamed:
         expected = run_layers(self._stream, check_batch(self._stream.config), each_layer())
         for key in self._files.weight_map:
             if key not in replaced:
-                self._writer.add(key, self._cast(self._files.read(key)))
+                self._writer.add(key, self._cast(self._rows(key, self._files.read(key))))
         report(Progress("export", total + 1, total + 1, "everything else copied"))
         return expected
 
     def _layer(self, layer: ExpertLayer, factors: LayerFactors) -> Iterator[int]:
         """Write one layer's factors, and let the layer run with them while its number is out."""
         stored, model = self._dtype or self._main, self._stream.model
+        if self._format == "dense" and factors.kept is not None:
+            yield from self._kept_layer(layer, factors, stored)
+            return
         if self._format == "dense":
             dense = _multiplied_out(factors, stored)
             for key, tensor in to_disk(dense, self._keys[layer.index], layer, self._family):
@@ -170,12 +182,32 @@ class _Streamed:
         tensors = dict(layer_tensors(layer, factors, stored))
         for name, tensor in tensors.items():
             self._writer.add(f"{layer.name}.{name}", tensor)
-        native = model.get_submodule(layer.name)
-        replace_by_tensors(model, self.specs[-1], tensors.items())
-        try:
+        with replaced(model, self.specs[-1], tensors.items()):
             yield layer.index
-        finally:
-            model.set_submodule(layer.name, native)
+
+    def _note_kept(self, layer: ExpertLayer, factors: LayerFactors | None) -> None:
+        """Remember which experts a layer keeps, and stop at the first one that does not go with those before it."""
+        self._seen.append(layer)
+        if factors is not None and factors.kept is not None:
+            self.kept[layer.index] = factors.kept
+        if self.kept:
+            fewer_experts.check(self._seen, self.kept, self._stream.config.get_text_config().to_dict())
+
+    def _kept_layer(self, layer: ExpertLayer, factors: LayerFactors, stored: torch.dtype) -> Iterator[int]:
+        """Write the experts that one layer keeps under the first numbers, and let it run with them."""
+        kept = self.kept[layer.index]
+        weights = fewer_experts.of_layer(_multiplied_out(factors, stored), kept)
+        numbers = {key: expert_tensor(key, self._family) for key in self._keys[layer.index]}
+        keys = [key for key, found in numbers.items() if found and (found.expert or 0) < len(kept)]
+        for key, tensor in to_disk(weights, keys, layer, self._family):
+            self._writer.add(key, tensor)
+        with replaced(self._stream.model, layer_spec(layer, factors), layer_tensors(layer, factors, stored)):
+            yield layer.index
+
+    def _rows(self, key: str, tensor: Tensor) -> Tensor:
+        """What is left of a tensor that is not an expert's, in a dense export of pruned experts."""
+        index = fewer_experts.layer_beside(key, self._family) if self.kept else None
+        return tensor if index not in self.kept else fewer_experts.rows(tensor, self._layers[index].experts, self.kept[index])
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """Only what is stored in the experts' dtype is cast: some families keep single tensors in float32 on purpose."""
@@ -200,7 +232,8 @@ def export(
         shard_size: bytes of tensors a file, at most.
 
     Raises:
-        InputError: an unknown format, a model without factored experts, or a destination that may not be replaced.
+        InputError: an unknown format, a model without factored experts, a destination that may not be replaced, or a dense format for
+            layers that keep different numbers of experts.
         CheckpointError: the export did not pass verification; nothing is left of it.
         ResourceError: the disk is full; nothing is left of the export.
     """
@@ -219,7 +252,7 @@ def export(
             tokenizer.save_pretrained(folder)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         _write_config(folder, config, [module.spec for module in modules.values()], type(model).__name__, format, None)
-        counts = _counts(model, modules, ModelFiles.open(folder), format)
+        counts = _counts(model, modules, ModelFiles.open(folder))
         _describe(folder, card or CardFacts(), counts, format)
         verification = verify(folder, expected=expected, dtype=model.dtype, report=report)
     return Export(Path(destination), format, counts, verification)
@@ -233,8 +266,9 @@ def _check(format_name: str, config: dict[str, Any] | None) -> None:
 
 
 def _multiplied_out(factors: LayerFactors, dtype: torch.dtype) -> ExpertWeights:
-    biases = [None if bias is None else bias.to(dtype) for bias in (factors.input_bias_EN, factors.output_bias_ED)]
-    return ExpertWeights(factors.input.reconstruct().to(dtype), factors.output.reconstruct().to(dtype), *biases)
+    dense = factors.multiplied_out()
+    biases = [None if bias is None else bias.to(dtype) for bias in (dense.input_bias_EN, dense.output_bias_ED)]
+    return ExpertWeights(dense.input_END.to(dtype), dense.output_EDM.to(dtype), *biases)
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:
@@ -279,12 +313,12 @@ def _parameters(files: ModelFiles) -> int:
     return sum(torch.Size(files.header(key)[1]).numel() for key in files.weight_map)
 
 
-def _counts(model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles, format_name: Format) -> Counts:
+def _counts(model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles) -> Counts:
     """Counts of a written model, and of the same with its experts unfactored."""
     parameters, layers = _parameters(files), model.config.get_text_config().num_hidden_layers
-    if format_name == "dense":
-        return Counts(parameters, parameters, files.bytes, files.bytes, len(modules), layers)
+    held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values() if tensor.numel()}  # tied ones once
     native = sum(ExpertLayer(**module.expert_layer).parameters for module in modules.values())
-    saved = native - sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
-    saved_bytes = saved * model.dtype.itemsize
-    return Counts(parameters, parameters + saved, files.bytes, files.bytes + saved_bytes, len(modules), layers)
+    factored = sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
+    original = sum(held.values()) - factored + native
+    saved_bytes = (original - parameters) * model.dtype.itemsize
+    return Counts(parameters, original, files.bytes, files.bytes + saved_bytes, len(modules), layers)

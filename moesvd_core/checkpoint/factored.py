@@ -12,8 +12,11 @@ from torch import Tensor
 
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.decomposition.factors import (
+    BaseDeltaFactors,
     DenseFactors,
     LayerFactors,
+    MergedFactors,
+    NarrowFactors,
     PerExpertFactors,
     SharedLeftFactors,
     SharedRightFactors,
@@ -31,7 +34,8 @@ def is_dense(factors: LayerFactors) -> bool:
 
 def layer_spec(layer: ExpertLayer, factors: LayerFactors) -> Spec:
     """Plain data that tells `FactoredExperts` which tensors to expect; it goes into the checkpoint's configuration."""
-    return {"layer": asdict(layer), "input": _side_spec(factors.input), "output": _side_spec(factors.output)}
+    spec = {"layer": asdict(layer), "input": _side_spec(factors.input), "output": _side_spec(factors.output)}
+    return spec if factors.kept is None else spec | {"kept": list(factors.kept)}
 
 
 def layer_tensors(layer: ExpertLayer, factors: LayerFactors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -67,6 +71,12 @@ def _side_spec(factors: SideFactors) -> Spec:
             return {"structure": "shared-right", "groups": groups}
         case SharedLeftFactors():
             return {"structure": "shared-left", "rank": factors.left_NR.shape[1]}
+        case BaseDeltaFactors():
+            return {"structure": "base-delta", "rank": factors.left_ENR.shape[2]}
+        case NarrowFactors():
+            return {"structure": "narrow", "size": factors.weight_ENM.shape[factors.dim], "blocks": factors.blocks}
+        case MergedFactors():
+            return {"structure": "merged", "groups": list(factors.groups)}
     raise TypeError(f"factors of type {type(factors).__name__} have no form in a checkpoint")
 
 
@@ -83,6 +93,14 @@ def _side_tensors(factors: SideFactors) -> Iterator[tuple[str, Tensor]]:
         case SharedLeftFactors():
             yield "right", factors.right_ERM
             yield "left", factors.left_NR
+        case BaseDeltaFactors():
+            yield "base", factors.base_NM
+            yield "left", factors.left_ENR
+            yield "right", factors.right_ERM
+        case NarrowFactors():
+            yield "weight", factors.weight_ENM
+        case MergedFactors():
+            yield "weight", factors.weight_GNM
 
 
 def _slabs(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:

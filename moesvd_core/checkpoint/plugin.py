@@ -1,7 +1,7 @@
 """The plug-in through which `from_pretrained` loads factored checkpoints: transformers asks the quantizer named in the configuration to put
 its modules into the empty model, and fills them from the files.
 
-An export carries a copy of this file, so it must import torch, transformers and `experts.py` only.
+An export carries a copy of this file, so it must import torch, transformers and the other files that are carried only (see `shim`).
 """
 
 from typing import Any
@@ -12,7 +12,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moesvd_core import rival_sides  # noqa: F401 - makes `FactoredExperts` know its structures
 from moesvd_core.experts import FactoredExperts, gate_of
+from moesvd_core.kept_router import restrict
 
 METHOD = "moesvd"
 FORMAT_VERSION = 1
@@ -70,6 +72,8 @@ def replace_module(model: nn.Module, spec: dict[str, Any], device: torch.device 
     example = next(native.parameters())
     factored = FactoredExperts(spec, gate_of(native, spec["layer"]["rows"]), device or example.device, example.dtype)
     model.set_submodule(found, factored.train(native.training))
+    if spec.get("kept") is not None:
+        restrict(model.get_submodule(found.rpartition(".")[0]), factored.num_experts, spec["kept"], spec["layer"]["active"])
     return factored
 
 

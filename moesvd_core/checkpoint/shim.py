@@ -1,7 +1,7 @@
 """The one file of code that an export carries, so that it loads with `trust_remote_code=True` where nothing of this project is installed.
 
-It is put together from the modules that the project itself runs (grouped.py, experts.py, plugin.py, and deepseek.py for that family): there
-is no second version of anything. Those modules import torch, transformers and each other only.
+It is put together from the modules that the project itself runs (`_FACTORED`, and deepseek.py for that family): there is no second version
+of anything. Those modules import torch, transformers and each other only.
 """
 
 import ast
@@ -10,13 +10,15 @@ from types import ModuleType
 
 import transformers
 
-from moesvd_core import experts, grouped
+from moesvd_core import experts, grouped, kept_router, rival_sides
 from moesvd_core.architectures import deepseek
 from moesvd_core.checkpoint import plugin
 from moesvd_core.errors import UnsupportedModelError
 
 MODULE = "modeling_moesvd"
 FILE = f"{MODULE}.py"
+_FACTORED = (grouped, experts, rival_sides, kept_router, plugin)
+"""What loads factored experts, each after the ones that it imports."""
 
 _HEAD = '''"""Loads this checkpoint with `trust_remote_code=True`, without the package that made it.
 
@@ -47,7 +49,7 @@ def shim_source(architecture: str, factored: bool = True) -> str:
     Raises:
         UnsupportedModelError: transformers has no such class, and neither have we.
     """
-    modules = [*([deepseek] if _ported(architecture) else []), *([grouped, experts, plugin] if factored else [])]
+    modules = [*([deepseek] if _ported(architecture) else []), *(_FACTORED if factored else [])]
     if not _ported(architecture) and not hasattr(transformers, architecture):
         raise UnsupportedModelError(f"model class {architecture} is neither in transformers {transformers.__version__} nor ported here")
     imports: dict[str, None] = {"import transformers": None}

@@ -83,6 +83,77 @@ def shared_curve(metric: LayerMetric, side: Side, groups: Sequence[SharedGroup],
     )
 
 
+def base_curve(metric: LayerMetric, side: Side, loss_R: torch.Tensor, gain_R: torch.Tensor) -> SideCurve:
+    """One slot for the layer: the base whatever the rank, and every expert's delta. The base is applied once a token."""
+    rows, columns = metric.shape(side)
+    experts, active = metric.layer.experts, sum(metric.frequencies)
+    return _curve(
+        metric, side, "base-delta", loss_R[None], gain_R[None],
+        cost=[experts * (rows + columns)],
+        dense=[experts * rows * columns],
+        load=[1.0],
+        flops=[active * (rows + columns)],
+        dense_flops=[active * rows * columns],
+        fixed_cost=rows * columns,
+        fixed_flops=float(rows * columns),
+        least=0,
+    )
+
+
+def neuron_curve(metric: LayerMetric, side: Side, loss_R: torch.Tensor, gain_R: torch.Tensor) -> SideCurve:
+    """One slot for the layer, a rank for every neuron that each expert keeps: its rows of the input matrix, its column of the output's.
+
+    The biases of a neuron's rows go with it, so they are counted here as parameters of the input side.
+    """
+    rows, columns = metric.shape(side)
+    experts, width, active = metric.layer.experts, metric.layer.width, sum(metric.frequencies)
+    stored = rows * (columns + (metric.layer.biased and side == "input"))
+    return _curve(
+        metric, side, "kept-neurons", loss_R[None], gain_R[None],
+        cost=[experts * stored // width],
+        dense=[experts * stored],
+        load=[1.0],
+        flops=[active * rows * columns / width],
+        dense_flops=[active * rows * columns],
+    )
+
+
+def merged_curve(metric: LayerMetric, side: Side, loss_R: torch.Tensor, gain_R: torch.Tensor) -> SideCurve:
+    """One slot for the layer, a rank for every set of weights; a token is answered by as many experts as before."""
+    rows, columns = metric.shape(side)
+    active = sum(metric.frequencies) * rows * columns
+    return _curve(
+        metric, side, "merged-experts", loss_R[None], gain_R[None],
+        cost=[rows * columns],
+        dense=[metric.layer.experts * rows * columns],
+        load=[1.0],
+        flops=[0.0],
+        dense_flops=[active],
+        fixed_flops=active,
+    )
+
+
+def kept_curve(metric: LayerMetric, side: Side, loss_E: torch.Tensor, score_E: torch.Tensor) -> SideCurve:
+    """A slot an expert, which is there or not; a token is answered by as many experts as before, so at least those stay.
+
+    Args:
+        loss_E: what dropping each expert loses, output metric.
+        score_E: what the method keeps experts by; the same for both sides.
+    """
+    rows, columns = metric.shape(side)
+    experts, active = metric.layer.experts, sum(metric.frequencies) * rows * columns
+    return _curve(
+        metric, side, "kept-experts", torch.stack([loss_E, torch.zeros_like(loss_E)], 1), score_E[:, None],
+        cost=[rows * columns] * experts,
+        dense=[rows * columns] * experts,
+        load=metric.frequencies,
+        flops=[0.0] * experts,
+        dense_flops=[load * rows * columns for load in metric.frequencies],
+        fixed_flops=active,
+        least=max(metric.layer.active, 2),  # routers that look for the best groups of experts ask each for two
+    )
+
+
 def _curve(
     metric: LayerMetric,
     side: Side,
@@ -95,6 +166,9 @@ def _curve(
     load: list[float],
     flops: list[float],
     dense_flops: list[float],
+    fixed_cost: int = 0,
+    fixed_flops: float = 0.0,
+    least: int = 1,
 ) -> SideCurve:
     return SideCurve(
         layer=metric.layer.index,
@@ -107,4 +181,7 @@ def _curve(
         load_S=np.array(load, np.float64),
         rank_flops_S=np.array(flops, np.float64),
         dense_flops_S=np.array(dense_flops, np.float64),
+        fixed_cost=fixed_cost,
+        fixed_flops=fixed_flops,
+        least=least,
     )

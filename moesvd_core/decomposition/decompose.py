@@ -4,9 +4,8 @@ Factors are nested, so the eigendecompositions are made once; a plan only slices
 """
 
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import safetensors
 import torch
@@ -15,14 +14,18 @@ from safetensors.torch import load_file, save_file
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.atomic import replacing
 from moesvd_core.calibration.statistics import LayerStatistics
+from moesvd_core.decomposition.base_delta import BaseDeltaBasis
 from moesvd_core.decomposition.factors import DenseFactors, LayerFactors, SideFactors
+from moesvd_core.decomposition.kept_experts import KeptExpertsBasis
+from moesvd_core.decomposition.kept_neurons import KeptNeuronsBasis
 from moesvd_core.decomposition.latent import LatentBasis
+from moesvd_core.decomposition.merged import MergedBasis
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.per_expert import PerExpertBasis
 from moesvd_core.decomposition.registry import Method
 from moesvd_core.decomposition.shared_v import SharedVBasis
 from moesvd_core.errors import InputError, RunError
-from moesvd_core.planning import SIDES, LayerPlan, Side, SideCurve, SidePlan, Structure
+from moesvd_core.planning import COUPLED, DENSE, SIDES, LayerPlan, Side, SideCurve, SidePlan, Structure
 
 FORMAT = "moesvd-decomposition-1"
 """Version of the file of `Decomposition.save`."""
@@ -42,6 +45,14 @@ class Basis(Protocol):
         """What a file has to keep."""
 
 
+@runtime_checkable
+class CoupledBasis(Basis, Protocol):
+    """A side that goes together with the other one; the two say the same of what both need."""
+
+    def biases(self, ranks: tuple[int, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Input and output bias that go with the factors of both sides at these ranks."""
+
+
 class Decomposition:
     """One layer, decomposed by one method: every rank of every structure that the method has on offer."""
 
@@ -59,14 +70,23 @@ class Decomposition:
         """The factors that a plan asks for: slices, refitted where the structure says so.
 
         Raises:
-            InputError: the plan is of another layer, asks for a structure that was not decomposed, or for ranks that there are not.
+            InputError: the plan is of another layer, asks for a structure that was not decomposed, for ranks that there are not, or for
+                different ranks on two sides that go together.
         """
         weights, layer = self._metric.weights, self._metric.layer.index
         if plan.layer != layer:
             raise InputError(f"plan must be of layer {layer}, which was decomposed, got that of layer {plan.layer}")
-        return LayerFactors(
-            plan.layer, self._side("input", plan.input), self._side("output", plan.output), weights.input_bias_EN, weights.output_bias_ED
-        )
+        sides = self._side("input", plan.input), self._side("output", plan.output)
+        coupled = next((each.structure for each in (plan.input, plan.output) if each.structure in COUPLED), None)
+        if coupled is None:
+            return LayerFactors(layer, *sides, weights.input_bias_EN, weights.output_bias_ED)
+        ranks = plan.input.ranks
+        if (plan.input.structure, ranks) != (plan.output.structure, plan.output.ranks):
+            raise InputError(f"both sides of layer {layer} must have the same {coupled} ranks, got {ranks} and {plan.output.ranks}")
+        basis = self._bases["input", coupled]
+        assert isinstance(basis, CoupledBasis)  # noqa: S101 - `COUPLED` names the structures whose bases are
+        kept = tuple(expert for expert, rank in enumerate(ranks) if rank == DENSE) if coupled == "kept-experts" else None
+        return LayerFactors(layer, *sides, *basis.biases(ranks), kept)
 
     def _side(self, side: Side, plan: SidePlan) -> SideFactors:
         if plan.structure == "dense":
@@ -112,7 +132,8 @@ def decompose(
         StatisticsError: statistics that cannot be used.
     """
     metric = LayerMetric(weights, layer, statistics, device)
-    return Decomposition(metric, method, {each: _made(metric, *each, method) for each in product(SIDES, method.structures)})
+    made = {structure: _made(metric, structure, method) for structure in method.structures}
+    return Decomposition(metric, method, {(side, structure): made[structure][side] for side in SIDES for structure in method.structures})
 
 
 def load(
@@ -140,28 +161,50 @@ def load(
     if metadata != expected:
         raise RunError(f"{path.name} holds {metadata}, wanted {expected}; decompose layer {layer.index} again")
     try:
-        bases = {each: _loaded(metric, *each, method, tensors) for each in product(SIDES, method.structures)}
+        keys = [(side, structure) for side in SIDES for structure in method.structures]
+        bases = {each: _loaded(metric, *each, method, tensors) for each in keys}
     except KeyError as error:
         raise RunError(f"{path.name} lacks {error}; decompose layer {layer.index} again") from error
     return Decomposition(metric, method, bases)
 
 
-def _made(metric: LayerMetric, side: Side, structure: Structure, method: Method) -> Basis:
-    if structure == "per-expert":
-        return PerExpertBasis.made(metric, side, method.metric)
-    if structure == "latent":
-        return LatentBasis.made(metric, side, method.metric)
-    return SharedVBasis.made(metric, side, method.metric, refit=method.refit)
+def _made(metric: LayerMetric, structure: Structure, method: Method) -> Mapping[Side, Basis]:
+    kind = method.metric
+    match structure:
+        case "per-expert":
+            return {side: PerExpertBasis.made(metric, side, kind) for side in SIDES}
+        case "latent":
+            return {side: LatentBasis.made(metric, side, kind) for side in SIDES}
+        case "shared-v":
+            return {side: SharedVBasis.made(metric, side, kind, refit=method.refit) for side in SIDES}
+        case "base-delta":
+            return {side: BaseDeltaBasis.made(metric, side, kind) for side in SIDES}
+        case "kept-neurons":
+            return {side: KeptNeuronsBasis.made(metric, side, kind) for side in SIDES}
+        case "kept-experts":
+            return {side: KeptExpertsBasis.made(metric, side, kind) for side in SIDES}
+        case "merged-experts":
+            return MergedBasis.both(metric, kind)
 
 
 def _loaded(metric: LayerMetric, side: Side, structure: Structure, method: Method, file: Mapping[str, torch.Tensor]) -> Basis:
     prefix = f"{side}.{structure}."
     tensors = {name.removeprefix(prefix): tensor for name, tensor in file.items() if name.startswith(prefix)}
-    if structure == "per-expert":
-        return PerExpertBasis.loaded(metric, side, method.metric, tensors)
-    if structure == "latent":
-        return LatentBasis.loaded(metric, side, method.metric, tensors)
-    return SharedVBasis.loaded(metric, side, method.metric, tensors, refit=method.refit)
+    match structure:
+        case "per-expert":
+            return PerExpertBasis.loaded(metric, side, method.metric, tensors)
+        case "latent":
+            return LatentBasis.loaded(metric, side, method.metric, tensors)
+        case "shared-v":
+            return SharedVBasis.loaded(metric, side, method.metric, tensors, refit=method.refit)
+        case "base-delta":
+            return BaseDeltaBasis.loaded(metric, side, method.metric, tensors)
+        case "kept-neurons":
+            return KeptNeuronsBasis.loaded(metric, side, tensors)
+        case "kept-experts":
+            return KeptExpertsBasis.loaded(metric, side, tensors)
+        case "merged-experts":
+            return MergedBasis.loaded(metric, side, tensors)
 
 
 def _identity(layer: ExpertLayer, method: Method) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a compressed layer stores: small matrices in place of large ones, in the four forms that the methods make.
+"""What a compressed layer stores: small matrices in place of large ones, in the forms that the methods make.
 
 Shapes: E experts, N rows and M columns of a side's matrices (input: n × d, output: d × m), R rank, K stored left factors.
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moesvd_core.architectures.layout import ExpertWeights
 from moesvd_core.planning import DENSE
 
 
@@ -157,14 +158,88 @@ class SharedLeftFactors(SideFactors):
 
 
 @dataclass(frozen=True)
+class BaseDeltaFactors(SideFactors):
+    """One matrix for all experts, and what each adds to it: W_e = B + U_e V_e.
+
+    Attributes:
+        base_NM: B.
+        left_ENR, right_ERM: U_e and V_e, all of one rank; rank 0 leaves the base alone.
+    """
+
+    base_NM: torch.Tensor
+    left_ENR: torch.Tensor
+    right_ERM: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.left_ENR.shape[2] != self.right_ERM.shape[1]:
+            raise ValueError(f"left factors of rank {self.left_ENR.shape[2]} do not fit right factors of rank {self.right_ERM.shape[1]}")
+
+    @property
+    def parameters(self) -> int:
+        return self.base_NM.numel() + self.left_ENR.numel() + self.right_ERM.numel()
+
+    def reconstruct(self) -> torch.Tensor:
+        return self.base_NM + self.left_ENR @ self.right_ERM
+
+
+@dataclass(frozen=True)
+class NarrowFactors(SideFactors):
+    """The matrices of some of every expert's neurons: narrower ones of the same kind, zero where they are filled up to the old width.
+
+    Attributes:
+        weight_ENM: rows (input side) or columns (output side) of the neurons that are kept.
+        dim: dimension that was cut, 1 (rows) or 2 (columns).
+        blocks: equal parts in which the rows are cut: 2 where gate and up rows follow one another.
+        full: size of that dimension before.
+    """
+
+    weight_ENM: torch.Tensor
+    dim: int
+    blocks: int
+    full: int
+
+    @property
+    def parameters(self) -> int:
+        return self.weight_ENM.numel()
+
+    def reconstruct(self) -> torch.Tensor:
+        return filled(self.weight_ENM, self.dim, self.blocks, self.full)
+
+
+@dataclass(frozen=True)
+class MergedFactors(SideFactors):
+    """One matrix for every group of experts.
+
+    Attributes:
+        weight_GNM: the groups' matrices.
+        groups: group of each expert.
+    """
+
+    weight_GNM: torch.Tensor
+    groups: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if set(self.groups) != set(range(len(self.weight_GNM))):
+            raise ValueError(f"groups must name each of {len(self.weight_GNM)} matrices, got {self.groups}")
+
+    @property
+    def parameters(self) -> int:
+        return self.weight_GNM.numel()
+
+    def reconstruct(self) -> torch.Tensor:
+        return self.weight_GNM[list(self.groups)]
+
+
+@dataclass(frozen=True)
 class LayerFactors:
-    """Both sides of one layer, and the biases, which no method touches.
+    """Both sides of one layer, and the biases, which methods that look at matrices do not touch.
 
     Attributes:
         layer: index of the decoder layer.
         input: factors of gate and up, stacked, n × d.
         output: factors of down, d × m.
-        input_bias_EN, output_bias_ED: the original biases, or None.
+        input_bias_EN, output_bias_ED: the biases, or None; the input bias has the rows that the input side stores.
+        kept: experts among which the router chooses, where some were pruned; None: all of them.
     """
 
     layer: int
@@ -172,12 +247,28 @@ class LayerFactors:
     output: SideFactors
     input_bias_EN: torch.Tensor | None = None
     output_bias_ED: torch.Tensor | None = None
+    kept: tuple[int, ...] | None = None
 
     @property
     def parameters(self) -> int:
         """Stored parameters, biases included."""
         biases = sum(bias.numel() for bias in (self.input_bias_EN, self.output_bias_ED) if bias is not None)
         return self.input.parameters + self.output.parameters + biases
+
+    def multiplied_out(self) -> ExpertWeights:
+        """The experts that the factors stand for, in the shapes of the original ones."""
+        bias_EN, side = self.input_bias_EN, self.input
+        if bias_EN is not None and isinstance(side, NarrowFactors):
+            bias_EN = filled(bias_EN, 1, side.blocks, side.full)
+        return ExpertWeights(side.reconstruct(), self.output.reconstruct(), bias_EN, self.output_bias_ED)
+
+
+def filled(value: torch.Tensor, dim: int, blocks: int, full: int) -> torch.Tensor:
+    """Every block of a dimension followed by zeros, so that all of them together have the full size."""
+    parts = value.unflatten(dim, (blocks, -1))
+    rest = list(parts.shape)
+    rest[dim + 1] = full // blocks - rest[dim + 1]
+    return torch.cat([parts, parts.new_zeros(rest)], dim + 1).flatten(dim, dim + 1)
 
 
 def balanced(left_NR: torch.Tensor, right_RM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

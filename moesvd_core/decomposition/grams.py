@@ -23,6 +23,10 @@ class Gram(ABC):
     def times(self, x_RS: torch.Tensor) -> torch.Tensor:
         """x G, [R, S], in the precision of x."""
 
+    @abstractmethod
+    def diagonal(self) -> torch.Tensor:
+        """The diagonal, [S]."""
+
 
 class RootedGram(Gram):
     """A Gram matrix with a root R at hand, R Rᵀ = G."""
@@ -53,6 +57,9 @@ class DiagonalGram(RootedGram):
     def full(self) -> torch.Tensor:
         return self.diagonal_S.diag()
 
+    def diagonal(self) -> torch.Tensor:
+        return self.diagonal_S
+
     def times(self, x_RS: torch.Tensor) -> torch.Tensor:
         return x_RS * self.diagonal_S.to(x_RS.dtype)
 
@@ -71,6 +78,9 @@ class FullGram(RootedGram):
 
     def full(self) -> torch.Tensor:
         return self.gram_SS
+
+    def diagonal(self) -> torch.Tensor:
+        return self.gram_SS.diagonal()
 
     def times(self, x_RS: torch.Tensor) -> torch.Tensor:
         return x_RS @ self.gram_SS.to(x_RS.dtype)
@@ -108,6 +118,10 @@ class ImpliedGram(Gram):
     def times(self, x_RM: torch.Tensor) -> torch.Tensor:
         seen_RN = x_RM @ self._pseudo_inverse_NM.T
         return seen_RN @ self._outer_NN @ self._pseudo_inverse_NM + self._floor * (x_RM - seen_RN @ self._weight_NM)
+
+    def diagonal(self) -> torch.Tensor:
+        known_M = (self._pseudo_inverse_NM * (self._outer_NN @ self._pseudo_inverse_NM)).sum(0)
+        return known_M + self._floor * (1 - (self._pseudo_inverse_NM * self._weight_NM).sum(0))
 
 
 def symmetric(matrix_SS: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,14 @@ from typing import get_args
 from moesvd_core.errors import InputError
 from moesvd_core.planning import Allocation, Metric, Structure
 
+_MATRIX_METRICS: tuple[Metric, ...] = ("plain", "scaled", "input", "output")
+_METRICS: Mapping[Structure, tuple[Metric, ...]] = {
+    "kept-neurons": ("input", "output"),
+    "kept-experts": ("saliency", "frequency", "output"),
+    "merged-experts": ("plain", "input"),
+}
+"""Metrics that a structure has a meaning for, where those are not the ones that measure an error of a matrix."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -18,7 +26,8 @@ class Method:
         metric: what the factors minimise.
         structures: what is on offer for each side of a layer; with several, the plan takes whichever wins.
         allocation: how ranks are given out.
-        refit: shared-v takes the least-squares U for its V instead of the sums of Eq. 8 (latent always refits, per-expert never needs to).
+        refit: shared-v takes the least-squares U for its V instead of the sums of Eq. 8 (latent and kept-neurons always refit, the others
+            never need to).
         reference: where it comes from.
         description: one sentence for a person who has to choose.
     """
@@ -39,6 +48,9 @@ class Method:
             raise InputError(f"structures must name at least one of {', '.join(get_args(Structure))}, got none")
         for structure in self.structures:
             _check("structure", structure, get_args(Structure))
+            known = _METRICS.get(structure, _MATRIX_METRICS)
+            if self.metric not in known:
+                raise InputError(f"metric must be one of {', '.join(known)} for structure {structure}, got {self.metric!r}")
 
     def customised(
         self, *, metric: Metric | None = None, structures: tuple[Structure, ...] | None = None, allocation: Allocation | None = None
@@ -106,6 +118,26 @@ _ALL = (
     Method(
         "svd", "plain", ("per-expert",), "uniform", False, "MoE-SVD Table 2",
         "Plain truncated SVD of the weights; looks at no text.",
+    ),
+    Method(
+        "d2-moe", "input", ("base-delta",), "uniform", False, "D²-MoE",
+        "One base for all experts, their mean weighted by Fisher's information, and a low-rank delta for each.",
+    ),
+    Method(
+        "neuron-pruning", "input", ("kept-neurons",), "uniform", True, "MoE-SVD Table 9; CAMERA-P",
+        "Each expert keeps its most salient neurons, and its output matrix is fitted anew to them.",
+    ),
+    Method(
+        "expert-pruning", "saliency", ("kept-experts",), "uniform", False, "MoE-SVD Table 9; REAP",
+        "Experts that add least to the output go, and the router chooses among the rest.",
+    ),
+    Method(
+        "expert-pruning-frequency", "frequency", ("kept-experts",), "uniform", False, "MoE-SVD Table 9",
+        "Experts that get the fewest tokens go, and the router chooses among the rest.",
+    ),
+    Method(
+        "expert-merging", "input", ("merged-experts",), "uniform", False, "MoE-SVD Table 9; HC-SMoE, MC-SMoE",
+        "Similar experts become one, their neurons aligned and averaged by frequency; the router stays as it is.",
     ),
 )
 METHODS: Mapping[str, Method] = MappingProxyType({each.name: each for each in _ALL})

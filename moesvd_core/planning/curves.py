@@ -2,9 +2,12 @@
 
 Shapes: S slots, R ranks. A *side* is one of an expert's two matrices: "input" (gate and up, stacked) or "output" (down). A *slot* is what
 gets a rank of its own: one expert's side (structure "per-expert"), one group's ("shared-v") or the whole layer's ("latent").
+
+A *rank* is the number of units that are kept, whatever the structure's unit: directions of a factor, neurons of every expert
+("kept-neurons"), sets of weights for all experts together ("merged-experts"), or the expert itself, 0 or dense ("kept-experts").
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,7 +17,9 @@ from moesvd_core.errors import InputError, StatisticsError
 
 Side = Literal["input", "output"]
 SIDES: tuple[Side, Side] = ("input", "output")
-Structure = Literal["per-expert", "shared-v", "latent"]
+Structure = Literal["per-expert", "shared-v", "latent", "base-delta", "kept-neurons", "kept-experts", "merged-experts"]
+COUPLED: tuple[Structure, ...] = ("kept-neurons", "kept-experts", "merged-experts")
+"""Structures that change both sides of a layer together: their two curves have the same ranks, and a plan gives both the same one."""
 DENSE = -1
 """Rank of a slot that is stored as the original matrix."""
 
@@ -38,6 +43,9 @@ class SideCurve:
         load_S: share of (token, expert) pairs that use the slot, Σ over per-expert slots = k; shared slots: 1.
         rank_flops_S: multiply-adds a token, on average, that one more rank costs.
         dense_flops_S: the same for the original matrices.
+        fixed_cost: parameters that the side stores at every rank short of the original matrices (the base of "base-delta").
+        fixed_flops: multiply-adds a token that come with every rank.
+        least: smallest rank that allocation by share may choose, rounded up to one on offer; of "kept-experts": experts to keep.
 
     Raises:
         InputError: arrays whose shapes do not fit together, or a cost that is not positive.
@@ -54,6 +62,9 @@ class SideCurve:
     load_S: NDArray[np.float64]
     rank_flops_S: NDArray[np.float64]
     dense_flops_S: NDArray[np.float64]
+    fixed_cost: int = 0
+    fixed_flops: float = 0.0
+    least: int = 1
 
     def __post_init__(self) -> None:
         if self.loss_SR.ndim != 2 or self.loss_SR.shape[0] < 1 or self.loss_SR.shape[1] < 2:
@@ -108,20 +119,40 @@ class SideCurve:
         return float(self.dense_flops_S.sum())
 
     def ranks_on_offer(self, block: int) -> NDArray[np.int64]:
-        """Ranks that a plan may choose from, [P]: 0, block, 2·block ...; 0 and the largest of a matrix that is smaller than a block."""
-        return np.arange(0, self.max_rank + 1, min(block, self.max_rank))
+        """Ranks that a plan may choose from, [P]: 0, block, 2·block ...; 0 and the largest of a matrix that is smaller than a block.
+
+        Experts are counted one by one: blocks are for the ranks of matrices.
+        """
+        step = 1 if self.structure in ("kept-experts", "merged-experts") else min(block, self.max_rank)
+        return np.arange(0, self.max_rank + 1, step)
 
     def as_one_slot(self) -> "SideCurve":
-        """The side as a whole: all slots at one rank."""
-        return SideCurve(
-            layer=self.layer,
-            side=self.side,
-            structure=self.structure,
-            loss_SR=self.loss_SR.sum(axis=0, keepdims=True),
-            gain_SR=self.gain_SR.sum(axis=0, keepdims=True),
-            rank_cost_S=self.rank_cost_S.sum(keepdims=True),
+        """The side as a whole: all slots at one rank; of "kept-experts" the rank is how many are kept, the best first."""
+        loss_R, gain_R = self.loss_SR.sum(axis=0), self.gain_SR.sum(axis=0)
+        cost_S, flops_S = self.rank_cost_S.sum(keepdims=True), self.rank_flops_S.sum(keepdims=True)
+        if self.structure == "kept-experts":
+            order_S = self._best_first()
+            gain_R = self.gain_SR[order_S, 0]
+            loss_R = np.append(np.cumsum(self.loss_SR[order_S[::-1], 0])[::-1], 0.0)
+            cost_S, flops_S = self.rank_cost_S[:1], self.rank_flops_S[:1]
+        return replace(
+            self,
+            loss_SR=loss_R[None],
+            gain_SR=gain_R[None],
+            rank_cost_S=cost_S,
             dense_cost_S=self.dense_cost_S.sum(keepdims=True),
             load_S=self.load_S.sum(keepdims=True),
-            rank_flops_S=self.rank_flops_S.sum(keepdims=True),
+            rank_flops_S=flops_S,
             dense_flops_S=self.dense_flops_S.sum(keepdims=True),
         )
+
+    def slot_ranks(self, rank: int) -> tuple[int, ...]:
+        """Rank of every slot when the side as a whole has this one."""
+        if self.structure != "kept-experts" or rank == DENSE:
+            return (rank,) * self.slots
+        kept = set(self._best_first()[:rank].tolist())
+        return tuple(DENSE if slot in kept else 0 for slot in range(self.slots))
+
+    def _best_first(self) -> NDArray[np.int64]:
+        """Slots by what their first rank is worth to the method, [S]; equal ones in their order."""
+        return np.argsort(-self.gain_SR[:, 0], kind="stable")

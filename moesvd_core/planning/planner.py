@@ -8,7 +8,7 @@ import numpy as np
 
 from moesvd_core.errors import InputError, StatisticsError
 from moesvd_core.planning.allocation import Allotment, Choice, LayerCurves
-from moesvd_core.planning.curves import DENSE, SIDES, SideCurve
+from moesvd_core.planning.curves import COUPLED, DENSE, SIDES, SideCurve
 from moesvd_core.planning.greedy import greedy
 from moesvd_core.planning.recipe import Recipe
 from moesvd_core.planning.result import LayerPlan, ModelShape, Plan, SidePlan
@@ -82,6 +82,11 @@ def _on_offer(curves: Sequence[SideCurve], recipe: Recipe) -> list[LayerCurves]:
     for curve in curves:
         if recipe.structure is None or curve.structure == recipe.structure:
             offered = found.setdefault((curve.layer, curve.side), {})
+            if recipe.allocation == "greedy" and (curve.structure in COUPLED or curve.fixed_cost):
+                raise InputError(
+                    f"allocation must be uniform, owl or selective for structure {curve.structure}, whose sides or slots do not stand "
+                    "alone, got greedy"
+                )
             if curve.structure in offered:
                 raise InputError(f"curves must name each structure of a side once, got {curve.where} twice")
             offered[curve.structure] = curve

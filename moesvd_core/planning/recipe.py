@@ -9,8 +9,9 @@ import yaml
 from moesvd_core.errors import InputError
 from moesvd_core.planning.curves import Structure
 
-Metric = Literal["plain", "scaled", "input", "output"]
-"""What counts as error of ΔW: ‖ΔW‖² · ‖ΔW diag(mean|x|)^½‖² (ASVD) · tr ΔW C ΔWᵀ (Eq. 11-12) · tr Γ ΔW C ΔWᵀ (what it does to the loss)."""
+Metric = Literal["plain", "scaled", "input", "output", "saliency", "frequency"]
+"""What counts as error of ΔW: ‖ΔW‖² · ‖ΔW diag(mean|x|)^½‖² (ASVD) · tr ΔW C ΔWᵀ (Eq. 11-12) · tr Γ ΔW C ΔWᵀ (what it does to the loss);
+for experts as a whole: mean(p·‖y‖) of their tokens (REAP) · how many tokens they get."""
 
 Allocation = Literal["uniform", "selective", "owl", "greedy"]
 """Where the parameters go: the same share everywhere · layers of low S_L (3.2) · by OWL's outlier ratio · best gain per cost."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moesvd_core.errors import InputError
-from moesvd_core.planning.curves import SIDES
+from moesvd_core.planning.curves import SIDES, Structure
 from moesvd_core.planning.recipe import Metric
 
 
@@ -51,7 +51,7 @@ class SidePlan:
         predicted_loss: nats a token, from the curve.
     """
 
-    structure: Literal["dense", "per-expert", "shared-v", "latent"]
+    structure: Structure | Literal["dense"]
     ranks: tuple[int, ...]
     parameters: int
     predicted_loss: float
@@ -66,7 +66,7 @@ class LayerPlan:
         selected: something of it is decomposed.
         reason: one sentence for a person.
         input, output: its two sides.
-        original_parameters: of both sides, without biases, which stay as they are.
+        original_parameters: of both sides, without biases, which stay as they are (but where neurons go, and theirs with them).
     """
 
     layer: int

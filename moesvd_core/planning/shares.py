@@ -10,7 +10,7 @@ import numpy as np
 
 from moesvd_core.errors import InputError
 from moesvd_core.planning.allocation import Allotment, Choice, LayerCurves, kept_text, spend
-from moesvd_core.planning.curves import DENSE, SideCurve
+from moesvd_core.planning.curves import COUPLED, DENSE, SideCurve
 from moesvd_core.planning.frontier import FloatArray, IntArray
 from moesvd_core.planning.recipe import Recipe
 
@@ -27,22 +27,16 @@ class Ladder:
     """States of a side whose slots all have one rank, smallest first; the original matrices may be the last.
 
     Attributes:
-        whole: the side as one slot.
-        slots: how many there are.
-        rank_P: rank of every slot, DENSE for the original matrices.
+        curve: the side.
+        rank_P: rank of the side as a whole, DENSE for the original matrices.
         parameters_P, flops_P, loss_P: totals over the slots.
     """
 
-    whole: SideCurve
-    slots: int
+    curve: SideCurve
     rank_P: IntArray
     parameters_P: IntArray
     flops_P: FloatArray
     loss_P: FloatArray
-
-    def shares(self) -> FloatArray:
-        """Share of the side's parameters that each state keeps, [P]."""
-        return self.parameters_P / self.whole.dense_parameters
 
     def without_dense(self) -> "Ladder":
         """The states of a side that is to be decomposed.
@@ -51,27 +45,26 @@ class Ladder:
             InputError: there are none.
         """
         if self.rank_P.size == 1:
-            raise InputError(f"block must leave a rank below break-even in {self.whole.where}: choose a smaller one, or greedy allocation")
-        return Ladder(self.whole, self.slots, self.rank_P[:-1], self.parameters_P[:-1], self.flops_P[:-1], self.loss_P[:-1])
+            raise InputError(f"block must leave a rank below break-even in {self.curve.where}: choose a smaller one, or greedy allocation")
+        return Ladder(self.curve, self.rank_P[:-1], self.parameters_P[:-1], self.flops_P[:-1], self.loss_P[:-1])
 
     def choice(self, state_N: IntArray) -> Choice:
         """The side in N plans."""
-        ranks = [(rank,) * self.slots for rank in self.rank_P[state_N].tolist()]
-        return Choice([self.whole.structure] * state_N.size, ranks, self.parameters_P[state_N], self.flops_P[state_N], self.loss_P[state_N])
+        ranks = [self.curve.slot_ranks(rank) for rank in self.rank_P[state_N].tolist()]
+        return Choice([self.curve.structure] * state_N.size, ranks, self.parameters_P[state_N], self.flops_P[state_N], self.loss_P[state_N])
 
 
 def ladder(curve: SideCurve, block: int) -> Ladder:
-    """Ranks from one block to break-even, then the original matrices."""
+    """Ranks from the least that there may be to break-even, then the original matrices."""
     whole = curve.as_one_slot()
     cost = int(whole.rank_cost_S[0])
-    rank_P = whole.ranks_on_offer(block)[1:]
-    rank_P = rank_P[rank_P * cost < whole.dense_parameters]
+    rank_P = whole.ranks_on_offer(block)
+    rank_P = rank_P[(rank_P >= whole.least) & (whole.fixed_cost + rank_P * cost < whole.dense_parameters)]
     return Ladder(
-        whole=whole,
-        slots=curve.slots,
+        curve=curve,
         rank_P=np.append(rank_P, DENSE),
-        parameters_P=np.append(rank_P * cost, whole.dense_parameters),
-        flops_P=np.append(rank_P * float(whole.rank_flops_S[0]), whole.dense_flops),
+        parameters_P=np.append(whole.fixed_cost + rank_P * cost, whole.dense_parameters),
+        flops_P=np.append(whole.fixed_flops + rank_P * float(whole.rank_flops_S[0]), whole.dense_flops),
         loss_P=np.append(np.maximum(whole.loss_SR[0, rank_P], 0.0), 0.0),
     )
 
@@ -90,6 +83,29 @@ def ladders(layers: Sequence[LayerCurves], block: int) -> list[tuple[Ladder, Lad
     return [(ladder(layer.input[0], block), ladder(layer.output[0], block)) for layer in layers]
 
 
+def _spent(
+    rungs: Sequence[tuple[Ladder, Ladder]], shift_L: FloatArray, start: int, budget_N: IntArray
+) -> list[tuple[IntArray, IntArray]]:
+    """States of both sides of every layer when shares rise together; sides of a coupled structure move as one.
+
+    Args:
+        shift_L: by how much each layer's share is ahead of the others.
+        start: parameters when every side is in its first state.
+    """
+    movers: list[tuple[Ladder, ...]] = []
+    shifts = []
+    for pair, shift in zip(rungs, shift_L, strict=True):
+        together: list[tuple[Ladder, ...]] = [pair] if pair[0].curve.structure in COUPLED else [(each,) for each in pair]
+        movers += together
+        shifts += [shift] * len(together)
+    stored = [np.sum([each.parameters_P for each in mover], axis=0) for mover in movers]
+    dense = [sum(each.curve.dense_parameters for each in mover) for mover in movers]
+    keys = [parameters_P[1:] / whole - shift for parameters_P, whole, shift in zip(stored, dense, shifts, strict=True)]
+    spending = spend(keys, [np.diff(parameters_P) for parameters_P in stored], start, budget_N)
+    states = [state_N for mover, state_N in zip(movers, spending.states, strict=True) for _ in mover]
+    return list(zip(states[::2], states[1::2], strict=True))
+
+
 def by_share(layers: Sequence[LayerCurves], budget_N: IntArray, recipe: Recipe, outliers: Mapping[int, float] | None) -> Allotment:
     """Every matrix keeps the same share ("uniform"), or one shifted by its layer's outlier ratio ("owl").
 
@@ -100,11 +116,9 @@ def by_share(layers: Sequence[LayerCurves], budget_N: IntArray, recipe: Recipe, 
     """
     rungs = ladders(layers, recipe.block)
     shift_L = np.zeros(len(layers)) if outliers is None else _owl_shift(np.array([outliers[layer.layer] for layer in layers]))
-    flat = [(each, shift) for pair, shift in zip(rungs, shift_L, strict=True) for each in pair]
-    start = sum(int(each.parameters_P[0]) for each, _ in flat)
-    spending = spend([each.shares()[1:] - shift for each, shift in flat], [np.diff(each.parameters_P) for each, _ in flat], start, budget_N)
-    choices = [each.choice(state_N) for (each, _), state_N in zip(flat, spending.states, strict=True)]
-    sides = list(zip(choices[::2], choices[1::2], strict=True))
+    start = sum(int(each.parameters_P[0]) for pair in rungs for each in pair)
+    states = _spent(rungs, shift_L, start, budget_N)
+    sides = [(pair[0].choice(state[0]), pair[1].choice(state[1])) for pair, state in zip(rungs, states, strict=True)]
 
     def reason(place: int, plan: int) -> str:
         kept = kept_text(layers[place], sides[place], plan)
@@ -142,11 +156,10 @@ def selective(layers: Sequence[LayerCurves], budget_N: IntArray, recipe: Recipe,
     for count in np.unique(count_N[count_N > 0]):
         plans = np.flatnonzero(count_N == count)
         chosen = rank_L[:count]
-        flat = [each for place in chosen for each in rungs[place]]
         start = int(dense_L.sum() - room_L[chosen].sum())
-        states = spend([each.shares()[1:] for each in flat], [np.diff(each.parameters_P) for each in flat], start, budget_N[plans]).states
-        for number, place in enumerate(chosen):
-            state_LSN[place, 0, plans], state_LSN[place, 1, plans] = states[2 * number], states[2 * number + 1]
+        states = _spent([rungs[place] for place in chosen], np.zeros(count), start, budget_N[plans])
+        for place, state in zip(chosen, states, strict=True):
+            state_LSN[place, 0, plans], state_LSN[place, 1, plans] = state
     sides = [(pair[0].choice(state_SN[0]), pair[1].choice(state_SN[1])) for pair, state_SN in zip(full, state_LSN, strict=True)]
 
     def reason(place: int, plan: int) -> str:

@@ -36,6 +36,11 @@ METHOD_MARKS = {
     "owl": Mark("#56B4E9", "dash", "x"),
     "asvd": Mark("#B8A400", "dot", "star"),
     "svd": Mark("#8A8F98", "dot", "circle-open"),
+    "d2-moe": Mark("#E69F00", "dashdot", "hexagon"),
+    "neuron-pruning": Mark("#009E73", "dashdot", "triangle-down"),
+    "expert-pruning": Mark("#D55E00", "dashdot", "hourglass"),
+    "expert-pruning-frequency": Mark("#D55E00", "dot", "hourglass-open"),
+    "expert-merging": Mark("#56B4E9", "dashdot", "bowtie"),
 }
 ORIGINAL = Mark("#8A8F98", "longdash", "pentagon")
 """The model before compression."""

@@ -46,6 +46,8 @@ def loss_curves(curves: Mapping[tuple[str, ...], Sequence[SideCurve]], side: Sid
         table = _one_line(name, curve)
         frames.append(table)
         shown = table[(table["loss"] > _FLOOR * table["loss"].max()) & (table["kept"] <= (1.02 if by == "share" else np.inf))]
+        if shown.empty:  # what the method loses is counted on the other side
+            continue
         style = mark(names[0])
         drawn.add_scatter(
             x=shown["kept" if by == "share" else "rank"], y=shown["loss"], name=name, mode="lines", customdata=shown[["rank", "kept"]],
@@ -169,7 +171,7 @@ def _one_line(name: str, curve: SideCurve) -> pd.DataFrame:
     """A side as a whole, all slots at one rank; losses in thousandths of a nat."""
     whole = curve.as_one_slot()
     rank_R = np.unique(np.linspace(0, whole.max_rank, _POINTS).round().astype(int))
-    kept_R = rank_R * int(whole.rank_cost_S[0]) / whole.dense_parameters
+    kept_R = (whole.fixed_cost + rank_R * int(whole.rank_cost_S[0])) / whole.dense_parameters
     loss_R = 1000 * whole.loss_SR[0, rank_R]
     return pd.DataFrame({
         "method": name, "structure": curve.structure, "side": curve.side, "rank": rank_R, "kept": kept_R, "loss": loss_R,

@@ -12,17 +12,17 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.decomposition.registry import METHODS
-from moesvd_core.planning import DENSE, SIDES
+from moesvd_core.planning import DENSE, SIDES, Structure
 from moesvd_core.runs.folder import RunFolder
 
-STATES = ("dense", "per-expert", "latent", "shared-v")
+STATES = ("dense", *get_args(Structure))
 """Structures; their place here is their code."""
 WHOLE = 255
 """Byte of a cell that is kept as it was. 0 is a cell of which nothing is kept; nothing in between has either."""
@@ -138,7 +138,7 @@ def cells(row: _Row, layer: ExpertLayer) -> NDArray[np.uint8]:
     for side, dense in (("input", layer.input_parameters), ("output", layer.output_parameters)):
         ranks_S = np.array(row["ranks"][side])
         stored = row["side_parameters"][side]
-        if row["structure"][side] == "per-expert":
+        if row["structure"][side] in ("per-expert", "kept-experts"):
             dense_E = ranks_S == DENSE
             factored = int(ranks_S[~dense_E].sum())
             unit = (stored - int(dense_E.sum()) * dense) / factored if factored else 0.0

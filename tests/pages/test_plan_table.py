@@ -83,6 +83,10 @@ def test_a_cell_is_empty_full_or_in_between() -> None:
     assert plan_table.cells(shared, LAYER).tolist() == [round(255 * (36 + 64) / 192)] * 4
     nearly = row(("per-expert", "dense"), ([1, DENSE, DENSE, DENSE], [DENSE]), (127 + 3 * 128, 4 * 64))
     assert plan_table.cells(nearly, LAYER).tolist() == [254, WHOLE, WHOLE, WHOLE]
+    pruned = row(("kept-experts", "kept-experts"), ([DENSE, 0, DENSE, 0], [DENSE, 0, DENSE, 0]), (2 * 128, 2 * 64))
+    assert plan_table.cells(pruned, LAYER).tolist() == [WHOLE, 0, WHOLE, 0]
+    merged = row(("merged-experts", "merged-experts"), ([2], [2]), (2 * 128, 2 * 64))
+    assert plan_table.cells(merged, LAYER).tolist() == [round(255 / 2)] * 4
     barely = row(("shared-v", "shared-v"), ([1], [0]), (1, 0))
     assert plan_table.cells(barely, LAYER).tolist() == [1] * 4
 

@@ -1,11 +1,13 @@
 """Uniform, OWL and selective allocation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny_curves import curve, model_curves, shape_of
 
 from moesvd_core.errors import InputError, StatisticsError
-from moesvd_core.planning import DENSE, LayerPlan, Recipe, SideCurve, max_ratio, plan, plans
+from moesvd_core.planning import DENSE, SIDES, Allocation, LayerPlan, Recipe, SideCurve, Structure, max_ratio, plan, plans
 
 
 def share(layer: LayerPlan) -> float:
@@ -120,3 +122,57 @@ def test_selective_refuses_a_block_that_no_matrix_has_room_for() -> None:
     curves = [curve([[3.0, 2.0, 1.0]], side=side, rank_cost=6, dense_cost=10) for side in ("input", "output")]
     with pytest.raises(InputError, match="block must leave a rank below break-even in layer 0, input side"):
         plan(curves, shape_of(curves), Recipe(allocation="selective", block=2, ratio=0), {0: 1.0})
+
+
+def coupled(layers: int, experts: int) -> list[SideCurve]:
+    """Layers whose experts can be dropped, the later the better, but for two."""
+    rng = np.random.default_rng(0)
+    curves = []
+    for layer in range(layers):
+        score_E1 = np.arange(experts, dtype=float)[:, None] + rng.random((experts, 1))
+        for side, cost in (("input", 20), ("output", 10)):
+            losses = np.hstack([score_E1 * 1e-3, np.zeros_like(score_E1)])
+            made = curve(losses, layer=layer, side=side, structure="kept-experts", rank_cost=cost, dense_cost=cost)  # type: ignore[arg-type]
+            curves.append(replace(made, gain_SR=score_E1, least=2, fixed_flops=made.dense_flops, rank_flops_S=0 * made.rank_flops_S))
+    return curves
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl", "selective"])
+def test_both_sides_of_an_expert_stay_or_go(allocation: Allocation) -> None:
+    curves = coupled(4, 8)
+    shape, scores = shape_of(curves), {layer: float(layer) for layer in range(4)}
+    recipe = Recipe("expert-pruning", allocation=allocation)
+    assert max_ratio(curves, shape, recipe) == 6 / 8
+    for found in plans(curves, shape, recipe, [number / 32 for number in range(25)], scores):
+        for layer in found.layers:
+            kept = layer.input.ranks.count(DENSE)
+            assert layer.input.ranks == layer.output.ranks
+            assert layer.input.ranks == (0,) * (8 - kept) + (DENSE,) * kept and kept >= 2
+            assert layer.parameters == 30 * kept
+            assert layer.predicted_loss == pytest.approx(sum(each.loss_SR[: 8 - kept, 0].sum() for each in curves[2 * layer.layer :][:2]))
+        assert found.active_parameters == shape.active_parameters  # a token is answered by as many experts as before
+        assert 0 <= found.ratio - found.asked_ratio < 1 / 32 + 1e-9
+
+
+def test_a_base_is_paid_for_at_every_rank() -> None:
+    sides = [curve([[9, 4, 1]], side=side, structure="base-delta", rank_cost=5, dense_cost=40) for side in SIDES]
+    made = [replace(each, fixed_cost=10, least=0) for each in sides]
+    shape, recipe = shape_of(made), Recipe(allocation="uniform", block=1)
+    assert max_ratio(made, shape, recipe) == 1 - 20 / 80
+    found = plans(made, shape, recipe, [0.0, 0.4, 0.75])
+    assert [(each.layers[0].input.ranks, each.layers[0].parameters) for each in found] == [((DENSE,), 80), ((2,), 40), ((0,), 20)]
+
+
+@pytest.mark.parametrize("structure", ["base-delta", "kept-experts", "kept-neurons", "merged-experts"])
+def test_what_does_not_stand_alone_is_not_for_greedy_allocation(structure: Structure) -> None:
+    curves = [replace(each, structure=structure, fixed_cost=1) for each in model_curves(1, 4, 32, 32)]
+    with pytest.raises(InputError, match=f"allocation must be uniform, owl or selective for structure {structure}"):
+        plan(curves, shape_of(curves), Recipe(allocation="greedy"))
+
+
+def test_experts_are_counted_one_by_one_and_the_best_stay() -> None:
+    curves = coupled(1, 8)
+    assert curves[0].ranks_on_offer(8).tolist() == [0, 1]
+    assert curves[0].as_one_slot().ranks_on_offer(8).tolist() == list(range(9))
+    assert curves[0].slot_ranks(DENSE) == (DENSE,) * 8
+    assert curve([[2, 1, 0]] * 3).slot_ranks(2) == (2, 2, 2)

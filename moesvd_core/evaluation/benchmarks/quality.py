@@ -24,7 +24,10 @@ from moesvd_core.pipeline import Pipeline
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress, Report, silent
 
-PUBLISHED = ("svd", "asvd", "svd-llm", "owl", "moe-svd", "moe-svd-refit")
+PUBLISHED = (
+    "svd", "asvd", "svd-llm", "owl", "moe-svd", "moe-svd-refit", "d2-moe",
+    "neuron-pruning", "expert-pruning", "expert-pruning-frequency", "expert-merging",
+)
 """Methods of other people, which `auto` is held against."""
 OURS = "auto"
 

@@ -1,0 +1,82 @@
+"""Sides of `FactoredExperts` (see `experts.py`) for what other methods store: a base with deltas, narrower experts, merged experts.
+
+An export carries a copy of this file, so it must import torch and the other files that are carried only.
+
+Shapes as in `experts.py`; here G is the number of groups that experts were merged into.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesvd_core.experts import STRUCTURES, DenseSide, Side
+from moesvd_core.grouped import Pairs, Runs, grouped_linear
+
+
+class BaseDeltaSide(Side):
+    """`B + U_e V_e`: one matrix `base` [N, C] for all experts, and `left` [E, N, R] and `right` [E, R, C], all of one rank.
+
+    The base meets every token once: on the input side before tokens are spread over their experts, on the output side after their neurons
+    were added up with the router's weights.
+    """
+
+    def __init__(self, rank: int, experts: int, rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        super().__init__(reads_tokens)
+        self.base = nn.Parameter(torch.empty(rows, columns, **kind))
+        self.left = nn.Parameter(torch.empty(experts, rows, rank, **kind))
+        self.right = nn.Parameter(torch.empty(experts, rank, columns, **kind))
+
+    def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        if self.reads_tokens:
+            return pairs.spread(x.to(self.base.dtype) @ self.base.T) + self.multiply(pairs.spread(x), pairs)
+        return pairs.combine(x).to(self.base.dtype) @ self.base.T + pairs.combine(self.multiply(x, pairs))
+
+    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        return grouped_linear(grouped_linear(x_PC, self.right, pairs.end_E), self.left, pairs.end_E)
+
+    def matrices(self) -> torch.Tensor:
+        return self.base + self.left @ self.right
+
+
+class NarrowSide(DenseSide):
+    """The matrices of the neurons that were kept, `weight` [E, N, C]: rows of the input side, columns of the output side."""
+
+    def __init__(self, size: int, blocks: int, experts: int, rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        super().__init__(experts, *((size, columns) if reads_tokens else (rows, size)), reads_tokens, **kind)
+        self.blocks, self.full = blocks, rows if reads_tokens else columns
+
+    def matrices(self) -> torch.Tensor:
+        return self.filled(self.weight, 1 if self.reads_tokens else 2)
+
+    def filled(self, value: torch.Tensor, dim: int) -> torch.Tensor:
+        """Zeros after each block of a dimension, up to its full size: neurons that do nothing."""
+        parts = value.unflatten(dim, (self.blocks, -1))
+        rest = list(parts.shape)
+        rest[dim + 1] = self.full // self.blocks - rest[dim + 1]
+        return torch.cat([parts, parts.new_zeros(rest)], dim + 1).flatten(dim, dim + 1)
+
+
+class MergedSide(Side):
+    """One matrix for every group of experts, `weight` [G, N, C]."""
+
+    def __init__(self, groups: Sequence[int], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        """Make empty matrices; `groups` names each expert's."""
+        super().__init__(reads_tokens)
+        self.groups = list(groups)
+        self.weight = nn.Parameter(torch.empty(max(self.groups) + 1, rows, columns, **kind))
+
+    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        group_P = self.table("groups", x_PC.device, lambda: self.groups)[pairs.expert_P]
+        runs = Runs(group_P, len(self.weight))
+        y_QN = grouped_linear(runs.take(x_PC), self.weight, runs.end_G)
+        return torch.empty_like(y_QN).index_copy(0, runs.row_Q, y_QN)
+
+    def matrices(self) -> torch.Tensor:
+        return self.weight[self.groups]
+
+
+STRUCTURES["base-delta"] = lambda spec, *shape, **kind: BaseDeltaSide(spec["rank"], *shape, **kind)
+STRUCTURES["narrow"] = lambda spec, *shape, **kind: NarrowSide(spec["size"], spec["blocks"], *shape, **kind)
+STRUCTURES["merged"] = lambda spec, experts, *shape, **kind: MergedSide(spec["groups"], *shape, **kind)
