@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from moesvd_core.marks import ORIGINAL, mark
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import Measured, measurements
 from moesvd_core.runs.workbench import Text
 from pages.components import figure, plan_table, tables
-from pages.components.colors import ORIGINAL, mark
 from pages.components.text import escape, number, share
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
