@@ -4,7 +4,7 @@ A layer is decomposed once for each metric and structure, whichever methods and 
 decomposed is kept in a folder (a run) or in memory (a session), layer by layer, so that work which was interrupted goes on where it was.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +26,7 @@ from moesvd_core.curve_files import load_curves, save_curves
 from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.decompose import load as load_decomposition
 from moesvd_core.decomposition.factors import LayerFactors
-from moesvd_core.decomposition.registry import Method, method
+from moesvd_core.decomposition.registry import METHODS, Method, method
 from moesvd_core.errors import InputError
 from moesvd_core.planning import ModelShape, Plan, Recipe, SideCurve, SidePlan, Structure, layer_plans, max_ratio, plans
 from moesvd_core.progress import Progress, Report, silent
@@ -36,14 +36,17 @@ Cache = MutableMapping[tuple[str, int], Decomposition]
 """Decompositions by key (`decomposition_key`) and layer."""
 
 
-def method_of(recipe: Recipe) -> Method:
-    """The registry's method with the recipe's own choices.
+def method_of(recipe: Recipe, methods: Mapping[str, Method] = METHODS) -> Method:
+    """The named method with the recipe's own choices.
+
+    Args:
+        methods: what names stand for.
 
     Raises:
         InputError: no such method, metric, structure or allocation.
     """
     structures = None if recipe.structure is None else (recipe.structure,)
-    return method(recipe.method).customised(metric=recipe.metric, structures=structures, allocation=recipe.allocation)
+    return method(recipe.method, methods).customised(metric=recipe.metric, structures=structures, allocation=recipe.allocation)
 
 
 def expert_dtype(stream: DecoderStream) -> torch.dtype:
@@ -94,6 +97,7 @@ class Pipeline:
         dtype: floating type of what is written; None: that of the source.
         cache: decompositions of this session.
         resident: keep decompositions in `cache` although there is a folder: for whoever changes the ratio often, and has the memory.
+        methods: what the names of recipes and plans stand for.
     """
 
     stream: DecoderStream
@@ -102,6 +106,7 @@ class Pipeline:
     dtype: torch.dtype | None = None
     cache: Cache = field(default_factory=dict)
     resident: bool = False
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
 
     @cached_property
     def layers(self) -> dict[int, ExpertLayer]:
@@ -201,9 +206,8 @@ class Pipeline:
         made = layer_plans(self.curves(chosen, report), self.shape, filled)
         return {index: replace(plan, metric=chosen.metric) for index, plan in made.items()}
 
-    @staticmethod
-    def _filled(recipe: Recipe) -> tuple[Method, Recipe]:
-        chosen = method_of(recipe)
+    def _filled(self, recipe: Recipe) -> tuple[Method, Recipe]:
+        chosen = method_of(recipe, self.methods)
         return chosen, replace(recipe, allocation=chosen.allocation)
 
     # -- factors ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +223,7 @@ class Pipeline:
             return None
         if index not in self.layers:
             raise InputError(f"the plan decomposes layer {index}, but this model has experts in layers {sorted(self.layers)}: plan again")
-        base = method(plan.method).customised(metric=plan.metric)
+        base = method(plan.method, self.methods).customised(metric=plan.metric)
         dense = SidePlan("dense", (), 0, 0.0)
         halves = {
             side: self._decomposition(index, _single(base, _structure(side_plan))).materialise(

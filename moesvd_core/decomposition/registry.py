@@ -8,6 +8,11 @@ from typing import get_args
 from moesvd_core.errors import InputError
 from moesvd_core.planning import Allocation, Metric, Structure
 
+OURS = "this project"
+"""Reference of the methods that were made here."""
+FACTORED: tuple[Structure, ...] = ("per-expert", "latent", "shared-v")
+"""Structures that store matrices of lower rank."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -39,6 +44,16 @@ class Method:
         for structure in self.structures:
             _check("structure", structure, get_args(Structure))
 
+    @property
+    def published(self) -> bool:
+        """Whether it is other people's."""
+        return self.reference != OURS
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether everything it has on offer are matrices of lower rank."""
+        return set(self.structures) <= set(FACTORED)
+
     def customised(
         self, *, metric: Metric | None = None, structures: tuple[Structure, ...] | None = None, allocation: Allocation | None = None
     ) -> "Method":
@@ -52,15 +67,19 @@ class Method:
         )
 
 
-def method(name: str) -> Method:
+def method(name: str, methods: Mapping[str, Method] | None = None) -> Method:
     """The named method.
+
+    Args:
+        methods: where to look; None: those of this table.
 
     Raises:
         InputError: no such name; the message lists those there are.
     """
-    if name not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name]
+    known = METHODS if methods is None else methods
+    if name not in known:
+        raise InputError(f"method must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
 
 
 def _check(axis: str, value: str, known: tuple[str, ...]) -> None:
@@ -70,15 +89,15 @@ def _check(axis: str, value: str, known: tuple[str, ...]) -> None:
 
 _ALL = (
     Method(
-        "auto", "output", ("per-expert", "latent"), "greedy", True, "this project",
+        "auto", "output", ("per-expert", "latent"), "greedy", True, OURS,
         "For each layer and matrix whichever of dense, per-expert and latent factors costs the loss least: the recommended choice.",
     ),
     Method(
-        "fisher", "output", ("per-expert",), "greedy", False, "this project",
+        "fisher", "output", ("per-expert",), "greedy", False, OURS,
         "Each expert's own factors, weighted by what an error does to the loss: best quality for its size.",
     ),
     Method(
-        "latent", "output", ("latent",), "greedy", True, "this project",
+        "latent", "output", ("latent",), "greedy", True, OURS,
         "One input and one output basis a layer, small experts in between: best quality for its speed.",
     ),
     Method(

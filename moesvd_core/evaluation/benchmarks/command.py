@@ -1,9 +1,11 @@
-"""The command line of the benchmarks: `moesvd benchmark quality|decompose|inference|ratios|memory`.
+"""The command line of the benchmarks: `moesvd benchmark quality|ablation|prediction|decompose|inference|ratios|memory`.
 
 Figures in the documentation come from here, and the same command prints them again.
 """
 
 import argparse
+import shlex
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -12,13 +14,15 @@ import torch
 
 from moesvd_core.calibration import Calibration
 from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark
+from moesvd_core.evaluation.benchmarks.figures import figures_of
 from moesvd_core.evaluation.benchmarks.inference import InferenceBenchmark
+from moesvd_core.evaluation.benchmarks.machine import machine
 from moesvd_core.evaluation.benchmarks.memory import MemoryBenchmark
 from moesvd_core.evaluation.benchmarks.memory_probe import ProbeSettings
 from moesvd_core.evaluation.benchmarks.quality import QualityBenchmark
 from moesvd_core.evaluation.benchmarks.ratios import RatiosBenchmark
+from moesvd_core.evaluation.benchmarks.result import Result
 from moesvd_core.evaluation.benchmarks.synthetic import MixtralSize
-from moesvd_core.evaluation.benchmarks.table import Table
 from moesvd_core.evaluation.speed import SpeedTest
 from moesvd_core.progress import Report, silent
 
@@ -32,21 +36,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = kinds.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         for flag, settings in options.items():
             command.add_argument(flag, **settings)  # type: ignore[arg-type]
-        command.add_argument("--output", type=Path, metavar="FILE", help="also write the table to a .csv or .json file")
+        command.add_argument("--output", type=Path, metavar="DIR", help="also write CSV, JSON and a page with figures there")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def run(arguments: argparse.Namespace, report: Report = silent) -> Table:
-    """Run the benchmark that was chosen, and write its table where `--output` says.
+def run(arguments: argparse.Namespace, report: Report = silent) -> Result:
+    """Run the benchmark that was chosen, and write its files where `--output` says.
 
     Raises:
         MoesvdError: settings out of bounds, or work that could not be done.
     """
     given = dict(vars(arguments))
-    table = _COMMANDS[given["benchmark"]][2](given).run(report)
+    name = given["benchmark"]
+    benchmark = _COMMANDS[name][2](given)
+    start = time.perf_counter()
+    table = benchmark.run(report)
+    took = {"took": f"{time.perf_counter() - start:.0f} s"}
+    typed = {"command": shlex.join(["moesvd", *given["words"]])} if "words" in given else {}
+    result = Result(name, table, figures_of(name, table), typed | took | machine())
     if "output" in given:
-        table.write(given["output"])
-    return table
+        result.write(given["output"])
+    return result
 
 
 _Given = dict[str, object]

@@ -9,7 +9,7 @@ from tiny_models import save_tiny
 from moesvd_core.calibration import Calibration
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.quality import QualityBenchmark
-from moesvd_core.evaluation.benchmarks.table import Cell, Table
+from moesvd_core.evaluation.benchmarks.table import Table
 
 torch.set_num_threads(1)
 
@@ -24,17 +24,13 @@ def bench(folder: Path, **settings: object) -> Table:
     return QualityBenchmark(str(folder), calibration=calibration, windows=4, length=24, **settings).run()  # type: ignore[arg-type]
 
 
-def rows(table: Table) -> list[dict[str, Cell]]:
-    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-
-
 @pytest.fixture(scope="module")
 def table(folder: Path) -> Table:
     return bench(folder, ratios=(0.2, 0.3), methods=("auto", "svd", "svd-llm", "moe-svd-refit"))
 
 
 def test_every_method_at_every_ratio_stands_beside_the_original(table: Table) -> None:
-    original, *compressed = rows(table)
+    original, *compressed = table.records
     assert (original["method"], original["ratio"], original["delta_nll"]) == ("original", None, None)
     assert [(row["method"], row["asked"]) for row in compressed] == [
         (name, ratio) for ratio in (0.2, 0.3) for name in ("auto", "svd", "svd-llm", "moe-svd-refit")
@@ -42,7 +38,7 @@ def test_every_method_at_every_ratio_stands_beside_the_original(table: Table) ->
 
 
 def test_bytes_follow_the_ratio_and_losses_the_perplexities(table: Table) -> None:
-    original, *compressed = rows(table)
+    original, *compressed = table.records
     for row in compressed:
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         assert numbers["ratio"] >= numbers["asked"]
@@ -55,7 +51,7 @@ def test_bytes_follow_the_ratio_and_losses_the_perplexities(table: Table) -> Non
 def test_the_verdict_names_the_best_published_method_with_at_least_as_many_bytes(table: Table) -> None:
     verdicts = [note for note in table.notes if " times as much" in note]
     assert [note[:6] for note in verdicts] == ["at 20%", "at 30%"]
-    compressed = [row for row in rows(table) if row["asked"] == 0.2 and row["method"] != "auto"]
+    compressed = [row for row in table.records if row["asked"] == 0.2 and row["method"] != "auto"]
     best = min(compressed, key=lambda row: float(row["delta_nll"] or 0))
     assert f"best published method ({best['method']})" in verdicts[0]
     assert f"{best['bytes']:,}" in verdicts[0]
@@ -65,7 +61,7 @@ def test_the_verdict_names_the_best_published_method_with_at_least_as_many_bytes
 
 def test_a_ratio_out_of_reach_is_a_row_not_an_end(folder: Path) -> None:
     table = bench(folder, ratios=(0.9,), methods=("svd",))
-    assert rows(table)[1]["perplexity"] is None
+    assert table.records[1]["perplexity"] is None
     assert any("ratio must be in" in note for note in table.notes)
 
 
