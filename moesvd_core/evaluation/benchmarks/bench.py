@@ -62,14 +62,15 @@ class QualitySettings:
         window_NL = evaluation_windows(tokenizer, self.dataset, window_length(self.length, context_limit(stream.config)), self.windows)
         return Bench(stream, tokenizer, final_hidden(stream, window_NL, report=report), self.dataset, self.work)
 
-    def measured_on(self, bench: "Bench", statistics: Statistics, seeds: tuple[int, ...]) -> str:
+    def measured_on(self, bench: "Bench", seeds: tuple[int, ...]) -> str:
         """The text and the calibration, for the notes of a table."""
         count, length = bench.reference.window_NL.shape
+        read = window_length(self.calibration.length, context_limit(bench.stream.config))
         number = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         return (
             f"measured on {Path(self.dataset).name}, {count} windows of {length} tokens ({count * (length - 1)} predicted), "
             f"in {str(bench.stream.dtype).removeprefix('torch.')}; calibrated on {Path(self.calibration.dataset).name}, "
-            f"{statistics.windows} windows of {statistics.length} tokens, {number}"
+            f"{self.calibration.samples} windows of {read} tokens, {number}"
         )
 
 

@@ -125,8 +125,29 @@ def _memory(table: Table) -> list[Figure]:
     return [_bar_figure(table, "what", "MB", "Megabytes", "Checkpoint, interpreter, and what compression takes above it.")]
 
 
+def _ablation(table: Table) -> list[Figure]:
+    """How many times the loss each variant has, one marker a ratio."""
+    title = "Times the loss of the variant with the ingredient"
+    symbols = ("circle", "diamond", "square", "triangle-up", "cross")
+    traces: list[Trace] = []
+    for place, (ratio, found) in enumerate(_groups(table.records, "asked").items()):
+        color = RATIO_COLORS[place % len(RATIO_COLORS)]
+        shown = [each for each in found if each["variant"] != each["beside"]][::-1]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": f"{float(ratio):.0%} removed",
+            "x": [each["times its delta_nll"] for each in shown], "y": [f"{each['variant']} (beside {each['beside']})" for each in shown],
+            "marker": {"size": 11, "color": color, "symbol": symbols[place % len(symbols)]},
+            "hovertemplate": "%{y}: %{x:.3g} times<extra></extra>",
+        })
+    caption = "Log-perplexity lost without the ingredient over that with it; right of 1, the ingredient helps. Logarithmic axis."
+    line = {"type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": ORIGINAL.color, "dash": "dot"}}
+    layout = {"xaxis": _log(title), "yaxis": {"showgrid": True}, "shapes": [line]}
+    return [Figure(title, caption, traces, layout, 200 + 32 * len({record["variant"] for record in table.records}))]
+
+
 _DRAWN: Mapping[str, Callable[[Table], list[Figure]]] = {
     "quality": _quality,
+    "ablation": _ablation,
     "decompose": _decompose,
     "inference": _inference,
     "ratios": _ratios,

@@ -66,12 +66,11 @@ class QualityBenchmark(QualitySettings):
         bench = self.bench(report)
         runs = _Runs(self, bench, report)
         samples, unreached = runs.all()
-        first = runs.calibrated[self.seeds[0]].pipeline
-        rows = [_original(bench, first.shape.bytes)]
+        rows = [_original(bench, runs.calibrated[self.seeds[0]].pipeline.shape.bytes)]
         for ratio in self.ratios:
             rows.extend(_row(name, ratio, samples.get((name, ratio), [])) for name in self.methods)
         notes = [
-            self.measured_on(bench, first.statistics, self.seeds),
+            self.measured_on(bench, self.seeds),
             *unreached,
             *(note for ratio in self.ratios for note in _verdict(runs, ratio, samples)),
         ]

@@ -1,0 +1,171 @@
+"""What each ingredient of `auto` brings: the method with that one ingredient switched off, on the same text at the same ratios.
+
+A new ingredient gets a line in `VARIANTS`: what is asked for without it, by a recipe, by another method under the same name, by other
+settings of calibration, or by statistics that lack something.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from moesvd_core.calibration import Statistics
+from moesvd_core.decomposition.metrics import BACKWARD_SUMS
+from moesvd_core.decomposition.registry import METHODS, Method
+from moesvd_core.errors import InputError
+from moesvd_core.evaluation.benchmarks.bench import Bench, QualitySettings, with_seed
+from moesvd_core.evaluation.benchmarks.table import Cell, Table
+from moesvd_core.evaluation.perplexity import Evaluation
+from moesvd_core.planning import Plan, Recipe
+from moesvd_core.progress import Progress, Report, silent
+
+WHOLE = "auto"
+"""Name of the variant that lacks nothing."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing left out.
+
+    Attributes:
+        name: what is used instead.
+        lacks: the ingredient.
+        recipe: what is asked for; its ratio is not looked at.
+        methods: what the recipe's method stands for, where it is another than the registry's.
+        calibration: settings of calibration that differ.
+        without: sums that are taken out of each layer's statistics.
+        beside: the variant that has the ingredient and differs in nothing else.
+    """
+
+    name: str
+    lacks: str
+    recipe: Recipe = field(default_factory=lambda: Recipe(WHOLE))
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    beside: str = WHOLE
+
+
+VARIANTS = (
+    Variant(WHOLE, "nothing"),
+    Variant("input metric", "the output metric", Recipe(WHOLE, metric="input")),
+    Variant("estimated curvature", "each expert's own measured curvature", without=(*BACKWARD_SUMS, "row_gram_ENN")),
+    Variant("no backward pass", "gradients: a probe gives their scale", calibration={"gradient": False}),
+    Variant("diagonal of the rows' Gram", "what neurons have to do with each other", without=("row_gram_ENN",)),
+    Variant("per-expert alone", "the choice of latent", Recipe(WHOLE, structure="per-expert")),
+    Variant("latent alone", "the choice of per-expert", Recipe(WHOLE, structure="latent")),
+    Variant(
+        "uniform ranks, per-expert", "greedy allocation", Recipe(WHOLE, structure="per-expert", allocation="uniform"),
+        beside="per-expert alone",
+    ),
+    Variant("uniform ranks, latent", "greedy allocation", Recipe(WHOLE, structure="latent", allocation="uniform"), beside="latent alone"),
+)
+
+
+@dataclass(frozen=True)
+class AblationBenchmark(QualitySettings):
+    """Settings, beside those of every benchmark of quality.
+
+    Attributes:
+        ratios: shares of the whole model's parameters to remove.
+        variants: names of `VARIANTS`; what they are held against is measured too.
+        seeds: one calibration each; the calibration's own seed is not looked at.
+    """
+
+    ratios: tuple[float, ...] = (0.2, 0.4, 0.6)
+    variants: tuple[str, ...] = tuple(variant.name for variant in VARIANTS)
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        known = [variant.name for variant in VARIANTS]
+        for name in self.variants:
+            if name not in known:
+                raise InputError(f"variant must be one of {', '.join(known)}, got {name!r}")
+        if not self.ratios or not self.variants or not self.seeds:
+            raise InputError("at least one ratio, one variant and one seed must be given to compare")
+
+    def run(self, report: Report = silent) -> Table:
+        """Calibrate, plan, factor and measure every variant at every ratio.
+
+        Raises:
+            InputError: settings that the model or the text do not allow.
+        """
+        bench = self.bench(report)
+        chosen = [variant for variant in VARIANTS if variant.name in _with_compared(self.variants)]
+        found: _Found = {}
+        for done, variant in enumerate(chosen):
+            for seed in self.seeds:
+                report(Progress("benchmark", done, len(chosen), f"{variant.name}, seed {seed}"))
+                for ratio, sample in _samples(variant, bench, self, seed, report):
+                    found.setdefault((variant.name, ratio), []).append(sample)
+        report(Progress("benchmark", len(chosen), len(chosen), "all variants"))
+        rows = [_row(variant, ratio, found) for variant in chosen for ratio in self.ratios]
+        notes = [self.measured_on(bench, self.seeds), *_conclusions(chosen, self.ratios, found)]
+        return Table.of(f"What each ingredient of {WHOLE} brings: {Path(self.model).name}", rows, notes)
+
+
+_Found = dict[tuple[str, float], list[tuple[Plan, Evaluation]]]
+
+
+def _with_compared(names: Sequence[str]) -> set[str]:
+    """Variants with those that they are held against."""
+    beside = {variant.name: variant.beside for variant in VARIANTS}
+    wanted = set(names)
+    while not wanted >= (more := {beside[name] for name in wanted}):
+        wanted |= more
+    return wanted
+
+
+def _samples(
+    variant: Variant, bench: Bench, settings: AblationBenchmark, seed: int, report: Report
+) -> list[tuple[float, tuple[Plan, Evaluation]]]:
+    """A variant at every ratio."""
+    calibration = with_seed(replace(settings.calibration, **variant.calibration), seed)
+    changed = _lacking(variant.without) if variant.without else None
+    calibrated = bench.calibrated(calibration, report, methods=variant.methods, changed=changed, variant=variant.name)
+    plans = calibrated.pipeline.plans(variant.recipe, settings.ratios, report)
+    return [(ratio, (plan, calibrated.measured(plan))) for ratio, plan in zip(settings.ratios, plans, strict=True)]
+
+
+def _lacking(names: Sequence[str]) -> Callable[[Statistics], Statistics]:
+    """Statistics as a calibration would leave them that does not collect some sums."""
+
+    nothing: dict[str, Any] = dict.fromkeys(names)
+
+    def without(statistics: Statistics) -> Statistics:
+        return replace(statistics, layers={index: replace(layer, **nothing) for index, layer in statistics.layers.items()})
+
+    return without
+
+
+def _row(variant: Variant, ratio: float, found: _Found) -> dict[str, Cell]:
+    """Means over calibrations, beside the variant that has the ingredient."""
+    samples, whole = found[variant.name, ratio], found[variant.beside, ratio]
+    losses = {figure: [getattr(evaluation, figure) for _, evaluation in samples] for figure in ("delta_nll", "kl_mean")}
+    compared = {figure: [getattr(evaluation, figure) for _, evaluation in whole] for figure in losses}
+    return {
+        "variant": variant.name,
+        "lacks": variant.lacks,
+        "asked": ratio,
+        "bytes": round(fmean(plan.bytes for plan, _ in samples)),
+        "delta_nll": fmean(losses["delta_nll"]),
+        "delta_nll_spread": stdev(losses["delta_nll"]) if len(samples) > 1 else None,
+        "kl_mean": fmean(losses["kl_mean"]),
+        "beside": variant.beside,
+        "times its delta_nll": fmean(losses["delta_nll"]) / fmean(compared["delta_nll"]),
+        "times its kl_mean": fmean(losses["kl_mean"]) / fmean(compared["kl_mean"]),
+    }
+
+
+def _conclusions(variants: Sequence[Variant], ratios: Sequence[float], found: _Found) -> list[str]:
+    """One sentence a variant."""
+    sentences = []
+    for variant in variants:
+        if variant.name == variant.beside:
+            continue
+        rows = [_row(variant, ratio, found) for ratio in ratios]
+        times = " / ".join(f"{float(row['times its delta_nll'] or 0):.2f}" for row in rows)
+        at = " / ".join(f"{ratio:.0%}" for ratio in ratios)
+        sentences.append(f"without {variant.lacks} ({variant.name}): {times} times the loss of {variant.beside} at {at}")
+    return sentences
