@@ -22,6 +22,7 @@ from moesvd_core.evaluation.benchmarks.inference import InferenceBenchmark
 from moesvd_core.evaluation.benchmarks.machine import machine
 from moesvd_core.evaluation.benchmarks.memory import MemoryBenchmark
 from moesvd_core.evaluation.benchmarks.memory_probe import ProbeSettings
+from moesvd_core.evaluation.benchmarks.prediction import PredictionBenchmark
 from moesvd_core.evaluation.benchmarks.quality import QualityBenchmark
 from moesvd_core.evaluation.benchmarks.ratios import RatiosBenchmark
 from moesvd_core.evaluation.benchmarks.result import Result
@@ -63,7 +64,9 @@ def run(arguments: argparse.Namespace, report: Report = silent) -> Result:
 
 
 _Given = dict[str, object]
-_Benchmark = QualityBenchmark | AblationBenchmark | DecomposeBenchmark | InferenceBenchmark | RatiosBenchmark | MemoryBenchmark
+_Benchmark = (
+    QualityBenchmark | AblationBenchmark | PredictionBenchmark | DecomposeBenchmark | InferenceBenchmark | RatiosBenchmark | MemoryBenchmark
+)
 
 
 def _chosen(kind: type, given: _Given, **made: object) -> dict[str, object]:
@@ -141,6 +144,11 @@ _QUALITY: _Options = _MODEL | _WINDOWS | {
     "--dtype": {"choices": sorted(DTYPES), "help": "number format of weights and factors (default: the checkpoint's)"},
     "--work": {"type": Path, "metavar": "DIR", "help": "keep statistics, decompositions and measurements here, and go on from them"},
 }
+_PREDICTION: _Options = {
+    **_RATIOS,
+    "--fitted": {"nargs": "+", "type": float, "metavar": "R", "help": "those of them that each method's law is fitted to"},
+    "--layer-ratios": {"nargs": "+", "type": float, "metavar": "R", "help": "shares of one layer's experts to remove, each layer alone"},
+}
 _INFERENCE: _Options = {
     "--model": {"help": "model folder or hub id (default: a random model)"},
     "--layers": {"type": int, "help": "layers of the random model"},
@@ -169,6 +177,11 @@ _COMMANDS: dict[str, tuple[str, _Options, Callable[[_Given], _Benchmark]]] = {
         "what each ingredient of auto brings",
         _QUALITY | _VARIANTS | _RATIOS | _SEEDS,
         _of_quality(AblationBenchmark),
+    ),
+    "prediction": (
+        "losses predicted, and measured, over methods, ratios and single layers",
+        _QUALITY | _METHODS | _PREDICTION | {"--seed": _CALIBRATION["--seed"]},
+        _of_quality(PredictionBenchmark),
     ),
     "decompose": (
         "time and error of decomposing one random layer, beside the loop of full SVDs",

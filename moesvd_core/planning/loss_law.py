@@ -1,0 +1,88 @@
+"""From predicted losses to the size of measured ones: a power law, fitted to a few measured plans.
+
+The prediction is of second order, on the text that the factors were fitted to. It ranks plans, and is too small: the more closely a
+method fits that text, the smaller what it leaves out looks, and the more so the less it leaves out. So the law has a factor and a power,
+and belongs to a method, a model and a text.
+
+Losses of layers add up, so the law is one of layers: measured ≈ factor · Σ_layers predicted ** power. That makes a law fitted to plans of
+the whole model hold for the cut of one layer, too.
+
+Shapes: N plans, L layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, isfinite
+from statistics import median
+
+import numpy as np
+
+from moesvd_core.errors import InputError
+
+ENOUGH = 3
+"""Measured plans that a law is fitted to, at least: two say nothing of its error."""
+POWERS = np.linspace(0.3, 1.5, 121)
+"""Powers that are tried."""
+
+
+@dataclass(frozen=True)
+class LossLaw:
+    """A fitted law.
+
+    Attributes:
+        factor, power: see the module's text.
+        points: measured plans behind it.
+        error: how far off it is, as a share of the measured loss: the median over the plans, each predicted by the law of the others.
+    """
+
+    factor: float
+    power: float
+    points: int
+    error: float
+
+    @classmethod
+    def fit(cls, predicted: Sequence[Sequence[float]], measured: Sequence[float]) -> "LossLaw":
+        """The law of least squares of logarithms: an error of a tenth counts the same at every size of loss.
+
+        Args:
+            predicted: of each plan, the predicted loss of every layer that it changes, nats a token.
+            measured: the loss of each plan on held-out text, nats a token.
+
+        Raises:
+            InputError: fewer plans than `ENOUGH`, or a loss that is not above zero.
+        """
+        if len(predicted) != len(measured) or len(measured) < ENOUGH:
+            raise InputError(f"a law needs at least {ENOUGH} plans, predicted and measured, got {len(predicted)} and {len(measured)}")
+        layers = [_above_zero(plan) for plan in predicted]
+        if not all(plan.size for plan in layers) or not all(isfinite(loss) and loss > 0 for loss in measured):
+            raise InputError(f"a law is fitted to losses above 0 nats a token, got {list(measured)}: leave out plans that lose nothing")
+        factor, power = _fitted(layers, measured)
+        errors = []
+        for left_out, loss in enumerate(measured):
+            others = [place for place in range(len(measured)) if place != left_out]
+            own_factor, own_power = _fitted([layers[place] for place in others], [measured[place] for place in others])
+            errors.append(abs(own_factor * float((layers[left_out] ** own_power).sum()) / loss - 1))
+        return cls(factor, power, len(measured), median(errors))
+
+    def loss(self, predicted: Sequence[float]) -> float:
+        """What a plan will be measured to lose, nats a token.
+
+        Args:
+            predicted: the predicted loss of every layer that it changes.
+        """
+        return self.factor * float((_above_zero(predicted) ** self.power).sum())
+
+
+def _above_zero(predicted: Sequence[float]) -> np.ndarray:
+    """Losses of the layers that lose anything."""
+    loss_L = np.asarray(predicted, dtype=np.float64)
+    return loss_L[loss_L > 0]
+
+
+def _fitted(layers: Sequence[np.ndarray], measured: Sequence[float]) -> tuple[float, float]:
+    """Factor and power of least squares of logarithms; at each power the best factor is known."""
+    sum_PN = np.log([[float((plan**power).sum()) for plan in layers] for power in POWERS])
+    gap_PN = np.log(measured) - sum_PN
+    factor_P = gap_PN.mean(axis=1)
+    best = int(((gap_PN - factor_P[:, None]) ** 2).sum(axis=1).argmin())
+    return exp(factor_P[best]), float(POWERS[best])
