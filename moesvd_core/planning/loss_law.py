@@ -18,9 +18,12 @@ from statistics import median
 import numpy as np
 
 from moesvd_core.errors import InputError
+from moesvd_core.planning.result import Plan
 
 ENOUGH = 3
 """Measured plans that a law is fitted to, at least: two say nothing of its error."""
+CLEAR = 2.0
+"""Standard errors by which a measured loss has to differ from none to be told from it."""
 POWERS = np.linspace(0.3, 1.5, 121)
 """Powers that are tried."""
 
@@ -71,6 +74,11 @@ class LossLaw:
             predicted: the predicted loss of every layer that it changes.
         """
         return self.factor * float((_above_zero(predicted) ** self.power).sum())
+
+
+def layer_losses(plan: Plan) -> list[float]:
+    """Predicted loss of every layer that a plan changes, nats a token."""
+    return [layer.predicted_loss for layer in plan.layers if layer.selected]
 
 
 def _above_zero(predicted: Sequence[float]) -> np.ndarray:

@@ -8,7 +8,8 @@ from typing import Any
 
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import RunError
-from moesvd_core.planning import Plan, Recipe
+from moesvd_core.planning import LossLaw, Plan, Recipe
+from moesvd_core.planning.loss_law import CLEAR, ENOUGH, layer_losses
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.workbench import plan_key
 
@@ -77,6 +78,25 @@ def measurements(run: RunFolder) -> list[Measured]:
         figures = {name: record[name] for name in original}
         rows[plan_key(recipe)] = Measured(recipe, float(record["ratio"]), int(record["bytes"]), figures)
     return [row for text in sorted(found) for row in sorted(found[text].values(), key=lambda row: (row.recipe is not None, row.ratio))]
+
+
+def loss_law(run: RunFolder, method: str, dataset: str) -> LossLaw | None:
+    """What predicted losses of a method have to be made of to be of the size of measured ones on a data set, whatever its part.
+
+    Fitted to the method's own measured plans where there are enough of them, else to those of all methods.
+
+    Returns:
+        None before enough was measured.
+    """
+    largest: dict[str, dict[str, Any]] = {}
+    for record in sorted((each for each in _records(run) if each["dataset"] == dataset), key=lambda each: int(each["tokens"])):
+        if record["delta_nll"] > CLEAR * (record["delta_nll_stderr"] or 0.0) and record["predicted_loss"] > 0:
+            largest[plan_key(Recipe.from_dict(record["recipe"]))] = record
+    own = [record for record in largest.values() if record["method"] == method]
+    found = own if len(own) >= ENOUGH else list(largest.values())
+    if len(found) < ENOUGH:
+        return None
+    return LossLaw.fit([layer_losses(_plan(record)) for record in found], [record["delta_nll"] for record in found])
 
 
 def _records(run: RunFolder) -> Iterator[dict[str, Any]]:

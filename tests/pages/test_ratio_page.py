@@ -186,10 +186,10 @@ def test_predictions_are_scaled_to_what_was_measured(run: RunFolder) -> None:
     assert len(points) >= 3
     for place in points[:2]:
         measured(run, Recipe(ratio=place / 100), 3 * table[place]["predicted_loss"])
-    assert "times" not in drawn(run)["caption"]
+    assert "fitted" not in drawn(run)["caption"]
     measured(run, Recipe(ratio=points[2] / 100), 3 * table[points[2]]["predicted_loss"])
     data = drawn(run)
-    assert "times 3, as the markers tell" in data["caption"]
+    assert "fitted to 3 measured plans (auto: off by 0 % in the median)" in data["caption"]
     line = next(trace for trace in data["figure"]["data"] if trace["mode"] == "lines" and trace["name"] == "auto")
     assert line["y"][points[0]] == pytest.approx(exp(NLL + 3 * table[points[0]]["predicted_loss"]))
 

@@ -17,11 +17,9 @@ from moesvd_core.evaluation.benchmarks.bench import CalibratedBench, QualitySett
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.evaluation.perplexity import Evaluation
 from moesvd_core.planning import LossLaw, Plan, Recipe
+from moesvd_core.planning.loss_law import CLEAR, ENOUGH, layer_losses
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.sensitivity import rank_correlation
-
-CLEAR = 2.0
-"""Standard errors by which a measured loss has to differ from none to be told from it."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class PredictionBenchmark(QualitySettings):
         plans = pipeline.plans(Recipe(name), [ratio for ratio in self.ratios if ratio <= reach], report)
         whole = [(plan, calibrated.measured(plan)) for plan in plans]
         used = [(plan, lost(evaluation)) for plan, evaluation in whole if plan.asked_ratio in self.fitted and lost(evaluation) > 0]
-        law = LossLaw.fit([layer_losses(plan) for plan, _ in used], [loss for _, loss in used]) if len(used) >= len(self.fitted) else None
+        law = LossLaw.fit([layer_losses(plan) for plan, _ in used], [loss for _, loss in used]) if len(used) >= ENOUGH else None
         fitted_to = [plan for plan, _ in used]
         points = [_point(plan, None, None if plan in fitted_to else law, evaluation) for plan, evaluation in whole]
         for ratio in self.layer_ratios:
@@ -128,11 +126,6 @@ def lost(evaluation: Evaluation) -> float:
     if evaluation.delta_nll is None:
         raise ValueError("the loss of an evaluation without a reference is not known")
     return evaluation.delta_nll
-
-
-def layer_losses(plan: Plan) -> list[float]:
-    """Predicted loss of every layer that a plan changes, nats a token."""
-    return [layer.predicted_loss for layer in plan.layers if layer.selected]
 
 
 def _point(plan: Plan, layer: int | None, law: LossLaw | None, evaluation: Evaluation) -> Point:
