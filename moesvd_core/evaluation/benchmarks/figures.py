@@ -12,7 +12,7 @@ from moesvd_core.marks import METHOD_MARKS, ORIGINAL, mark
 
 Record = Mapping[str, Cell]
 Trace = dict[str, Any]
-RATIO_COLORS = ("#56B4E9", "#0072B2", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#8A8F98")
+COLORS = ("#56B4E9", "#0072B2", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#8A8F98")
 """Okabe-Ito, for whatever is no method."""
 
 
@@ -131,7 +131,7 @@ def _ablation(table: Table) -> list[Figure]:
     symbols = ("circle", "diamond", "square", "triangle-up", "cross")
     traces: list[Trace] = []
     for place, (ratio, found) in enumerate(_groups(table.records, "asked").items()):
-        color = RATIO_COLORS[place % len(RATIO_COLORS)]
+        color = COLORS[place % len(COLORS)]
         shown = [each for each in found if each["variant"] != each["beside"]][::-1]
         traces.append({
             "type": "scatter", "mode": "markers", "name": f"{float(ratio):.0%} removed",
@@ -145,9 +145,77 @@ def _ablation(table: Table) -> list[Figure]:
     return [Figure(title, caption, traces, layout, 200 + 32 * len({record["variant"] for record in table.records}))]
 
 
+BAND = 0.2
+"""Share around equality that is shaded beside predicted losses."""
+
+
+def _prediction(table: Table) -> list[Figure]:
+    """Predicted against measured; and what S_L, OWL and the prediction claim of the layers in one cut."""
+    points = table.details["points"].records
+    return [_scatter(points), *_layers_of_a_cut([point for point in points if point["layer"] is not None])]
+
+
+def _scatter(points: Sequence[Record]) -> Figure:
+    """All predicted points on logarithmic axes; filled and large: whole models, small: layers."""
+    known = [point for point in points if point["fitted"] is not None and (_number(point, "delta_nll") or 0.0) > 0]
+    ends = [f([float(point[name] or 0.0) for point in known for name in ("fitted", "delta_nll")]) for f in (min, max)] if known else [1, 1]
+    equal: Trace = {"type": "scatter", "mode": "lines", "x": ends, "hoverinfo": "skip", "line": {"color": ORIGINAL.color, "width": 1}}
+    band = {"line": {"width": 0}, "showlegend": False}
+    traces: list[Trace] = [
+        {**equal, "y": [end / (1 + BAND) for end in ends], **band},
+        {**equal, "y": [end * (1 + BAND) for end in ends], **band, "fill": "tonexty", "fillcolor": "rgba(138,143,152,0.2)"},
+        {**equal, "y": ends, "name": f"equal, ± {BAND:.0%}"},
+    ]
+    for name, found in _groups(known, "method").items():
+        look = mark(name)
+        whole = [point["layer"] is None for point in found]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": name, "x": [_number(point, "fitted") for point in found],
+            "y": [_number(point, "delta_nll") for point in found],
+            "error_y": {
+                "type": "data", "array": [_number(point, "delta_nll_stderr") for point in found], "color": look.color, "thickness": 0.75,
+                "width": 0,
+            },
+            "marker": {"color": look.color, "symbol": look.symbol, "size": [11 if each else 6 for each in whole], "opacity": 0.8},
+            "text": [f"{point['asked']:.0%}" + ("" if point["layer"] is None else f", layer {point['layer']} alone") for point in found],
+            "hovertemplate": f"{name} %{{text}}<br>predicted %{{x:.3g}}, measured %{{y:.3g}}<extra></extra>",
+        })
+    hidden = sum(point["fitted"] is not None for point in points) - len(known)
+    caption = (
+        "Large: the whole model at ratios that no law was fitted to; small: one layer cut alone. Bars: standard errors of the measured. "
+        f"{hidden} points are not drawn, because nothing above zero was measured."
+    )
+    layout = {"xaxis": _log("Predicted by the method's law, nats a token"), "yaxis": _log("Measured, nats a token")}
+    return Figure("Loss predicted and measured", caption, traces, layout, 640)
+
+
+def _layers_of_a_cut(points: Sequence[Record]) -> list[Figure]:
+    """What each metric says of the layers of one cut, as a share of its largest, against what was measured."""
+    if not points:
+        return []
+    method, asked = points[-1]["method"], points[-1]["asked"]
+    if any(point["method"] == "auto" for point in points):
+        method, asked = next((point["method"], point["asked"]) for point in points if point["method"] == "auto")
+    cut = [point for point in points if (point["method"], point["asked"]) == (method, asked)]
+    traces: list[Trace] = []
+    for place, (column, name, symbol) in enumerate((("as planned", "predicted", "circle"), ("S_L", "S_L", "x"), ("OWL", "OWL", "diamond"))):
+        most = max(float(point[column] or 0.0) for point in cut) or 1.0
+        traces.append({
+            "type": "scatter", "mode": "markers+text", "name": name, "x": [float(point[column] or 0.0) / most for point in cut],
+            "y": [_number(point, "delta_nll") for point in cut], "text": [str(point["layer"]) for point in cut],
+            "textposition": "middle right", "marker": {"size": 10, "symbol": symbol, "color": COLORS[place + 1]},
+            "hovertemplate": f"layer %{{text}}<br>{name} %{{x:.2f}} of its largest, measured %{{y:.3g}}<extra></extra>",
+        })
+    cut_text = f"Each layer alone, {float(asked or 0):.0%} of its experts removed by {method}"
+    caption = f"{cut_text}; a metric that ranks layers well rises from left to right."
+    layout = {"xaxis": _axis("Share of the metric's largest", tickformat=".0%"), "yaxis": _axis("Measured, nats a token")}
+    return [Figure("S_L, OWL and the prediction beside what was measured", caption, traces, layout, 640)]
+
+
 _DRAWN: Mapping[str, Callable[[Table], list[Figure]]] = {
     "quality": _quality,
     "ablation": _ablation,
+    "prediction": _prediction,
     "decompose": _decompose,
     "inference": _inference,
     "ratios": _ratios,

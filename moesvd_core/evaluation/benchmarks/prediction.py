@@ -16,6 +16,7 @@ from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.bench import CalibratedBench, QualitySettings
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.evaluation.perplexity import Evaluation
+from moesvd_core.pipeline import Pipeline
 from moesvd_core.planning import LossLaw, Plan, Recipe
 from moesvd_core.planning.loss_law import CLEAR, ENOUGH, layer_losses
 from moesvd_core.progress import Progress, Report, silent
@@ -116,9 +117,16 @@ class PredictionBenchmark(QualitySettings):
         fitted_to = [plan for plan, _ in used]
         points = [_point(plan, None, None if plan in fitted_to else law, evaluation) for plan, evaluation in whole]
         for ratio in self.layer_ratios:
-            for layer, plan in pipeline.layer_plans(Recipe(name, ratio), report).items():
-                points.append(_point(plan, layer, law, calibrated.measured(plan)))
+            points.extend(_point(plan, layer, law, calibrated.measured(plan)) for layer, plan in _alone(pipeline, name, ratio).items())
         return law, points
+
+
+def _alone(pipeline: Pipeline, name: str, ratio: float) -> dict[int, Plan]:
+    """Plans that cut one layer; none where the method cannot reach the ratio within a layer."""
+    try:
+        return pipeline.layer_plans(Recipe(name, ratio))
+    except InputError:
+        return {}
 
 
 def lost(evaluation: Evaluation) -> float:
