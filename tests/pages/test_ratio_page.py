@@ -64,6 +64,15 @@ def test_the_stage_gets_the_plans_of_the_views_method(run: RunFolder) -> None:
     assert data["table"]
 
 
+def test_the_stage_gets_the_law_once_measured_plans_tell_one(run: RunFolder) -> None:
+    table = run.read_json("plans", "all-auto.json")["plans"]
+    for percent in (20, 30, 40):
+        assert json.loads(ratio_stage.drawing(run, STATE))["law"] is None
+        measured(run, Recipe(ratio=percent / 100), 3 * table[percent]["predicted_loss"])
+    law = json.loads(ratio_stage.drawing(run, STATE))["law"]
+    assert (law["factor"], law["power"], law["points"]) == (pytest.approx(3), pytest.approx(1), 3)
+
+
 def test_an_empty_stage_says_what_to_do(run: RunFolder, context: Context) -> None:
     for found, state, words in (
         (None, ViewState(), "Model page"), (run, STATE.but(method="owl"), "Plan this method"),
