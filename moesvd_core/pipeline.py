@@ -294,7 +294,7 @@ def single_structures(method: Method) -> list[Method]:
 
 def decomposition_key(single: Method) -> str:
     """Name under which a method of one structure keeps its decompositions: what decides them and nothing else."""
-    return "-".join([single.metric, single.structures[0], *(["refit"] if single.refit else [])])
+    return "-".join([single.metric, single.structures[0], *(["refit"] if single.refit else []), *([] if single.shrink else ["unshrunk"])])
 
 
 def _single(method: Method, structure: Structure) -> Method:

@@ -111,7 +111,7 @@ def decompose(
         CheckpointError: a weight is not finite.
         StatisticsError: statistics that cannot be used.
     """
-    metric = LayerMetric(weights, layer, statistics, device)
+    metric = LayerMetric(weights, layer, statistics, device, shrink=method.shrink)
     return Decomposition(metric, method, {each: _made(metric, *each, method) for each in product(SIDES, method.structures)})
 
 
@@ -129,7 +129,7 @@ def load(
     Raises:
         RunError: the file is missing, damaged, or of another layer or method.
     """
-    metric = LayerMetric(weights, layer, statistics, device)
+    metric = LayerMetric(weights, layer, statistics, device, shrink=method.shrink)
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -171,4 +171,5 @@ def _identity(layer: ExpertLayer, method: Method) -> dict[str, str]:
         "metric": method.metric,
         "structures": " ".join(method.structures),
         "refit": str(method.refit),
+        **({} if method.shrink else {"shrink": "False"}),
     }

@@ -26,6 +26,7 @@ class Method:
         refit: shared-v takes the least-squares U for its V instead of the sums of Eq. 8 (latent always refits, per-expert never needs to).
         reference: where it comes from.
         description: one sentence for a person who has to choose.
+        shrink: experts with few tokens lean on the layer's average; without it, each is measured by its own tokens alone.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Method:
     refit: bool
     reference: str
     description: str
+    shrink: bool = True
 
     def __post_init__(self) -> None:
         _check("metric", self.metric, get_args(Metric))

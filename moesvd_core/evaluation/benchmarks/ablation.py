@@ -47,12 +47,18 @@ class Variant:
     beside: str = WHOLE
 
 
+def _with(**options: Any) -> Mapping[str, Method]:
+    """The registry, in which `auto` has other options."""
+    return {**METHODS, WHOLE: replace(METHODS[WHOLE], **options)}
+
+
 VARIANTS = (
     Variant(WHOLE, "nothing"),
     Variant("input metric", "the output metric", Recipe(WHOLE, metric="input")),
     Variant("estimated curvature", "each expert's own measured curvature", without=(*BACKWARD_SUMS, "row_gram_ENN")),
     Variant("no backward pass", "gradients: a probe gives their scale", calibration={"gradient": False}),
     Variant("diagonal of the rows' Gram", "what neurons have to do with each other", without=("row_gram_ENN",)),
+    Variant("rare experts by themselves", "leaning on the layer's average", methods=_with(shrink=False)),
     Variant("per-expert alone", "the choice of latent", Recipe(WHOLE, structure="per-expert")),
     Variant("latent alone", "the choice of per-expert", Recipe(WHOLE, structure="latent")),
     Variant(
