@@ -4,7 +4,7 @@ A new ingredient gets a line in `VARIANTS`: what is asked for without it, by a r
 settings of calibration, or by statistics that lack something.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,7 +15,7 @@ from moesvd_core.decomposition.metrics import BACKWARD_SUMS
 from moesvd_core.decomposition.registry import METHODS, Method
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.bench import Bench, QualitySettings, with_seed
-from moesvd_core.evaluation.benchmarks.table import Cell, Table
+from moesvd_core.evaluation.benchmarks.table import Cell, Table, shown
 from moesvd_core.evaluation.perplexity import Evaluation
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress, Report, silent
@@ -125,13 +125,15 @@ def _with_compared(names: Sequence[str]) -> set[str]:
 
 def _samples(
     variant: Variant, bench: Bench, settings: AblationBenchmark, seed: int, report: Report
-) -> list[tuple[float, tuple[Plan, Evaluation]]]:
-    """A variant at every ratio."""
+) -> Iterator[tuple[float, tuple[Plan, Evaluation]]]:
+    """A variant at every ratio that it reaches."""
     calibration = with_seed(replace(settings.calibration, **variant.calibration), seed)
     changed = _lacking(variant.without) if variant.without else None
     calibrated = bench.calibrated(calibration, report, methods=variant.methods, changed=changed, variant=variant.name)
-    plans = calibrated.pipeline.plans(variant.recipe, settings.ratios, report)
-    return [(ratio, (plan, calibrated.measured(plan))) for ratio, plan in zip(settings.ratios, plans, strict=True)]
+    reach = calibrated.pipeline.max_ratio(variant.recipe, report)
+    for ratio in [each for each in settings.ratios if each <= reach]:
+        plan = calibrated.pipeline.plan(replace(variant.recipe, ratio=ratio))
+        yield ratio, (plan, calibrated.measured(plan))
 
 
 def _lacking(names: Sequence[str]) -> Callable[[Statistics], Statistics]:
@@ -147,21 +149,29 @@ def _lacking(names: Sequence[str]) -> Callable[[Statistics], Statistics]:
 
 def _row(variant: Variant, ratio: float, found: _Found) -> dict[str, Cell]:
     """Means over calibrations, beside the variant that has the ingredient."""
-    samples, whole = found[variant.name, ratio], found[variant.beside, ratio]
-    losses = {figure: [getattr(evaluation, figure) for _, evaluation in samples] for figure in ("delta_nll", "kl_mean")}
-    compared = {figure: [getattr(evaluation, figure) for _, evaluation in whole] for figure in losses}
+    samples, whole = found.get((variant.name, ratio), []), found.get((variant.beside, ratio), [])
+    nll, kl = (_losses(samples, figure) for figure in ("delta_nll", "kl_mean"))
+    times = [
+        fmean(own) / fmean(compared) if own and compared else None
+        for own, compared in ((nll, _losses(whole, "delta_nll")), (kl, _losses(whole, "kl_mean")))
+    ]
     return {
         "variant": variant.name,
         "lacks": variant.lacks,
         "asked": ratio,
-        "bytes": round(fmean(plan.bytes for plan, _ in samples)),
-        "delta_nll": fmean(losses["delta_nll"]),
-        "delta_nll_spread": stdev(losses["delta_nll"]) if len(samples) > 1 else None,
-        "kl_mean": fmean(losses["kl_mean"]),
+        "bytes": round(fmean(plan.bytes for plan, _ in samples)) if samples else None,
+        "delta_nll": fmean(nll) if nll else None,
+        "delta_nll_spread": stdev(nll) if len(nll) > 1 else None,
+        "kl_mean": fmean(kl) if kl else None,
         "beside": variant.beside,
-        "times its delta_nll": fmean(losses["delta_nll"]) / fmean(compared["delta_nll"]),
-        "times its kl_mean": fmean(losses["kl_mean"]) / fmean(compared["kl_mean"]),
+        "times its delta_nll": times[0],
+        "times its kl_mean": times[1],
     }
+
+
+def _losses(samples: Sequence[tuple[Plan, Evaluation]], figure: str) -> list[float]:
+    """A figure after every calibration."""
+    return [getattr(evaluation, figure) for _, evaluation in samples]
 
 
 def _conclusions(variants: Sequence[Variant], ratios: Sequence[float], found: _Found) -> list[str]:
@@ -170,8 +180,7 @@ def _conclusions(variants: Sequence[Variant], ratios: Sequence[float], found: _F
     for variant in variants:
         if variant.name == variant.beside:
             continue
-        rows = [_row(variant, ratio, found) for ratio in ratios]
-        times = " / ".join(f"{float(row['times its delta_nll'] or 0):.2f}" for row in rows)
+        times = " / ".join(shown(_row(variant, ratio, found)["times its delta_nll"]) for ratio in ratios)
         at = " / ".join(f"{ratio:.0%}" for ratio in ratios)
         sentences.append(f"without {variant.lacks} ({variant.name}): {times} times the loss of {variant.beside} at {at}")
     return sentences
