@@ -58,7 +58,8 @@ def _table(table: Table) -> str:
     kinds = [' class="name"' if table.named(place) else "" for place in range(len(table.columns))]
     head = "".join(f'<th scope="col"{kind}>{escape(column)}</th>' for kind, column in zip(kinds, table.columns, strict=True))
     rows = "".join(
-        "<tr>" + "".join(f"<td{kind}>{_mark(cell)}{escape(shown(cell))}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>"
+        f"<tr><td{kinds[0]}>{_mark(row[0])}{escape(shown(row[0]))}</td>"
+        + "".join(f"<td{kind}>{escape(shown(cell))}</td>" for kind, cell in zip(kinds[1:], row[1:], strict=True)) + "</tr>"
         for row in table.rows
     )
     box = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
