@@ -76,13 +76,18 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class Bench:
-    """A model, and the original's last hidden states over the held-out text."""
+    """A model, and the original's last hidden states over the held-out text.
+
+    Attributes:
+        calibrations: what was calibrated in this session, for variants that differ in something else.
+    """
 
     stream: LayerStream
     tokenizer: PreTrainedTokenizerBase
     reference: FinalHidden
     dataset: str
     work: Path | None = None
+    calibrations: dict[Calibration, Statistics] = field(default_factory=dict)
 
     @property
     def original(self) -> Evaluation:
@@ -109,10 +114,10 @@ class Bench:
             InputError: settings that the model or the text do not allow.
         """
         folder = self._folder(calibration)
-        statistics = calibrate(
-            self.stream, self.tokenizer, calibration, report=report, folder=None if folder is None else folder / "statistics"
-        )
-        used = statistics if changed is None else changed(statistics)
+        if calibration not in self.calibrations:
+            into = None if folder is None else folder / "statistics"
+            self.calibrations[calibration] = calibrate(self.stream, self.tokenizer, calibration, report=report, folder=into)
+        used = self.calibrations[calibration] if changed is None else changed(self.calibrations[calibration])
         kept = None if folder is None else folder / (variant or "as-registered").replace(" ", "-")
         return CalibratedBench(self, Pipeline(self.stream, used, kept, methods=methods), kept)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from moesvd_core.calibration import Calibration
+from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.errors import InputError
-from moesvd_core.evaluation.benchmarks import ablation
+from moesvd_core.evaluation.benchmarks import ablation, bench
 from moesvd_core.evaluation.benchmarks.ablation import VARIANTS, AblationBenchmark
 from moesvd_core.evaluation.benchmarks.figures import figures_of
 from moesvd_core.evaluation.benchmarks.table import Table
@@ -51,6 +51,14 @@ def test_what_a_variant_is_held_against_is_measured_with_it(folder: Path) -> Non
     assert [row["variant"] for row in made.records] == ["auto", "latent alone", "uniform ranks, latent"]
     figure = figures_of("ablation", made)[0]
     assert figure.data[0]["y"] == ["uniform ranks, latent (beside latent alone)", "latent alone (beside auto)"]
+
+
+def test_variants_that_do_not_touch_calibration_share_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrated = []
+    monkeypatch.setattr(bench, "calibrate", lambda *given, **more: calibrated.append(given[2]) or calibrate(*given, **more))
+    variants = ("auto", "input metric", "no backward pass", "diagonal of the rows' Gram")
+    AblationBenchmark(str(folder), Calibration(samples=3, length=32), windows=2, length=24, ratios=(0.3,), variants=variants).run()
+    assert [each.gradient for each in calibrated] == [True, False]
 
 
 def test_sums_that_variants_leave_out_are_there_to_be_left_out() -> None:
