@@ -5,7 +5,7 @@ other ratios and cuts of one layer alone, is predicted by that law and then meas
 they are held against the measured losses of the layers in one cut at a time, and so is the prediction.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -155,15 +155,10 @@ def _summary(points: Sequence[Point], scores: _Scores) -> list[dict[str, Cell]]:
         "single layers, clear": [point for point in judged if point.layer is not None and point.clear],
     }
     rows = [_judged("fitted", scope, found, [point.fitted or 0.0 for point in found]) for scope, found in scopes.items() if found]
-    rows += [_judged("as planned", scope, scopes[scope], [point.raw for point in scopes[scope]]) for scope in ("all",) if scopes[scope]]
-    for name in ("predicted", "S_L", "OWL"):
-        cuts = list(_cuts(points, scores, name))
-        if cuts:
-            rows.append(_row(name, f"layers of each cut, {len(cuts)} cuts", sum(len(cut[0]) for cut in cuts), *(
-                fmean(known) if (known := [rho for rho in rhos if not isnan(rho)]) else None for rhos in zip(*(
-                    (rank_correlation(claimed, nll), rank_correlation(claimed, kl)) for claimed, nll, kl in cuts
-                ), strict=True)
-            )))
+    if judged:
+        rows.append(_judged("as planned", "all", judged, [point.raw for point in judged]))
+    if cuts := _cuts(points):
+        rows += [_ranked(name, cuts, scores) for name in ("predicted", "S_L", "OWL")]
     return rows
 
 
@@ -185,13 +180,29 @@ def _row(
     }
 
 
-def _cuts(points: Sequence[Point], scores: _Scores, name: str) -> Iterator[tuple[list[float], list[float], list[float]]]:
-    """Of every cut, what a predictor claims of its layers, and what was measured: log-perplexity lost, and KL."""
-    keys = dict.fromkeys((point.method, point.asked) for point in points if point.layer is not None)
-    for key in keys:
-        cut = [(point, point.layer) for point in points if point.layer is not None and (point.method, point.asked) == key]
-        claimed = [point.raw if name == "predicted" else scores[layer][name] for point, layer in cut]
-        yield claimed, [point.measured for point, _ in cut], [point.evaluation.kl_mean or 0.0 for point, _ in cut]
+def _cuts(points: Sequence[Point]) -> list[list[Point]]:
+    """The layers that were cut alone, by method and ratio."""
+    found: dict[tuple[str, float], list[Point]] = {}
+    for point in points:
+        if point.layer is not None:
+            found.setdefault((point.method, point.asked), []).append(point)
+    return list(found.values())
+
+
+def _ranked(predictor: str, cuts: Sequence[Sequence[Point]], scores: _Scores) -> dict[str, Cell]:
+    """How well a predictor ranks the layers of a cut: mean rank correlation over cuts."""
+    nll, kl = [], []
+    for cut in cuts:
+        claimed = [point.raw if predictor == "predicted" else scores[point.layer or 0][predictor] for point in cut]
+        nll.append(rank_correlation(claimed, [point.measured for point in cut]))
+        kl.append(rank_correlation(claimed, [point.evaluation.kl_mean or 0.0 for point in cut]))
+    return _row(predictor, f"layers of each cut, {len(cuts)} cuts", sum(map(len, cuts)), _mean(nll), _mean(kl))
+
+
+def _mean(correlations: Sequence[float]) -> float | None:
+    """Mean of those that there are: layers that all lose the same have none."""
+    known = [each for each in correlations if not isnan(each)]
+    return fmean(known) if known else None
 
 
 def _point_row(point: Point, scores: _Scores) -> dict[str, Cell]:
