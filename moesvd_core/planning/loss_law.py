@@ -7,7 +7,7 @@ and belongs to a method, a model and a text.
 Losses of layers add up, so the law is one of layers: measured ≈ factor · Σ_layers predicted ** power. That makes a law fitted to plans of
 the whole model hold for the cut of one layer, too.
 
-Shapes: N plans, L layers.
+Shapes: N plans, L layers, P powers.
 """
 
 from collections.abc import Sequence
@@ -59,13 +59,14 @@ class LossLaw:
         layers = [_above_zero(plan) for plan in predicted]
         if not all(plan.size for plan in layers) or not all(isfinite(loss) and loss > 0 for loss in measured):
             raise InputError(f"a law is fitted to losses above 0 nats a token, got {list(measured)}: leave out plans that lose nothing")
-        factor, power = _fitted(layers, measured)
+        sum_PN = np.log([[float((plan**power).sum()) for plan in layers] for power in POWERS])
+        loss_N = np.log(measured)
+        factor, place = _fitted(sum_PN, loss_N)
         errors = []
-        for left_out, loss in enumerate(measured):
-            others = [place for place in range(len(measured)) if place != left_out]
-            own_factor, own_power = _fitted([layers[place] for place in others], [measured[place] for place in others])
-            errors.append(abs(own_factor * float((layers[left_out] ** own_power).sum()) / loss - 1))
-        return cls(factor, power, len(measured), median(errors))
+        for left_out in range(len(loss_N)):
+            own_factor, own_place = _fitted(np.delete(sum_PN, left_out, axis=1), np.delete(loss_N, left_out))
+            errors.append(abs(exp(own_factor + sum_PN[own_place, left_out] - loss_N[left_out]) - 1))
+        return cls(exp(factor), float(POWERS[place]), len(loss_N), median(errors))
 
     def loss(self, predicted: Sequence[float]) -> float:
         """What a plan will be measured to lose, nats a token.
@@ -87,10 +88,14 @@ def _above_zero(predicted: Sequence[float]) -> np.ndarray:
     return loss_L[loss_L > 0]
 
 
-def _fitted(layers: Sequence[np.ndarray], measured: Sequence[float]) -> tuple[float, float]:
-    """Factor and power of least squares of logarithms; at each power the best factor is known."""
-    sum_PN = np.log([[float((plan**power).sum()) for plan in layers] for power in POWERS])
-    gap_PN = np.log(measured) - sum_PN
+def _fitted(sum_PN: np.ndarray, loss_N: np.ndarray) -> tuple[float, int]:
+    """Logarithm of the factor, and the place of the power, of least squares; at each power the best factor is known.
+
+    Args:
+        sum_PN: logarithm of Σ_layers predicted ** power, for every power that is tried.
+        loss_N: logarithm of what was measured.
+    """
+    gap_PN = loss_N - sum_PN
     factor_P = gap_PN.mean(axis=1)
     best = int(((gap_PN - factor_P[:, None]) ** 2).sum(axis=1).argmin())
-    return exp(factor_P[best]), float(POWERS[best])
+    return float(factor_P[best]), best

@@ -1,6 +1,6 @@
 """What a run already knows of plans and of how good they are, read from its files; nothing is planned or measured here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,23 +80,23 @@ def measurements(run: RunFolder) -> list[Measured]:
     return [row for text in sorted(found) for row in sorted(found[text].values(), key=lambda row: (row.recipe is not None, row.ratio))]
 
 
-def loss_law(run: RunFolder, method: str, dataset: str) -> LossLaw | None:
-    """What predicted losses of a method have to be made of to be of the size of measured ones on a data set, whatever its part.
+def loss_laws(run: RunFolder, methods: Iterable[str], dataset: str) -> dict[str, LossLaw]:
+    """What predicted losses of each method have to be made of to be of the size of measured ones on a data set, whatever its part.
 
-    Fitted to the method's own measured plans where there are enough of them, else to those of all methods.
-
-    Returns:
-        None before enough was measured.
+    Fitted to the method's own measured plans where there are enough of them, else to those of all methods; none before enough was measured.
     """
     largest: dict[str, dict[str, Any]] = {}
     for record in sorted((each for each in _records(run) if each["dataset"] == dataset), key=lambda each: int(each["tokens"])):
         if record["delta_nll"] > CLEAR * (record["delta_nll_stderr"] or 0.0) and record["predicted_loss"] > 0:
             largest[plan_key(Recipe.from_dict(record["recipe"]))] = record
-    own = [record for record in largest.values() if record["method"] == method]
-    found = own if len(own) >= ENOUGH else list(largest.values())
-    if len(found) < ENOUGH:
-        return None
-    return LossLaw.fit([layer_losses(_plan(record)) for record in found], [record["delta_nll"] for record in found])
+    points = [(record["method"], layer_losses(_plan(record)), float(record["delta_nll"])) for record in largest.values()]
+    laws: dict[str, LossLaw] = {}
+    for method in methods:
+        own = [point for point in points if point[0] == method]
+        used = own if len(own) >= ENOUGH else points
+        if len(used) >= ENOUGH:
+            laws[method] = LossLaw.fit([predicted for _, predicted, _ in used], [measured for _, _, measured in used])
+    return laws
 
 
 def _records(run: RunFolder) -> Iterator[dict[str, Any]]:

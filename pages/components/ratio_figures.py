@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from moesvd_core.marks import ORIGINAL, mark
 from moesvd_core.planning import LossLaw, Recipe
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import Measured, loss_law, measurements
+from moesvd_core.runs.known import Measured, loss_laws, measurements
 from moesvd_core.runs.workbench import Text
 from pages.components import figure, plan_table, tables
 from pages.components.text import escape, number, share
@@ -61,8 +61,8 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
     totals = {name: found for name in ordered if (found := plan_table.totals(run, name)) is not None}
     whole = max(total["bytes"][0] for total in totals.values())
     unit, word = next((each for each in _UNITS if whole >= each[0]), (1.0, "B"))
-    laws = {name: loss_law(run, name, text.dataset) for name in totals}
-    predicted = {name: _predicted(run, name, law) for name, law in laws.items()}
+    laws = loss_laws(run, totals, text.dataset)
+    predicted = {name: _predicted(run, name, laws.get(name)) for name in totals}
     drawn = go.Figure(layout={"meta": unit, "hovermode": "closest"})
     for name, total in totals.items():
         look = mark(name)
@@ -85,7 +85,7 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
     )
     caption = (
         f"Markers: measured on held-out text of {Path(text.dataset).name}. Lines: the loss predicted from calibration"
-        f"{_fit_text(laws, method)}. The dotted line is the slider."
+        f"{_fit_text(method, laws.get(method))}. The dotted line is the slider."
     )
     return figure.drawing(drawn, _table(totals, predicted, points, base), caption, "quality-by-size")
 
@@ -95,9 +95,8 @@ def _predicted(run: RunFolder, method: str, law: LossLaw | None) -> list[float]:
     return [sum(losses) if law is None else law.loss(losses) for losses in plan_table.layer_losses(run, method)]
 
 
-def _fit_text(laws: Mapping[str, LossLaw | None], method: str) -> str:
+def _fit_text(method: str, law: LossLaw | None) -> str:
     """What predictions were fitted to, and how far the fit is off."""
-    law = laws.get(method)
     return "" if law is None else f", fitted to {law.points} measured plans ({method}: off by {share(law.error, 0)} in the median)"
 
 

@@ -8,7 +8,7 @@ import json
 import gradio as gr
 
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import loss_law
+from moesvd_core.runs.known import loss_laws
 from pages.components import plan_table
 from pages.components.assets import mount
 from pages.components.session import ViewState
@@ -93,7 +93,7 @@ def drawing(run: RunFolder | None, state: ViewState, dataset: str = "sotu") -> s
     else:
         empty = ("This run has no plans yet", "They are made at the end of its analysis; the Model page says how far that is.")
     view = {"run": state.run, "method": state.method, "percent": round(100 * state.ratio), "layer": state.layer}
-    law = None if run is None or table is None else loss_law(run, state.method, dataset)
+    law = None if run is None or table is None else loss_laws(run, [state.method], dataset).get(state.method)
     return json.dumps({**view, "table": table, "law": None if law is None else vars(law), "empty": empty}, separators=(",", ":"))
 
 

@@ -13,7 +13,7 @@ from runs.tiny_runs import TEXT, do, tiny_run
 
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import loss_law
+from moesvd_core.runs.known import loss_laws
 from pages.components.text import size
 
 Open = Callable[..., Page]
@@ -75,7 +75,7 @@ def drag(page: Page, share: float) -> list[str]:
 
 def test_the_predicted_loss_is_of_the_size_of_measured_ones(ratio: Open, run: RunFolder) -> None:
     page = ratio()
-    law = loss_law(run, "auto", "sotu")
+    law = loss_laws(run, ["auto"], "sotu").get("auto")
     assert law is not None
     expect(page.locator('[data-part="loss-remark"]')).to_contain_text("fitted to 3 measured plans")
     plan = run.read_json("plans", "all-auto.json")["plans"][40]

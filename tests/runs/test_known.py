@@ -11,7 +11,7 @@ from tiny_runs import TEXT, do, tiny_run
 from moesvd_core.errors import RunError
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import analysed, known_plan, loss_law, measurements, reach
+from moesvd_core.runs.known import analysed, known_plan, loss_laws, measurements, reach
 from moesvd_core.runs.workbench import Text
 
 
@@ -75,16 +75,16 @@ def test_the_law_of_losses_is_the_methods_own_once_enough_of_its_plans_were_meas
 
     for percent in (20, 30):
         note("auto", percent, 3)
-    assert loss_law(run, "auto", "sotu") is None
+    assert loss_laws(run, ["auto"], "sotu").get("auto") is None
     note("svd", 30, 3)
-    law = loss_law(run, "auto", "sotu")
+    law = loss_laws(run, ["auto"], "sotu").get("auto")
     assert law is not None and law.points == 3, "of all methods, while each has too few"
     note("auto", 40, 2, windows=8)
     note("auto", 40, 3)
-    law = loss_law(run, "auto", "sotu")
+    law = loss_laws(run, ["auto"], "sotu").get("auto")
     assert law is not None
     assert (law.points, law.factor, law.power) == (3, pytest.approx(3), pytest.approx(1)), "the largest part of the text counts"
-    assert loss_law(run, "auto", "other.txt") is None
+    assert loss_laws(run, ["auto"], "other.txt") == {}
 
 
 def test_a_method_that_was_not_analysed_is_not_known(tmp_path: Path) -> None:
