@@ -5,6 +5,7 @@ Shapes are those of plotly's JSON: a figure has traces ("data") and a layout.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import log2
 from typing import Any
 
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
@@ -110,9 +111,28 @@ def _decompose(table: Table) -> list[Figure]:
 
 
 def _inference(table: Table) -> list[Figure]:
-    columns = [column for column in table.columns if column.endswith("× original")]
-    names = table.columns[0]
-    return [_bar_figure(table, names, column, column, "Tokens a second, the original's = 1; measured in turns.") for column in columns]
+    """Models down, cells across: a model's name ends with its cell where there are several, "latent 40%, 4 × 128"."""
+    return [_grid(table.records, column) for column in table.columns if column.endswith(("× original", "of ideal"))]
+
+
+def _grid(records: Sequence[Record], column: str) -> Figure:
+    """A heat map around 1: blue is faster, red is slower."""
+    value: dict[tuple[str, str], float] = {}
+    for record in records:
+        model, _, cell = str(record["model"]).rpartition(", ") if ", " in str(record["model"]) else (record["model"], "", "all")
+        if (number := _number(record, column)) is not None:
+            value[str(model), cell] = number
+    models, cells = list(dict.fromkeys(model for model, _ in value))[::-1], list(dict.fromkeys(cell for _, cell in value))
+    known = [[value.get((model, cell)) for cell in cells] for model in models]
+    heat: Trace = {
+        "type": "heatmap", "x": cells, "y": models, "z": [[log2(each) if each else None for each in row] for row in known],
+        "zmin": -2, "zmax": 2, "colorscale": "RdBu", "xgap": 2, "ygap": 2, "showscale": False,
+        "text": [["" if each is None else f"{each:.2f}" for each in row] for row in known], "texttemplate": "%{text}",
+        "hovertemplate": "%{y}, %{x}: %{text}<extra></extra>",
+    }
+    layout = {"xaxis": {"type": "category", "side": "top", "showgrid": False}, "yaxis": {"type": "category", "showgrid": False}}
+    caption = "Blue: faster than the original, red: slower; across: prompts at once × their tokens. Measured in turns."
+    return Figure(column[0].upper() + column[1:], caption, [heat], layout, 140 + 32 * len(models))
 
 
 def _ratios(table: Table) -> list[Figure]:
