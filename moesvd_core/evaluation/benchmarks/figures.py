@@ -116,7 +116,7 @@ def _inference(table: Table) -> list[Figure]:
 
 
 def _grid(records: Sequence[Record], column: str) -> Figure:
-    """A heat map around 1: blue is faster, red is slower."""
+    """A heat map around 1: blue is faster, orange is slower."""
     value: dict[tuple[str, str], float] = {}
     for record in records:
         model, _, cell = str(record["model"]).rpartition(", ") if ", " in str(record["model"]) else (record["model"], "", "all")
@@ -126,12 +126,12 @@ def _grid(records: Sequence[Record], column: str) -> Figure:
     known = [[value.get((model, cell)) for cell in cells] for model in models]
     heat: Trace = {
         "type": "heatmap", "x": cells, "y": models, "z": [[log2(each) if each else None for each in row] for row in known],
-        "zmin": -2, "zmax": 2, "colorscale": "RdBu", "xgap": 2, "ygap": 2, "showscale": False,
+        "zmin": -2, "zmax": 2, "colorscale": [[0, "#D55E00"], [0.5, "#DFE2E8"], [1, "#0072B2"]], "xgap": 2, "ygap": 2, "showscale": False,
         "text": [["" if each is None else f"{each:.2f}" for each in row] for row in known], "texttemplate": "%{text}",
         "hovertemplate": "%{y}, %{x}: %{text}<extra></extra>",
     }
-    layout = {"xaxis": {"type": "category", "side": "top", "showgrid": False}, "yaxis": {"type": "category", "showgrid": False}}
-    caption = "Blue: faster than the original, red: slower; across: prompts at once × their tokens. Measured in turns."
+    layout = {"xaxis": {"type": "category", "showgrid": False}, "yaxis": {"type": "category", "showgrid": False}}
+    caption = "Blue: faster than the original, orange: slower; across: prompts at once × their tokens. Measured in turns."
     return Figure(column[0].upper() + column[1:], caption, [heat], layout, 140 + 32 * len(models))
 
 
