@@ -34,8 +34,11 @@ browser:
 		|| { echo "browser tests need Debian's chromium: install it as root with 'apt-get install chromium'" >&2; exit 1; }
 
 benchmark: $(VENV)/.run
-	$(BIN)/moesvd benchmark quality
-	$(BIN)/moesvd benchmark decompose
+	$(BIN)/moesvd benchmark quality assets/demo-moe --windows 256 --seeds 0 1 2 --work out/benchmark --output out/benchmark
+	$(BIN)/moesvd benchmark ablation assets/demo-moe --windows 256 --work out/benchmark --output out/benchmark
+	$(BIN)/moesvd benchmark prediction assets/demo-moe --windows 256 --work out/benchmark --output out/benchmark
+	$(BIN)/moesvd benchmark decompose --output out/benchmark
+	$(BIN)/moesvd benchmark ratios assets/demo-moe --output out/benchmark
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build out

@@ -40,6 +40,16 @@
 
   /* Place of the plan for a whole percent; the largest that there is for more. */
   const placeOf = (table, percent) => Math.min(Math.max(percent, 0), table.asked.length - 1);
+  /* Predicted losses by the law that measured plans tell (planning/loss_law.py), layer by layer. */
+  function fitted(table, law) {
+    if (!law) return table;
+    const layers = table.layers.length, sum = losses => losses.reduce((total, loss) => total + loss, 0);
+    table.law = law;
+    table.loss = table.loss.map(loss => law.factor * Math.max(loss, 0) ** law.power);
+    table.totals.predicted_loss = table.asked.map((_, place) => sum(table.loss.subarray(place * layers, (place + 1) * layers)));
+    return table;
+  }
+
   const at = (table, place, layer) => place * table.layers.length + layer;
   const keptOf = (table, place, layer) => table.stored[at(table, place, layer)] / table.original_layer[layer];
 
@@ -356,7 +366,7 @@
       }
       const turn = ++this.turn;
       if (data.table) {
-        const table = await unpack(data.table);
+        const table = fitted(await unpack(data.table), data.law);
         if (turn !== this.turn) return; // another method was chosen meanwhile
         this.tables.set(data.method, table);
       }
@@ -458,7 +468,8 @@
         write("active-remark", `${signed(totals("active_parameters") - other("active_parameters"), count)} against the pinned plan`);
       } else {
         write("size-remark", `of ${bytes(before("bytes"))}, on disk and in memory`);
-        write("loss-remark", "nats a token, from calibration alone");
+        write("loss-remark", table.law ? `nats a token, fitted to ${table.law.points} measured plans, ± ${share(table.law.error, 0)}`
+          : "nats a token, from calibration alone");
         write("active-remark", `of ${count(before("active_parameters"))} parameters a token`);
       }
       const unpin = this.part("control", "unpin");

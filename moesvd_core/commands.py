@@ -298,8 +298,8 @@ def benchmark(given: Namespace) -> None:
     from moesvd_core.evaluation.benchmarks.command import run
 
     with ProgressBars() as bars:
-        table = run(given, bars)
-    print(table.json() if getattr(given, "json", False) else table.text(), end="")
+        result = run(given, bars)
+    print(result.json() if getattr(given, "json", False) else result.text(), end="")
 
 
 def _stream(name: str, given: Namespace) -> "LayerStream":

@@ -7,7 +7,7 @@ decomposed is kept in a folder (a run) or in memory (a session), layer by layer,
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,7 +34,7 @@ from moesvd_core.decomposition.compensation import FITTED_STRUCTURES, can_compen
 from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.decompose import load as load_decomposition
 from moesvd_core.decomposition.factors import LayerFactors
-from moesvd_core.decomposition.registry import Method, method
+from moesvd_core.decomposition.registry import METHODS, Method, method
 from moesvd_core.errors import InputError, RunError, StatisticsError
 from moesvd_core.planning import LayerPlan, ModelShape, Plan, Recipe, SideCurve, SidePlan, Structure, layer_plans, max_ratio, plans
 from moesvd_core.progress import Progress, Report, silent
@@ -44,14 +44,17 @@ Cache = MutableMapping[tuple[str, int], Decomposition]
 """Decompositions by key (`decomposition_key`) and layer."""
 
 
-def method_of(recipe: Recipe) -> Method:
-    """The registry's method with the recipe's own choices.
+def method_of(recipe: Recipe, methods: Mapping[str, Method] = METHODS) -> Method:
+    """The named method with the recipe's own choices.
+
+    Args:
+        methods: what names stand for.
 
     Raises:
         InputError: no such method, metric, structure or allocation.
     """
     structures = None if recipe.structure is None else (recipe.structure,)
-    return method(recipe.method).customised(metric=recipe.metric, structures=structures, allocation=recipe.allocation)
+    return method(recipe.method, methods).customised(metric=recipe.metric, structures=structures, allocation=recipe.allocation)
 
 
 def expert_dtype(stream: DecoderStream) -> torch.dtype:
@@ -103,6 +106,7 @@ class Pipeline:
         cache: decompositions of this session.
         compensated: fitted factors of this session, by plan (`compensation_key`) and layer, where there is no folder.
         resident: keep decompositions in `cache` although there is a folder: for whoever changes the ratio often, and has the memory.
+        methods: what the names of recipes and plans stand for.
     """
 
     stream: DecoderStream
@@ -112,6 +116,7 @@ class Pipeline:
     cache: Cache = field(default_factory=dict)
     compensated: dict[tuple[str, int], LayerFactors] = field(default_factory=dict)
     resident: bool = False
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
 
     @cached_property
     def layers(self) -> dict[int, ExpertLayer]:
@@ -211,9 +216,8 @@ class Pipeline:
         made = layer_plans(self.curves(chosen, report), self.shape, filled)
         return {index: replace(plan, metric=chosen.metric) for index, plan in made.items()}
 
-    @staticmethod
-    def _filled(recipe: Recipe) -> tuple[Method, Recipe]:
-        chosen = method_of(recipe)
+    def _filled(self, recipe: Recipe) -> tuple[Method, Recipe]:
+        chosen = method_of(recipe, self.methods)
         return chosen, replace(recipe, allocation=chosen.allocation)
 
     # -- factors ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +256,7 @@ class Pipeline:
             batches=batches_of(window_NL),
             statistics=self.statistics.layers.__getitem__,
             factors=lambda index: self._planned_factors(plan, index),
-            kind=plan.metric or method(plan.method).metric,
+            kind=plan.metric or method(plan.method, self.methods).metric,
             states=MemoryStates() if work is None else DiskStates(work),
             finished=lambda index: self._fitted_factors(plan, index, self._planned_factors(plan, index)),
             keep=lambda index, factors: self._keep_fitted(plan, index, factors),
@@ -294,7 +298,7 @@ class Pipeline:
             return None
         if index not in self.layers:
             raise InputError(f"the plan decomposes layer {index}, but this model has experts in layers {sorted(self.layers)}: plan again")
-        base = method(plan.method).customised(metric=plan.metric)
+        base = method(plan.method, self.methods).customised(metric=plan.metric)
         dense = SidePlan("dense", (), 0, 0.0)
         sides: dict[str, SidePlan] = {"input": layer_plan.input, "output": layer_plan.output}
         made: LayerFactors | None = None
@@ -359,7 +363,7 @@ def single_structures(method: Method) -> list[Method]:
 
 def decomposition_key(single: Method) -> str:
     """Name under which a method of one structure keeps its decompositions: what decides them and nothing else."""
-    return "-".join([single.metric, single.structures[0], *(["refit"] if single.refit else [])])
+    return "-".join([single.metric, single.structures[0], *(["refit"] if single.refit else []), *([] if single.shrink else ["unshrunk"])])
 
 
 def compensation_key(plan: Plan) -> str:

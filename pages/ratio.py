@@ -52,7 +52,7 @@ def build(context: Context) -> None:
         jobs.Panel(page)
 
         page.view(_method_shown(context), [method, about, plan], fields=("run", "method"))
-        page.view(lambda state: stage.drawing(context.open(state), state), [control], fields=("run", "method"))
+        page.view(lambda state: stage.drawing(context.open(state), state, TEXT.dataset), [control], fields=("run", "method"))
         page.view(_measured(context), [measured, measure], fields=("run", "method", "ratio"))
         page.view(_curve(context), [curve], fields=("run", "method"))
         method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_QUIET)

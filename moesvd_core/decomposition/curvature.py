@@ -50,18 +50,24 @@ class Curvature(ABC):
         """G_e of the input matrix, [D, D], a sum over calibration tokens, ridged; None: the Gram of the tokens."""
 
 
-def curvature_of(weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device) -> Curvature:
-    """As much as calibration found out."""
+def curvature_of(
+    weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device, lent: float
+) -> Curvature:
+    """As much as calibration found out.
+
+    Args:
+        lent: what every expert is lent of the layer's average (`PSEUDO_SHARE`), 0 for nothing.
+    """
     if statistics.gradient_gram_EDD is None:
-        return EstimatedCurvature(weights, layer, statistics, device)
-    return MeasuredCurvature(layer, statistics, device)
+        return EstimatedCurvature(weights, layer, statistics, device, lent)
+    return MeasuredCurvature(layer, statistics, device, lent)
 
 
 class MeasuredCurvature(Curvature):
     """From the sums of a backward pass."""
 
-    def __init__(self, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device) -> None:
-        self._layer, self._device = layer, device
+    def __init__(self, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device, lent: float) -> None:
+        self._layer, self._device, self._lent = layer, device, lent
         self._to_all_tokens = statistics.tokens / statistics.gradient_tokens
         self._gradient_gram_EDD = _present(statistics.gradient_gram_EDD)
         self._weight_square_E = _present(statistics.gradient_weight_square_E)
@@ -70,12 +76,12 @@ class MeasuredCurvature(Curvature):
         self._weighted_input_gram_EDD = _present(statistics.weighted_input_gram_EDD)
 
     def of_output(self, expert: int) -> RootedGram:
-        own_DD = self._own(self._gradient_gram_EDD, expert) + PSEUDO_SHARE * self._mean_gradient_gram
-        weight_square = self._weight_square_E[expert] + PSEUDO_SHARE * self._weight_square_E.mean()
+        own_DD = self._own(self._gradient_gram_EDD, expert) + self._lent * self._mean_gradient_gram
+        weight_square = self._weight_square_E[expert] + self._lent * self._weight_square_E.mean()
         return FullGram(ridged(own_DD / _positive(weight_square), GRADIENT_RIDGE))
 
     def of_rows(self, expert: int) -> RootedGram:
-        lent_N = PSEUDO_SHARE * self._mean_row_square
+        lent_N = self._lent * self._mean_row_square
         square_N = self._own(self._row_square_EN, expert) + lent_N
         total = _positive(square_N.sum())
         if self._row_gram_ENN is None:
@@ -83,7 +89,7 @@ class MeasuredCurvature(Curvature):
         return FullGram(ridged((self._own(self._row_gram_ENN, expert) + lent_N.diag()) / total, ROW_RIDGE))
 
     def input_gram(self, expert: int) -> torch.Tensor:
-        own_DD = self._own(self._weighted_input_gram_EDD, expert) + PSEUDO_SHARE * self._mean_input_gram
+        own_DD = self._own(self._weighted_input_gram_EDD, expert) + self._lent * self._mean_input_gram
         return ridged(own_DD * self._to_all_tokens, GRAM_RIDGE)
 
     def _own(self, sum_E: torch.Tensor, expert: int) -> torch.Tensor:
@@ -106,8 +112,10 @@ class MeasuredCurvature(Curvature):
 class EstimatedCurvature(Curvature):
     """From the layer's Γ and the neurons' mean squared slopes; Γ is the identity when calibration found out nothing."""
 
-    def __init__(self, weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device) -> None:
-        self._weights, self._layer, self._statistics, self._device = weights, layer, statistics, device
+    def __init__(
+        self, weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device, lent: float
+    ) -> None:
+        self._weights, self._layer, self._statistics, self._device, self._lent = weights, layer, statistics, device, lent
 
     def of_output(self, expert: int) -> RootedGram:
         return self._gradient_gram
@@ -149,8 +157,8 @@ class EstimatedCurvature(Curvature):
         """
         slope_EN = self._statistics.slope_EN.to(self._device, torch.float64)
         square_E1 = self._statistics.weight_square_E.to(self._device, torch.float64)[:, None]
-        lent_N = PSEUDO_SHARE * mean_by_kind(self._layer, slope_EN)
-        return (slope_EN + lent_N) / _positive(square_E1 + PSEUDO_SHARE * square_E1.mean())
+        lent_N = self._lent * mean_by_kind(self._layer, slope_EN)
+        return (slope_EN + lent_N) / _positive(square_E1 + self._lent * square_E1.mean())
 
 
 def mean_by_kind(layer: ExpertLayer, sum_EN: torch.Tensor) -> torch.Tensor:

@@ -131,7 +131,7 @@ def decompose(
         CheckpointError: a weight is not finite.
         StatisticsError: statistics that cannot be used.
     """
-    metric = LayerMetric(weights, layer, statistics, device)
+    metric = LayerMetric(weights, layer, statistics, device, shrink=method.shrink)
     made = {structure: _made(metric, structure, method) for structure in method.structures}
     return Decomposition(metric, method, {(side, structure): made[structure][side] for side in SIDES for structure in method.structures})
 
@@ -150,7 +150,7 @@ def load(
     Raises:
         RunError: the file is missing, damaged, or of another layer or method.
     """
-    metric = LayerMetric(weights, layer, statistics, device)
+    metric = LayerMetric(weights, layer, statistics, device, shrink=method.shrink)
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -214,4 +214,5 @@ def _identity(layer: ExpertLayer, method: Method) -> dict[str, str]:
         "metric": method.metric,
         "structures": " ".join(method.structures),
         "refit": str(method.refit),
+        **({} if method.shrink else {"shrink": "False"}),
     }

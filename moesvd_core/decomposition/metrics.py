@@ -37,21 +37,26 @@ class LayerMetric:
         layer: their layout.
         statistics: what calibration collected.
         device: where matrices are worked on.
+        shrink: whether experts with few tokens lean on the layer's average.
 
     Raises:
         CheckpointError: a weight is not finite.
         StatisticsError: statistics of another layer, not finite, or of no token at all.
     """
 
-    def __init__(self, weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device | str = "cpu", *,
+        shrink: bool = True,
+    ) -> None:
         _check(weights, layer, statistics)
         self.weights = weights
         self.layer = layer
         self.statistics = statistics
         self.device = torch.device(device)
         self._read: dict[tuple[Metric, int], torch.Tensor] = {}
-        self._curvature = curvature_of(weights, layer, statistics, self.device)
-        self.pseudo_tokens = PSEUDO_SHARE * float(statistics.count_E.sum()) / layer.experts
+        lent = PSEUDO_SHARE if shrink else 0.0
+        self._curvature = curvature_of(weights, layer, statistics, self.device, lent)
+        self.pseudo_tokens = lent * float(statistics.count_E.sum()) / layer.experts
 
     # -- what a side looks like ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,10 @@ from typing import get_args
 from moesvd_core.errors import InputError
 from moesvd_core.planning import Allocation, Metric, Structure
 
+OURS = "this project"
+"""Reference of the methods that were made here."""
+FACTORED: tuple[Structure, ...] = ("per-expert", "latent", "shared-v", "base-delta")
+"""Structures that store matrices of lower rank, or what such are added to."""
 _MATRIX_METRICS: tuple[Metric, ...] = ("plain", "scaled", "input", "output")
 _METRICS: Mapping[Structure, tuple[Metric, ...]] = {
     "kept-neurons": ("input", "output"),
@@ -30,6 +34,8 @@ class Method:
             never need to).
         reference: where it comes from.
         description: one sentence for a person who has to choose.
+        shrink: experts with few tokens lean on the layer's average; without it, each is measured by its own tokens alone.
+        compensate: a finished model is compensated unless its recipe says otherwise (see `Recipe.compensate`).
     """
 
     name: str
@@ -39,6 +45,7 @@ class Method:
     refit: bool
     reference: str
     description: str
+    shrink: bool = True
     compensate: bool = False
 
     def __post_init__(self) -> None:
@@ -51,6 +58,16 @@ class Method:
             known = _METRICS.get(structure, _MATRIX_METRICS)
             if self.metric not in known:
                 raise InputError(f"metric must be one of {', '.join(known)} for structure {structure}, got {self.metric!r}")
+
+    @property
+    def published(self) -> bool:
+        """Whether it is other people's."""
+        return self.reference != OURS
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether everything it has on offer are matrices of lower rank."""
+        return set(self.structures) <= set(FACTORED)
 
     def customised(
         self, *, metric: Metric | None = None, structures: tuple[Structure, ...] | None = None, allocation: Allocation | None = None
@@ -65,15 +82,19 @@ class Method:
         )
 
 
-def method(name: str) -> Method:
+def method(name: str, methods: Mapping[str, Method] | None = None) -> Method:
     """The named method.
+
+    Args:
+        methods: where to look; None: those of this table.
 
     Raises:
         InputError: no such name; the message lists those there are.
     """
-    if name not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name]
+    known = METHODS if methods is None else methods
+    if name not in known:
+        raise InputError(f"method must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
 
 
 def _check(axis: str, value: str, known: tuple[str, ...]) -> None:
@@ -83,16 +104,16 @@ def _check(axis: str, value: str, known: tuple[str, ...]) -> None:
 
 _ALL = (
     Method(
-        "auto", "output", ("per-expert", "latent"), "greedy", True, "this project",
+        "auto", "output", ("per-expert", "latent"), "greedy", True, OURS,
         "For each layer and matrix whichever of dense, per-expert and latent factors costs the loss least: the recommended choice.",
         compensate=True,
     ),
     Method(
-        "fisher", "output", ("per-expert",), "greedy", False, "this project",
+        "fisher", "output", ("per-expert",), "greedy", False, OURS,
         "Each expert's own factors, weighted by what an error does to the loss: best quality for its size.",
     ),
     Method(
-        "latent", "output", ("latent",), "greedy", True, "this project",
+        "latent", "output", ("latent",), "greedy", True, OURS,
         "One input and one output basis a layer, small experts in between: best quality for its speed.",
     ),
     Method(

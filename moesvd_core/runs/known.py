@@ -1,6 +1,6 @@
 """What a run already knows of plans and of how good they are, read from its files; nothing is planned or measured here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -8,7 +8,8 @@ from typing import Any
 
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import RunError
-from moesvd_core.planning import Plan, Recipe
+from moesvd_core.planning import LossLaw, Plan, Recipe
+from moesvd_core.planning.loss_law import CLEAR, ENOUGH, layer_losses
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.workbench import plan_key
 
@@ -80,6 +81,28 @@ def measurements(run: RunFolder) -> list[Measured]:
         figures = {name: record[name] for name in original}
         rows[plan_key(recipe)] = Measured(recipe, float(record["ratio"]), int(record["bytes"]), figures)
     return [row for text in sorted(found) for row in sorted(found[text].values(), key=lambda row: (row.recipe is not None, row.ratio))]
+
+
+def loss_laws(run: RunFolder, methods: Iterable[str], dataset: str) -> dict[str, LossLaw]:
+    """What predicted losses of each method have to be made of to be of the size of measured ones on a data set, whatever its part.
+
+    Fitted to the method's own measured plans where there are enough of them, else to those of all methods; none before enough was measured.
+    What was compensated is left out: predictions are of factors as they are sliced.
+    """
+    largest: dict[str, dict[str, Any]] = {}
+    for record in sorted((each for each in _records(run) if each["dataset"] == dataset), key=lambda each: int(each["tokens"])):
+        if record["recipe"].get("compensate"):
+            continue
+        if record["delta_nll"] > CLEAR * (record["delta_nll_stderr"] or 0.0) and record["predicted_loss"] > 0:
+            largest[plan_key(Recipe.from_dict(record["recipe"]))] = record
+    points = [(record["method"], layer_losses(_plan(record)), float(record["delta_nll"])) for record in largest.values()]
+    laws: dict[str, LossLaw] = {}
+    for method in methods:
+        own = [point for point in points if point[0] == method]
+        used = own if len(own) >= ENOUGH else points
+        if len(used) >= ENOUGH:
+            laws[method] = LossLaw.fit([predicted for _, predicted, _ in used], [measured for _, _, measured in used])
+    return laws
 
 
 def _records(run: RunFolder) -> Iterator[dict[str, Any]]:

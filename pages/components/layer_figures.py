@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from moesvd_core.marks import mark
 from moesvd_core.planning import SideCurve
 from moesvd_core.planning.curves import Side
 from pages.components import figure, tables
 from pages.components.analysis import Ranks, Sensitivity, layer_of, plan_at
-from pages.components.colors import mark
 from pages.components.layers import CHOSEN
 from pages.components.sensitivity_figures import METRICS
 from pages.components.text import number, share

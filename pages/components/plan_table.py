@@ -57,11 +57,19 @@ def totals(run: RunFolder, method: str) -> dict[str, list[float]] | None:
     return _table(str(run.path), method, file.stat().st_mtime_ns).totals
 
 
+def layer_losses(run: RunFolder, method: str) -> list[list[float]]:
+    """Predicted loss of every layer that each of a method's plans changes, nats a token; no plans where there are none of it."""
+    file = _file(run, method)
+    if not file.exists() or not (run.path / "source.json").exists():
+        return []
+    return _table(str(run.path), method, file.stat().st_mtime_ns).losses
+
+
 class _Table:
     """One method's plans, packed."""
 
-    def __init__(self, text: str, totals: dict[str, list[float]]) -> None:
-        self.text, self.totals = text, totals
+    def __init__(self, text: str, totals: dict[str, list[float]], losses: list[list[float]]) -> None:
+        self.text, self.totals, self.losses = text, totals, losses
 
 
 @functools.lru_cache(maxsize=32)  # what is kept is small: about a quarter of a megabyte for 60 layers of 128 experts
@@ -72,7 +80,9 @@ def _table(path: str, method: str, changed: int) -> _Table:
     layers = [ExpertLayer(**layer) for layer in source["facts"]["expert_layers"]]
     scores = run.read_json("evaluations", "sensitivity.json") or {"experts": []}
     packed = pack(table, layers, scores["experts"])
-    return _Table(base64.b64encode(packed).decode(), {name: [plan[name] for plan in table["plans"]] for name in _TOTALS})
+    totals = {name: [plan[name] for plan in table["plans"]] for name in _TOTALS}
+    losses = [[row["predicted_loss"] for row in plan["layers"] if row["selected"]] for plan in table["plans"]]
+    return _Table(base64.b64encode(packed).decode(), totals, losses)
 
 
 def pack(table: _Row, layers: Sequence[ExpertLayer], scores: Sequence[_Row]) -> bytes:

@@ -3,26 +3,22 @@
 from collections.abc import Mapping, Sequence
 from math import exp, isfinite
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from moesvd_core.planning import Recipe
+from moesvd_core.marks import ORIGINAL, mark
+from moesvd_core.planning import LossLaw, Recipe
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import Measured, measurements
+from moesvd_core.runs.known import Measured, loss_laws, measurements
 from moesvd_core.runs.workbench import Text
 from pages.components import figure, plan_table, tables
-from pages.components.colors import ORIGINAL, mark
 from pages.components.text import escape, number, share
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _LEAST_SHOWN, _MOST_SHOWN = 0.15, 1.0
 """Nats a token above the original that the curve has room for, at least and at most."""
-_TELLING = (0.002, 0.5)
-"""Measured losses, nats a token, that tell how far predictions are off: smaller ones are noise, larger ones no longer of second order."""
-_ENOUGH = 3
 
 
 def on_dataset(run: RunFolder, text: Text) -> list[Measured]:
@@ -65,13 +61,14 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
     totals = {name: found for name in ordered if (found := plan_table.totals(run, name)) is not None}
     whole = max(total["bytes"][0] for total in totals.values())
     unit, word = next((each for each in _UNITS if whole >= each[0]), (1.0, "B"))
-    scale = predicted_scale(totals, points)
+    laws = loss_laws(run, totals, text.dataset)
+    predicted = {name: _predicted(run, name, laws.get(name)) for name in totals}
     drawn = go.Figure(layout={"meta": unit, "hovermode": "closest"})
     for name, total in totals.items():
         look = mark(name)
         hover = f"{name}, predicted: %{{y:.4g}} at %{{x:.3g}}<extra></extra>"
         drawn.add_scatter(
-            x=[value / unit for value in total["bytes"]], y=[_perplexity(base + scale * loss) for loss in total["predicted_loss"]],
+            x=[value / unit for value in total["bytes"]], y=[_perplexity(base + loss) for loss in predicted[name]],
             name=name, mode="lines", line={"color": look.color, "dash": look.dash, "width": 2 if name == method else 1},
             opacity=1 if name == method else 0.5, legendgroup=name, hovertemplate=hover,
         )
@@ -86,27 +83,21 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
         xaxis={"title": {"text": f"Size, {word}"}, "rangemode": "tozero"},
         yaxis={"title": {"text": "Perplexity"}, "range": [exp(base - 0.03), highest]},
     )
-    times = "" if scale == 1 else f" times {number(scale, 2)}, as the markers tell"
     caption = (
-        f"Markers: measured on held-out text of {Path(text.dataset).name}. Lines: the loss predicted from calibration{times}. "
-        "The dotted line is the slider."
+        f"Markers: measured on held-out text of {Path(text.dataset).name}. Lines: the loss predicted from calibration"
+        f"{_fit_text(method, laws.get(method))}. The dotted line is the slider."
     )
-    return figure.drawing(drawn, _table(totals, points, base), caption, "quality-by-size")
+    return figure.drawing(drawn, _table(totals, predicted, points, base), caption, "quality-by-size")
 
 
-def predicted_scale(totals: Mapping[str, Mapping[str, Sequence[float]]], points: Mapping[str, Sequence[Measured]]) -> float:
-    """What predicted losses are multiplied by to be of the size of measured ones; 1 before enough was measured to tell.
+def _predicted(run: RunFolder, method: str, law: LossLaw | None) -> list[float]:
+    """What each plan of a method is predicted to lose: by the law that measured plans tell, else as it was planned."""
+    return [sum(losses) if law is None else law.loss(losses) for losses in plan_table.layer_losses(run, method)]
 
-    The prediction is of second order: it ranks plans, and is too small by a factor that belongs to the model.
-    """
-    ratios = []
-    for name, total in totals.items():
-        predicted = {round(ratio, 6): loss for ratio, loss in zip(total["ratio"], total["predicted_loss"], strict=True)}
-        for row in points.get(name, ()):
-            added, loss = row.figures["delta_nll"], predicted.get(round(row.ratio, 6), 0.0)
-            if loss > 0 and _TELLING[0] <= added <= _TELLING[1]:
-                ratios.append(added / loss)
-    return median(ratios) if len(ratios) >= _ENOUGH else 1.0
+
+def _fit_text(method: str, law: LossLaw | None) -> str:
+    """What predictions were fitted to, and how far the fit is off."""
+    return "" if law is None else f", fitted to {law.points} measured plans ({method}: off by {share(law.error, 0)} in the median)"
 
 
 def measured_html(run: RunFolder, recipe: Recipe, text: Text, otherwise: str) -> str:
@@ -151,7 +142,10 @@ def _add_measured(drawn: go.Figure, name: str, rows: Sequence[Measured], base: f
     )
 
 
-def _table(totals: Mapping[str, Mapping[str, Sequence[float]]], points: Mapping[str, Sequence[Measured]], base: float) -> pd.DataFrame:
+def _table(
+    totals: Mapping[str, Mapping[str, Sequence[float]]], predicted: Mapping[str, Sequence[float]], points: Mapping[str, Sequence[Measured]],
+    base: float,
+) -> pd.DataFrame:
     """Everything that is drawn: one row a plan, measured figures where there are some."""
     rows: list[dict[str, Any]] = [{"method": "original", "ratio": 0.0, "predicted perplexity": exp(base)}]
     for name, total in totals.items():
@@ -160,7 +154,7 @@ def _table(totals: Mapping[str, Mapping[str, Sequence[float]]], points: Mapping[
             figures = measured[round(ratio, 6)].figures if round(ratio, 6) in measured else {}
             rows.append({
                 "method": name, "ratio": ratio, "bytes": total["bytes"][place],
-                "predicted perplexity": _perplexity(base + total["predicted_loss"][place]),
+                "predicted perplexity": _perplexity(base + predicted[name][place]),
                 "measured perplexity": exp(base + figures["delta_nll"]) if figures else None,
                 "loss added, nats": figures.get("delta_nll"), "KL, nats": figures.get("kl_mean"), "windows": figures.get("windows"),
             })

@@ -8,6 +8,7 @@ import json
 import gradio as gr
 
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import loss_laws
 from pages.components import plan_table
 from pages.components.assets import mount
 from pages.components.session import ViewState
@@ -74,8 +75,11 @@ def retained() -> gr.HTML:
     return _part("retained", _RETAINED, 470)
 
 
-def drawing(run: RunFolder | None, state: ViewState) -> str:
+def drawing(run: RunFolder | None, state: ViewState, dataset: str = "sotu") -> str:
     """The value of `control`: the plans of the view's method, or what to do to have them.
+
+    Args:
+        dataset: whose measured plans tell how large predicted losses really are.
 
     Raises:
         RunError: a file of the run is damaged.
@@ -89,7 +93,8 @@ def drawing(run: RunFolder | None, state: ViewState) -> str:
     else:
         empty = ("This run has no plans yet", "They are made at the end of its analysis; the Model page says how far that is.")
     view = {"run": state.run, "method": state.method, "percent": round(100 * state.ratio), "layer": state.layer}
-    return json.dumps({**view, "table": table, "empty": empty}, separators=(",", ":"))
+    law = None if run is None or table is None else loss_laws(run, [state.method], dataset).get(state.method)
+    return json.dumps({**view, "table": table, "law": None if law is None else vars(law), "empty": empty}, separators=(",", ":"))
 
 
 def _part(name: str, template: str, height: int) -> gr.HTML:

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from moesvd_core.marks import Mark, mark
 from pages.components import colors, figure, tables
 from pages.components.analysis import Sensitivity
-from pages.components.colors import Mark, mark
 from pages.components.layers import across, band, down, frame
 from pages.components.text import number
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from moesvd_core.marks import Mark
 from moesvd_core.similarity import RANK_SHARES, Estimator, Matrix, Side, SideSimilarity, Source, axis_of
 from pages.components import colors, figure
-from pages.components.colors import Mark
 from pages.components.layers import across, band
 
 MATRICES: tuple[Matrix, Matrix, Matrix] = ("W", "U", "V")

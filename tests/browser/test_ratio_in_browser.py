@@ -13,6 +13,7 @@ from runs.tiny_runs import TEXT, do, tiny_run
 
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import loss_laws
 from pages.components.text import size
 
 Open = Callable[..., Page]
@@ -70,6 +71,16 @@ def drag(page: Page, share: float) -> list[str]:
     page.mouse.move(start + share * (area["width"] - 24), y, steps=25)
     page.wait_for_timeout(500)
     return list(asked)
+
+
+def test_the_predicted_loss_is_of_the_size_of_measured_ones(ratio: Open, run: RunFolder) -> None:
+    page = ratio()
+    law = loss_laws(run, ["auto"], "sotu").get("auto")
+    assert law is not None
+    expect(page.locator('[data-part="loss-remark"]')).to_contain_text("fitted to 3 measured plans")
+    plan = run.read_json("plans", "all-auto.json")["plans"][40]
+    shown = float(page.locator('[data-part="loss"]').inner_text())
+    assert shown == pytest.approx(law.loss([layer["predicted_loss"] for layer in plan["layers"]]), rel=0.02)
 
 
 def test_dragging_shows_every_plan_and_asks_nobody(ratio: Open, run: RunFolder) -> None:

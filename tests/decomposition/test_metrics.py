@@ -125,6 +125,17 @@ def test_a_starved_expert_leans_on_the_average_token() -> None:
         assert float(metric.left(side, "output", 2).full().diagonal().min()) > 0
 
 
+def test_without_shrinkage_an_expert_is_measured_by_its_own_tokens_alone() -> None:
+    tiny = tiny_layer(starved=2)
+    alone = LayerMetric(tiny.weights, tiny.layer, tiny.statistics, shrink=False)
+    own_DD = tiny.statistics.input_gram_EDD[1].double()
+    torch.testing.assert_close(alone.right_of_input("input", 1).full(), own_DD, rtol=1e-4, atol=1e-4)
+    empty_DD = alone.right_of_input("input", 2).full()
+    torch.testing.assert_close(empty_DD, float(empty_DD[0, 0]) * torch.eye(len(empty_DD), dtype=torch.float64))
+    weighted_DD = tiny.statistics.weighted_input_gram_EDD[1].double()
+    torch.testing.assert_close(alone.right_of_input("output", 1).full(), weighted_DD, rtol=1e-4, atol=1e-4)
+
+
 def test_shrinkage_of_outputs_is_that_of_the_neurons_seen_through_the_matrix() -> None:
     metric = made(tiny_layer(starved=1))
     for expert in range(4):

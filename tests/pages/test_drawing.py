@@ -7,8 +7,9 @@ import plotly.graph_objects as go
 import pytest
 
 from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.marks import METHOD_MARKS
 from moesvd_core.runs.estimate import Estimate
-from pages.components import colors, figure, tables, text
+from pages.components import figure, tables, text
 from pages.components.machine import Machine
 from pages.components.model_facts import facts_html, needs_html
 
@@ -63,9 +64,9 @@ def test_a_figure_carries_its_data_and_leaves_style_to_the_browser() -> None:
 
 
 def test_every_method_is_drawn_in_its_own_way() -> None:
-    assert set(colors.METHOD_MARKS) == set(METHODS)
-    assert len(set(colors.METHOD_MARKS.values())) == len(METHODS)
-    assert len({(mark.dash, mark.symbol) for mark in colors.METHOD_MARKS.values()}) == len(METHODS)  # without colour too
+    assert set(METHOD_MARKS) == set(METHODS)
+    assert len(set(METHOD_MARKS.values())) == len(METHODS)
+    assert len({(mark.dash, mark.symbol) for mark in METHOD_MARKS.values()}) == len(METHODS)  # without colour too
 
 
 def test_what_does_not_fit_is_said_in_words() -> None:

@@ -64,6 +64,15 @@ def test_the_stage_gets_the_plans_of_the_views_method(run: RunFolder) -> None:
     assert data["table"]
 
 
+def test_the_stage_gets_the_law_once_measured_plans_tell_one(run: RunFolder) -> None:
+    table = run.read_json("plans", "all-auto.json")["plans"]
+    for percent in (20, 30, 40):
+        assert json.loads(ratio_stage.drawing(run, STATE))["law"] is None
+        measured(run, Recipe(ratio=percent / 100), 3 * table[percent]["predicted_loss"])
+    law = json.loads(ratio_stage.drawing(run, STATE))["law"]
+    assert (law["factor"], law["power"], law["points"]) == (pytest.approx(3), pytest.approx(1), 3)
+
+
 def test_an_empty_stage_says_what_to_do(run: RunFolder, context: Context) -> None:
     for found, state, words in (
         (None, ViewState(), "Model page"), (run, STATE.but(method="owl"), "Plan this method"),
@@ -186,10 +195,10 @@ def test_predictions_are_scaled_to_what_was_measured(run: RunFolder) -> None:
     assert len(points) >= 3
     for place in points[:2]:
         measured(run, Recipe(ratio=place / 100), 3 * table[place]["predicted_loss"])
-    assert "times" not in drawn(run)["caption"]
+    assert "fitted" not in drawn(run)["caption"]
     measured(run, Recipe(ratio=points[2] / 100), 3 * table[points[2]]["predicted_loss"])
     data = drawn(run)
-    assert "times 3, as the markers tell" in data["caption"]
+    assert "fitted to 3 measured plans (auto: off by 0 % in the median)" in data["caption"]
     line = next(trace for trace in data["figure"]["data"] if trace["mode"] == "lines" and trace["name"] == "auto")
     assert line["y"][points[0]] == pytest.approx(exp(NLL + 3 * table[points[0]]["predicted_loss"]))
 

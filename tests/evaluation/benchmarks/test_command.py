@@ -13,7 +13,7 @@ from moesvd_core.errors import InputError, ResourceError
 from moesvd_core.evaluation.benchmarks import memory
 from moesvd_core.evaluation.benchmarks.command import add_arguments, run
 from moesvd_core.evaluation.benchmarks.memory_probe import peak_bytes, resident_bytes
-from moesvd_core.evaluation.benchmarks.table import Cell, Table
+from moesvd_core.evaluation.benchmarks.table import Table
 
 torch.set_num_threads(1)
 
@@ -21,11 +21,7 @@ torch.set_num_threads(1)
 def benchmark(*words: str | Path) -> Table:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return run(parser.parse_args([str(word) for word in words]))
-
-
-def rows(table: Table) -> list[dict[str, Cell]]:
-    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    return run(parser.parse_args([str(word) for word in words])).table
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +33,18 @@ CALIBRATION = ("--samples", "4", "--calibration-length", "32")
 
 
 def test_quality_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
-    scored = ("--windows", "3", "--length", "24", "--dtype", "float32", "--work", tmp_path / "work", "--output", tmp_path / "table.json")
+    scored = ("--windows", "3", "--length", "24", "--dtype", "float32", "--work", tmp_path / "work", "--output", tmp_path / "out")
     table = benchmark("quality", folder, "--methods", "svd-llm", "--ratios", "0.3", *CALIBRATION, *scored)
-    assert [row["method"] for row in rows(table)] == ["original", "svd-llm"]
+    assert [row["method"] for row in table.records] == ["original", "svd-llm"]
     assert "3 windows of 24 tokens" in table.notes[0] and "4 windows of 32 tokens" in table.notes[0] and "float32" in table.notes[0]
-    assert json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))["rows"] == rows(table)
-    assert (tmp_path / "work" / "statistics" / "statistics.json").exists()
+    assert json.loads((tmp_path / "out" / "quality.json").read_text(encoding="utf-8"))["rows"] == table.records
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"quality.json", "quality.csv", "quality-seeds.csv", "quality.html"}
+    assert len(list((tmp_path / "work").glob("*/statistics/statistics.json"))) == 1
 
 
 def test_decompose_compares_with_the_loop_at_the_same_ratio() -> None:
     size = ("--hidden", "128", "--width", "192", "--experts", "4", "--ratio", "0.5")
-    loop, *ours = rows(benchmark("decompose", *size, "--methods", "svd", "svd-llm", "latent"))
+    loop, *ours = benchmark("decompose", *size, "--methods", "svd", "svd-llm", "latent").records
     assert loop["times as fast"] == 1
     for row in ours:
         assert float(row["experts' ratio"] or 0) == pytest.approx(0.5, abs=0.06)
@@ -59,14 +56,14 @@ def test_decompose_compares_with_the_loop_at_the_same_ratio() -> None:
 def test_inference_times_the_original_and_every_compressed_model() -> None:
     size = ("--hidden", "64", "--width", "96", "--experts", "4", "--layers", "1")
     test = ("--prompt-tokens", "16", "--new-tokens", "2", "--repeats", "1")
-    original, half = rows(benchmark("inference", *size, *test, *CALIBRATION, "--methods", "latent", "--ratios", "0.4"))
+    original, half = benchmark("inference", *size, *test, *CALIBRATION, "--methods", "latent", "--ratios", "0.4").records
     assert (original["model"], half["model"]) == ("original", "latent 40%")
     assert float(half["MFLOP/token"] or 0) < float(original["MFLOP/token"] or 0)
     assert int(half["bytes"] or 0) <= 0.6 * int(original["bytes"] or 0)
 
 
 def test_files_hold_the_ratio_that_was_planned(folder: Path) -> None:
-    table = rows(benchmark("ratios", folder, "--methods", "auto", "moe-svd-refit", "--ratios", "0.2", "0.3", *CALIBRATION))
+    table = benchmark("ratios", folder, "--methods", "auto", "moe-svd-refit", "--ratios", "0.2", "0.3", *CALIBRATION).records
     assert [(row["method"], row["asked"]) for row in table] == [(name, ratio) for name in ("auto", "moe-svd-refit") for ratio in (0.2, 0.3)]
     for row in table:
         assert float(row["asked"] or 0) <= float(row["planned"] or 0)
@@ -78,7 +75,7 @@ def test_files_hold_the_ratio_that_was_planned(folder: Path) -> None:
 def test_memory_measures_a_process_of_its_own(tmp_path: Path) -> None:
     size = ("--hidden", "64", "--width", "96", "--experts", "4", "--layers", "1", "--samples", "2", "--length", "32")
     table = benchmark("memory", *size, "--ratio", "0.3", "--folder", tmp_path)
-    by_name = {row["what"]: float(row["MB"] or 0) for row in rows(table)}
+    by_name = {row["what"]: float(row["MB"] or 0) for row in table.records}
     assert 100 < by_name["interpreter with torch and transformers"] < 1000
     assert 0 < by_name["peak above it while analysing"] <= by_name["peak above it in all"] < 1500
     assert not list(tmp_path.iterdir()), "checkpoint and export are removed"

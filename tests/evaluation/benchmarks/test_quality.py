@@ -8,8 +8,10 @@ from tiny_models import save_tiny
 
 from moesvd_core.calibration import Calibration
 from moesvd_core.errors import InputError
+from moesvd_core.evaluation.benchmarks import bench as bench_module
 from moesvd_core.evaluation.benchmarks.quality import QualityBenchmark
-from moesvd_core.evaluation.benchmarks.table import Cell, Table
+from moesvd_core.evaluation.benchmarks.table import Table
+from moesvd_core.evaluation.hidden import final_hidden
 
 torch.set_num_threads(1)
 
@@ -24,17 +26,13 @@ def bench(folder: Path, **settings: object) -> Table:
     return QualityBenchmark(str(folder), calibration=calibration, windows=4, length=24, **settings).run()  # type: ignore[arg-type]
 
 
-def rows(table: Table) -> list[dict[str, Cell]]:
-    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-
-
 @pytest.fixture(scope="module")
 def table(folder: Path) -> Table:
     return bench(folder, ratios=(0.2, 0.3), methods=("auto", "svd", "svd-llm", "moe-svd-refit"))
 
 
 def test_every_method_at_every_ratio_stands_beside_the_original(table: Table) -> None:
-    original, *compressed = rows(table)
+    original, *compressed = table.records
     assert (original["method"], original["ratio"], original["delta_nll"]) == ("original", None, None)
     assert [(row["method"], row["asked"]) for row in compressed] == [
         (name, ratio) for ratio in (0.2, 0.3) for name in ("auto", "svd", "svd-llm", "moe-svd-refit")
@@ -42,7 +40,7 @@ def test_every_method_at_every_ratio_stands_beside_the_original(table: Table) ->
 
 
 def test_bytes_follow_the_ratio_and_losses_the_perplexities(table: Table) -> None:
-    original, *compressed = rows(table)
+    original, *compressed = table.records
     for row in compressed:
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         assert numbers["ratio"] >= numbers["asked"]
@@ -54,18 +52,57 @@ def test_bytes_follow_the_ratio_and_losses_the_perplexities(table: Table) -> Non
 
 def test_the_verdict_names_the_best_published_method_with_at_least_as_many_bytes(table: Table) -> None:
     verdicts = [note for note in table.notes if " times as much" in note]
-    assert [note[:6] for note in verdicts] == ["at 20%", "at 30%"]
-    compressed = [row for row in rows(table) if row["asked"] == 0.2 and row["method"] != "auto"]
-    best = min(compressed, key=lambda row: float(row["delta_nll"] or 0))
-    assert f"best published method ({best['method']})" in verdicts[0]
-    assert f"{best['bytes']:,}" in verdicts[0]
-    auto_bytes = int(verdicts[0].split(" with ")[1].split(" bytes")[0].replace(",", ""))
-    assert auto_bytes <= int(best["bytes"] or 0)
+    heads = [f"at {percent}%, {figure}" for percent in (20, 30) for figure in ("log-perplexity", "KL")]
+    assert [note.split(":")[0] for note in verdicts] == heads
+    compressed = [row for row in table.records if row["asked"] == 0.2 and row["method"] != "auto"]
+    for figure, verdict in zip(("delta_nll", "kl_mean"), verdicts, strict=False):
+        best = min(compressed, key=lambda row: float(row[figure] or 0))
+        assert f"the best published low-rank method ({best['method']})" in verdict
+        assert f"{best['bytes']:,}" in verdict
+        auto_bytes = int(verdict.split(" with ")[1].split(" bytes")[0].replace(",", ""))
+        assert auto_bytes <= int(best["bytes"] or 0)
+
+
+def test_the_verdict_says_whether_anything_loses_less(table: Table) -> None:
+    for note in [note for note in table.notes if note.startswith("at 30%")]:
+        figure = "kl_mean" if "KL" in note else "delta_nll"
+        losses = {str(row["method"]): float(row[figure] or 0) for row in table.records if row["asked"] == 0.3}
+        better = [name for name in losses if losses[name] < losses["auto"]]
+        assert note.endswith("first of all 4") == (not better)
+        assert all(f"{name} (" in note.split("behind")[1] for name in better)
+
+
+def test_several_calibrations_give_a_mean_and_a_spread(folder: Path) -> None:
+    table = bench(folder, ratios=(0.3,), methods=("svd-llm", "svd"), seeds=(0, 1))
+    trained, plain = table.records[1:]
+    each = [row for row in table.details["seeds"].records if row["method"] == "svd-llm"]
+    assert [row["seed"] for row in each] == [0, 1]
+    losses = [float(row["delta_nll"] or 0) for row in each]
+    assert trained["delta_nll"] == pytest.approx(sum(losses) / 2)
+    assert trained["delta_nll_spread"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+    assert plain["delta_nll_spread"] == 0, "looks at no text, so calibration cannot move it"
+    assert "seeds 0, 1" in table.notes[0]
+
+
+def test_an_interrupted_run_goes_on_without_measuring_anything_twice(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bench(folder, ratios=(0.3,), methods=("svd-llm",), work=tmp_path)
+    measured = []
+    monkeypatch.setattr(bench_module, "final_hidden", lambda *given, **more: measured.append(0) or final_hidden(*given, **more))
+    second = bench(folder, ratios=(0.3,), methods=("svd-llm", "svd"), work=tmp_path)
+    assert second.records[:2] == first.records
+    assert len(measured) == 2, "the original, and the method that is new"
+
+
+def test_figures_of_another_engine_are_not_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench(folder, ratios=(0.3,), methods=("svd",), work=tmp_path)
+    monkeypatch.setattr(bench_module, "engine_digest", lambda: "changed")
+    bench(folder, ratios=(0.3,), methods=("svd",), work=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_ratio_out_of_reach_is_a_row_not_an_end(folder: Path) -> None:
     table = bench(folder, ratios=(0.9,), methods=("svd",))
-    assert rows(table)[1]["perplexity"] is None
+    assert table.records[1]["perplexity"] is None
     assert any("ratio must be in" in note for note in table.notes)
 
 
@@ -74,3 +111,5 @@ def test_refuses_names_that_are_not_there(folder: Path) -> None:
         QualityBenchmark(str(folder), methods=("best",))
     with pytest.raises(InputError, match="at least one ratio"):
         QualityBenchmark(str(folder), ratios=())
+    with pytest.raises(InputError, match="seeds must differ, got 1, 1"):
+        QualityBenchmark(str(folder), seeds=(1, 1))
