@@ -45,7 +45,7 @@ def worker(status: RunStatus | None) -> str:
         return "starting" if not status.place else f"waits, {status.place} ahead"
     if status.state != "running" or job is None:
         return _WORDS.get(status.state, status.state)
-    parts = [f"{job.action} running"]
+    parts = ["starting"]
     if job.total:
         parts = [f"{job.stage} {share(job.done / job.total, 0)}"]
     if job.eta_seconds is not None:
