@@ -25,6 +25,7 @@ WIDE, NARROW = 1280, 390
 SHARP = 1.5
 """Pixels of the picture for one of the page: sharp enough for a good screen."""
 HEAVIEST = 300_000
+VIEW = "layer=6&method=auto&ratio=0.4"
 SLOW = 300_000
 """Milliseconds that anything may take on a slow machine."""
 
@@ -35,7 +36,7 @@ class Picture:
 
     Attributes:
         name: of the file, without ending.
-        path: page and view.
+        path: of the page; it shows the demo at `VIEW`.
         height: of the part that is shown, pixels of the page.
         act: what a person does first.
         since: selector of the element that the part starts at; "" for the page's top.
@@ -101,26 +102,26 @@ def export(page: Page) -> None:
 
 
 PICTURES = (
-    Picture("model", "/", 1010, model),
-    Picture("sensitivity", "/sensitivity?layer=5", 1040, drawn("sensitivity", "metrics", "routing", "lines")),
-    Picture("sensitivity-layer", "/sensitivity?layer=5", 1180, drawn("layer", "curves-input", "curves-output", "kept"), "#layer-facts"),
-    Picture("ratio", "/ratio?ratio=0.4", 1250, ratio),
-    Picture("ratio-curve", "/ratio?ratio=0.4", 500, ratio, "#ratio-retained"),
-    Picture("ratio-pinned", "/ratio?ratio=0.4", 640, pinned, "#ratio-map"),
-    Picture("ratio-dark", "/ratio?ratio=0.6", 1250, ratio, theme="dark"),
-    Picture("ratio-phone", "/ratio?ratio=0.4", 1240, ratio, width=NARROW),
-    Picture("similarity", "/similarity?layer=3", 1330, drawn("similarity", "pairs", "control", "means", "overlap")),
-    Picture("compare", "/compare?ratio=0.6", 940, answers),
-    Picture("compare-text", "/compare?ratio=0.6", 480, text, '[role="tablist"]'),
-    Picture("export", "/export?ratio=0.4", 1330, export),
+    Picture("model", "/", 1070, model),
+    Picture("sensitivity", "/sensitivity", 1390, drawn("sensitivity", "metrics", "routing", "lines")),
+    Picture("sensitivity-layer", "/sensitivity", 1330, drawn("layer", "curves-input", "curves-output", "kept"), "#layer-facts"),
+    Picture("ratio", "/ratio", 1300, ratio),
+    Picture("ratio-curve", "/ratio", 510, ratio, "#ratio-retained"),
+    Picture("ratio-pinned", "/ratio", 640, pinned, "#ratio-map"),
+    Picture("ratio-dark", "/ratio", 1300, ratio, theme="dark"),
+    Picture("ratio-phone", "/ratio", 1300, ratio, "#ratio-control", width=NARROW),
+    Picture("similarity", "/similarity", 1590, drawn("similarity", "pairs", "control", "means", "overlap")),
+    Picture("compare", "/compare", 945, answers),
+    Picture("compare-text", "/compare", 480, text, '[role="tablist"]'),
+    Picture("export", "/export", 1400, export),
 )
 
 
-def take(picture: Picture, browser: Browser, address: str) -> bytes:
+def take(picture: Picture, browser: Browser, address: str, run: str) -> bytes:
     """The picture as a small PNG."""
     context = browser.new_context(viewport={"width": picture.width, "height": 900}, device_scale_factor=SHARP, reduced_motion="reduce")
     page = context.new_page()
-    page.goto(f"{address}{picture.path}{'&' if '?' in picture.path else '?'}__theme={picture.theme}")
+    page.goto(f"{address}{picture.path}?run={run}&{VIEW}&__theme={picture.theme}")
     expect(page.locator(".strip .worker")).to_have_text("idle", timeout=SLOW)
     picture.act(page)
     page.wait_for_timeout(1500)  # toasts and glides come to rest
@@ -135,7 +136,7 @@ def small(shown: bytes) -> bytes:
     """The same in a palette of 256 colours, which these pages hardly exceed."""
     packed = io.BytesIO()
     image = Image.open(io.BytesIO(shown)).convert("RGB")
-    image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
     return packed.getvalue()
 
 
@@ -143,13 +144,13 @@ def main(arguments: argparse.Namespace, runs: Path) -> int:
     """Write the pictures; exit status 1 when one is too heavy."""
     heavy = []
     with opened(runs) as (address, blank):
-        calibrated_demo(runs)
+        run = calibrated_demo(runs).name
         browser = blank.context.browser
         assert browser is not None
         for picture in PICTURES:
             if arguments.only and picture.name not in arguments.only:
                 continue
-            packed = take(picture, browser, address)
+            packed = take(picture, browser, address, run)
             (FOLDER / f"{picture.name}.png").write_bytes(packed)
             print(f"{picture.name:<20}{len(packed) / 1000:>7.0f} kB", flush=True)
             heavy += [picture.name] if len(packed) > HEAVIEST else []
