@@ -9,7 +9,7 @@ from pages.components.session import ViewState
 from pages.components.text import duration, escape, share
 
 NAME = "MoE-SVD Explorer"
-_DEMO = "<div><dt>Public demo</dt><dd>nothing is started or written here</dd></div>"
+_DEMO = "<div><dt>Public demo</dt><dd>jobs and exports are off</dd></div>"
 _WORDS = {
     "new": "nothing asked yet", "finished": "idle", "failed": "failed", "cancelled": "cancelled", "interrupted": "interrupted",
     "damaged": "damaged",

@@ -1,4 +1,4 @@
-"""A demo that anyone may look at without a password: visitors see everything and start nothing.
+"""A demo that anyone may look at without a password: visitors see everything and start no work.
 
 The person who starts the server asks for it (`--public-demo`), where a password cannot be given to everybody, as in a public Space. What
 answers within seconds from what is in memory stays: dragging, measuring a plan when the slider is let go, asking both models. Jobs, runs,
@@ -17,7 +17,7 @@ def refuse(*_: Any, **__: Any) -> NoReturn:
     Raises:
         InputError: always.
     """
-    raise InputError("this is a public demo: nothing is started or written here. Start the explorer on your own machine with `make run`")
+    raise InputError("this is a public demo: jobs, exports, votes and models of the hub are off; on your own machine they are not")
 
 
 class Viewer(Client):

@@ -28,7 +28,7 @@ class Settings:
         user, password: what a visitor must give; None: no login.
         remote_code: whether models may bring code of their own.
         demo: whether the finished analysis of the demo model is put among the runs.
-        public_demo: whether anyone may look without a password; visitors then start and write nothing.
+        public_demo: whether anyone may look without a password; jobs, exports, votes and models of the hub are off then.
         frames: other sites that may show the explorer inside a page of theirs.
     """
 
@@ -49,7 +49,7 @@ class Settings:
         if not self.password and not self.public_demo and not is_loopback(self.host):
             raise InputError(
                 f"host {self.host} can be reached from other machines: set {PASSWORD_VARIABLE} to a password, or use 127.0.0.1; "
-                "--public-demo lets anyone look, and nobody start anything"
+                "--public-demo lets anyone look, and nobody start a job"
             )
 
     @property
@@ -98,7 +98,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     parser.add_argument("--allow-remote-code", action="store_true", help="run code that comes with a model")
     parser.add_argument(
         "--public-demo", action="store_true", default=environment.get("MOESVD_PUBLIC_DEMO") == "1",
-        help="let anyone look without a password, and nobody start or write anything",
+        help="let anyone look without a password, and nobody start a job",
     )
     parser.add_argument("--no-demo", action="store_true", help="leave out the finished analysis of the demo model")
     return parser
