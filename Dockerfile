@@ -26,6 +26,8 @@ ENV MOESVD_HOST=0.0.0.0 MOESVD_PORT=7860 MOESVD_RUNS=/data/runs MOESVD_MODELS=/a
     PYTHONUNBUFFERED=1
 VOLUME ["/data/runs", "/data/hub"]
 EXPOSE 7860
+# As Ctrl+C: process 1 of a container has no ear for the usual signal.
+STOPSIGNAL SIGINT
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"MOESVD_PORT\"]}/healthz', timeout=4)"]
 CMD ["python", "app.py"]
