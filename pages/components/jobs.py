@@ -23,8 +23,8 @@ LOG_LINES = 40
 _LOG_BYTES = 200_000
 """How far back the log is read; a line takes some hundred bytes."""
 ACTION_WORDS = {
-    "analyze": "Analysis", "sensitivity": "Measuring each layer alone", "measure": "Measuring a plan", "compress": "Compression",
-    "export": "Export", "evaluate": "Evaluation", "similarity": "Comparing experts",
+    "analyze": "Analysis", "sensitivity": "Measuring each layer alone", "plan": "Planning", "measure": "Measuring a plan",
+    "compress": "Compression", "export": "Export", "evaluate": "Evaluation", "similarity": "Comparing experts",
 }
 
 
