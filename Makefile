@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: run test lint benchmark browser clean
+.PHONY: run test lint benchmark browser screenshots clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.run: requirements.txt pyproject.toml
@@ -39,6 +39,10 @@ benchmark: $(VENV)/.run
 	$(BIN)/moesvd benchmark prediction assets/demo-moe --windows 256 --work out/benchmark --output out/benchmark
 	$(BIN)/moesvd benchmark decompose --output out/benchmark
 	$(BIN)/moesvd benchmark ratios assets/demo-moe --output out/benchmark
+
+# The pictures of the documentation, from the running explorer.
+screenshots: $(VENV)/.test browser
+	OMP_NUM_THREADS=1 $(BIN)/python tests/browser/screenshots.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build out

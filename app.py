@@ -50,14 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         explorer = create(settings)
         if settings.demo:
             demo.complete(settings.runs)
-        explorer.launch(
+        _, address, _ = explorer.launch(
             server_name=settings.host, server_port=settings.port or None, auth=settings.login, share=False, ssr_mode=False, quiet=True,
             theme=theme(), head=assets.head(), footer_links=[], run_history=False, mcp_server=False, pwa=False,
-            enable_monitoring=False, max_file_size="1mb", show_error=False, app_kwargs=assets.app_kwargs(settings.runs),
+            enable_monitoring=False, max_file_size="1mb", show_error=False, app_kwargs=assets.app_kwargs(settings.runs, settings.frames),
+            prevent_thread_lock=True,
         )
+        print(f"MoE-SVD Explorer: {address} (Ctrl+C ends it; work in progress goes on)", flush=True)
+        explorer.block_thread()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while it starts; later it ends by itself
+        return 130
     return 0
 
 

@@ -163,6 +163,7 @@ def _cast(context: Context, choice: str) -> Callable[..., Any]:
         """Write the vote down, then tell whose answer was whose."""
         if now is None:
             raise InputError("there is nothing to vote on: ask blind first")
+        context.require_rights()
         vote = now.vote(choice)
         run = context.client.open(now.run)
         add_vote(run, vote)

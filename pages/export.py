@@ -43,7 +43,7 @@ def build(context: Context) -> None:
                 RecipeControls(page)
                 with gr.Row():
                     form = gr.Radio(_FORMS, value="factored", label="Format", elem_id="export-format", scale=2, min_width=300)
-                    dtype = gr.Dropdown(list(NUMBERS), value=OWN, label="Numbers", elem_id="export-dtype", min_width=200)
+                    dtype = gr.Dropdown(list(NUMBERS), value=OWN, label="Number format", elem_id="export-dtype", min_width=200)
                 fit = gr.Checkbox(
                     METHODS[ViewState.method].compensate, label="Compensate: fit each layer to what the layers before it have changed",
                     info="Better answers at the same size, for two more passes over some of the calibration text.",
@@ -166,6 +166,7 @@ def _shown(context: Context, pushes: Pushes) -> Callable[..., Any]:
 def _push(context: Context, pushes: Pushes) -> Callable[..., Any]:
     def start(state: ViewState, name: str | None, repository: str, token: str, private: bool) -> tuple[Any, ...]:
         """Push in the background; the field of the token is empty from then on."""
+        context.require_rights()
         export = open_export(context.require_run(state), name or "")
         repository, token = repository.strip(), token.strip()
         check_request(repository, token)

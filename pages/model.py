@@ -13,7 +13,7 @@ from moesvd_core.errors import InputError
 from moesvd_core.runs.client import RunStatus
 from moesvd_core.runs.estimate import estimate
 from moesvd_core.runs.source import prepare
-from pages.components import jobs, machine, tables
+from pages.components import jobs, machine, next_steps, tables
 from pages.components.context import Context
 from pages.components.model_facts import facts_html, needs_html
 from pages.components.page import Page
@@ -28,7 +28,8 @@ _PROBE: Mapping[str, Any] = {**_PRIVATE, "concurrency_id": "probe", "concurrency
 
 def build(context: Context) -> None:
     """Lay out the page."""
-    with Page(context, "Model", "Choose a model, see what it is and what analysing it takes, and analyse it.") as page:
+    purpose = "Mixture-of-Experts models, made smaller without training. Choose one, see what it is, and analyse it."
+    with Page(context, "Model", purpose) as page:
         facts = gr.State(None)  # of the model in the field: `ModelFacts.as_dict()`
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=7, min_width=300):
@@ -37,6 +38,7 @@ def build(context: Context) -> None:
                     info="One of the list, another folder under the declared ones, or a hub id (owner/name)",
                 )
                 card = gr.HTML("", elem_id="model-facts")
+                steps = gr.HTML("", elem_id="next-steps")
             with gr.Column(scale=5, min_width=300):
                 needs = gr.HTML("", elem_id="model-needs")
                 with gr.Accordion("Calibration settings", open=False):
@@ -47,6 +49,7 @@ def build(context: Context) -> None:
         calibration, methods = fields[:-1], fields[-1]
 
         page.view(_run_shown(context), [name, facts, card, needs, *calibration], fields=("run",))
+        page.view(lambda state: next_steps.html(context, state, context.status(state)), [steps])
         page.ticks(lambda state, status: runs_html(context, state), [runs])
         name.input(page.changes(_probe(context)), [name, *calibration], [facts, card, needs], show_progress_on=card, **_PROBE)
         for field in calibration:
@@ -106,6 +109,7 @@ def _analyse(context: Context) -> Callable[..., Any]:
         """Make the run of this model and calibration, and ask for its analysis."""
         if not methods:
             raise InputError("no method is chosen to plan for: choose at least one, auto is recommended")
+        context.require_rights()
         settings = context.settings
         run = prepare(
             context.find_model(text or ""), calibration_of(context, values), root=settings.runs, model_roots=settings.models,

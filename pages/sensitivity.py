@@ -39,6 +39,8 @@ def build(context: Context) -> None:
                 metrics = figure.box("Layers by every metric", height=400, clicks=True, elem_id="sensitivity-metrics")
             with gr.Column(scale=5, min_width=300):
                 routing = figure.box("Routing frequency of every expert", height=400, clicks=True, elem_id="sensitivity-routing")
+        with gr.Accordion("What the metrics are", open=False):
+            gr.HTML(figures.glossary())
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=7, min_width=300):
                 lines = figure.box("Metrics beside the measured effect", height=360, clicks=True, elem_id="sensitivity-lines")
@@ -62,9 +64,9 @@ def _detail() -> tuple[gr.Radio, gr.HTML, list[gr.HTML]]:
     by = gr.Radio([("parameters kept", "share"), ("rank", "rank")], value="share", label="Loss curves by")
     with gr.Row(elem_classes="columns"):
         with gr.Column(min_width=300):
-            above = figure.box("What every rank of gate and up loses", height=380, elem_id="layer-curves-input")
+            above = figure.box("Spectrum of gate and up: what every rank loses", height=380, elem_id="layer-curves-input")
         with gr.Column(min_width=300):
-            below = figure.box("What every rank of down loses", height=380, elem_id="layer-curves-output")
+            below = figure.box("Spectrum of down: what every rank loses", height=380, elem_id="layer-curves-output")
     with gr.Row(elem_classes="columns"):
         with gr.Column(min_width=300):
             loads = figure.box("Expert loads", height=340, elem_id="layer-loads")

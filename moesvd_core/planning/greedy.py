@@ -39,8 +39,8 @@ def greedy(layers: Sequence[LayerCurves], budget_N: IntArray, recipe: Recipe) ->
             return "dense: the budget pays for everything"
         price = _price(-float(spending.next_key_N[plan]), recipe.budget)
         if _is_dense(sides[place], plan):
-            return f"dense: everything avoids at least {price}"
-        return f"keeps {kept_text(layers[place], sides[place], plan)}: what is left out avoids less than {price}"
+            return f"dense: every part of it saves at least {price}"
+        return f"keeps {kept_text(layers[place], sides[place], plan)}: what is left out would save less than {price}"
 
     return Allotment(sides, reason)
 

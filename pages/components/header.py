@@ -9,6 +9,7 @@ from pages.components.session import ViewState
 from pages.components.text import duration, escape, share
 
 NAME = "MoE-SVD Explorer"
+_DEMO = "<div><dt>Public demo</dt><dd>jobs and exports are off</dd></div>"
 _WORDS = {
     "new": "nothing asked yet", "finished": "idle", "failed": "failed", "cancelled": "cancelled", "interrupted": "interrupted",
     "damaged": "damaged",
@@ -44,7 +45,7 @@ def worker(status: RunStatus | None) -> str:
         return "starting" if not status.place else f"waits, {status.place} ahead"
     if status.state != "running" or job is None:
         return _WORDS.get(status.state, status.state)
-    parts = [f"{job.action} running"]
+    parts = ["starting"]
     if job.total:
         parts = [f"{job.stage} {share(job.done / job.total, 0)}"]
     if job.eta_seconds is not None:
@@ -58,5 +59,6 @@ def _strip(context: Context, state: ViewState, status: RunStatus | None) -> str:
     return (
         f'<dl class="strip"><div><dt>Model</dt><dd>{escape(model)}</dd></div><div><dt>Run</dt><dd>{escape(state.run or "–")}</dd></div>'
         f"<div><dt>Ratio</dt><dd>{escape(share(state.ratio, 0) if state.run else '–')}</dd></div>"
-        f'<div><dt>Worker</dt><dd class="worker {escape(kind)}">{escape(worker(status))}</dd></div></dl>'
+        f'<div><dt>Worker</dt><dd class="worker {escape(kind)}">{escape(worker(status))}</dd></div>'
+        f"{_DEMO if context.settings.public_demo else ''}</dl>"
     )

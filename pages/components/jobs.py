@@ -23,8 +23,8 @@ LOG_LINES = 40
 _LOG_BYTES = 200_000
 """How far back the log is read; a line takes some hundred bytes."""
 ACTION_WORDS = {
-    "analyze": "Analysis", "sensitivity": "Measuring each layer alone", "measure": "Measuring a plan", "compress": "Compression",
-    "export": "Export", "evaluate": "Evaluation", "similarity": "Comparing experts",
+    "analyze": "Analysis", "sensitivity": "Measuring each layer alone", "plan": "Planning", "measure": "Measuring a plan",
+    "compress": "Compression", "export": "Export", "evaluate": "Evaluation", "similarity": "Comparing experts",
 }
 
 
@@ -35,8 +35,8 @@ class Panel:
         self._page = page
         self._status = gr.HTML(draw(None), elem_classes="jobs")
         with gr.Row(elem_classes="actions"):
-            self._cancel = gr.Button("Cancel", interactive=False, size="md", min_width=120, scale=0)
-            self._resume = gr.Button("Resume", interactive=False, size="md", min_width=120, scale=0)
+            self._cancel = gr.Button("Cancel", visible=False, size="md", min_width=120, scale=0)
+            self._resume = gr.Button("Resume", visible=False, size="md", min_width=120, scale=0)
         with gr.Accordion("Log", open=False):
             self._log = gr.HTML(log_html([]))
         page.ticks(self._draw, [self._status, self._cancel, self._resume, self._log])
@@ -56,8 +56,8 @@ class Panel:
         run = self._page.context.open(state) if status is not None else None
         return (
             draw(status),
-            gr.Button(interactive=status is not None and status.busy),
-            gr.Button(interactive=resumable(status)),
+            gr.Button(visible=status is not None and status.busy),
+            gr.Button(visible=resumable(status)),
             log_html([] if run is None else log_lines(run)),
         )
 
@@ -84,7 +84,7 @@ def draw(status: RunStatus | None) -> str:
         count = f"{job.stage}: {job.done} of {job.total}{left}" if job.total else "starting"
         return _frame(f"{title} runs", "running", done, f"{count}{f' ({_told(job.message, status.model)})' if job.message else ''}.{more}")
     if job.state == "finished":
-        return _frame(f"{title} finished", "finished", 1.0, f"Took {duration((job.ended or 0) - (job.started or job.ended or 0))}.")
+        return _frame(f"{title} finished", "finished", None, f"Took {duration((job.ended or 0) - (job.started or job.ended or 0))}.")
     advice = "" if job.state == "failed" else " Nothing is lost: resume goes on from where it was."
     reached = job.done / job.total if job.total else 0.0
     return _frame(f"{title} {job.state}", job.state, reached, f"{_told(job.error or job.state, status.model)}.{advice}")
@@ -127,10 +127,9 @@ def log_html(lines: list[str]) -> str:
 
 def _frame(title: str, kind: str, done: float | None, text: str) -> str:
     percent = "" if done is None else share(done, 0)
-    now = "" if done is None else f' aria-valuenow="{100 * done:.0f}"'
-    bar = (
-        f'<div class="progress" role="progressbar" aria-label="Progress of the stage" aria-valuemin="0" aria-valuemax="100"{now}>'
-        f'<div style="width:{100 * (done or 0):.1f}%"></div></div>'
+    bar = "" if done is None else (
+        '<div class="progress" role="progressbar" aria-label="Progress of the stage" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{100 * done:.0f}"><div style="width:{100 * done:.1f}%"></div></div>'
     )
     return (
         f'<div class="job {escape(kind)}">'

@@ -69,8 +69,8 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
         hover = f"{name}, predicted: %{{y:.4g}} at %{{x:.3g}}<extra></extra>"
         drawn.add_scatter(
             x=[value / unit for value in total["bytes"]], y=[_perplexity(base + loss) for loss in predicted[name]],
-            name=name, mode="lines", line={"color": look.color, "dash": look.dash, "width": 2 if name == method else 1},
-            opacity=1 if name == method else 0.5, legendgroup=name, hovertemplate=hover,
+            name=name, mode="lines", line={"color": look.color, "dash": look.dash, "width": 3 if name == method else 1.5},
+            opacity=1 if name == method else 0.75, legendgroup=name, hovertemplate=hover,
         )
     for name, rows in sorted(points.items(), key=lambda pair: pair[0] == method):
         _add_measured(drawn, name, rows, base, unit, name == method)

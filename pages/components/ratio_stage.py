@@ -27,8 +27,8 @@ _CONTROL = f"""
 <div class="stage-pin"><button type="button" class="quiet" data-part="pin">Pin this plan</button>
 <span data-part="pin-text"></span><button type="button" class="quiet" data-part="unpin" hidden>Unpin</button></div>
 <p class="unseen" aria-live="polite" data-part="said"></p></div></section>"""
-_TITLES = ("Layer", "Gate and up", "Down", "Kept", "Loss, nats", "Why")
-_NUMBERS = ("Kept", "Loss, nats")
+_TITLES = ("Layer", "Gate and up", "Down", "Kept", "Predicted loss, nats", "Why")
+_NUMBERS = ("Kept", "Predicted loss, nats")
 _COLUMNS = "".join(f'<th scope="col"{" class=number" if title in _NUMBERS else ""}>{title}</th>' for title in _TITLES)
 
 
@@ -50,7 +50,8 @@ _MAP = f"""
 <em>Layers down, experts across; the bar under a cell: its share of tokens.</em></p></div>
 <div class="table-box stage-layers" data-part="layers">{_titled("Layers", "layers", "layers-title")}
 <div class="table-scroll" tabindex="0" role="region" aria-label="Layers at this ratio"><table>
-<thead><tr>{_COLUMNS}</tr></thead><tbody data-part="rows"></tbody></table></div></div></div></section>"""
+<thead><tr>{_COLUMNS}</tr></thead><tbody data-part="rows"></tbody></table></div>
+<p class="stage-legend"><em>Under a state its ranks: the least · the median · the most of the experts.</em></p></div></div></section>"""
 _RETAINED = f"""
 <section class="stage" data-stage="retained" aria-label="Every ratio">{_EMPTY}<div class="stage-body">
 {_titled("Kept by each layer, at every ratio", "retained")}

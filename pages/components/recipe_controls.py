@@ -23,7 +23,7 @@ class RecipeControls:
         self._page = page
         with gr.Row():
             method = gr.Dropdown(list(METHODS), value=ViewState.method, label="Method", elem_id="recipe-method", min_width=160)
-            ratio = gr.Slider(0, _HIGHEST, 40, step=1, label="Ratio, % removed", elem_id="recipe-ratio", min_width=220)
+            ratio = gr.Slider(0, _HIGHEST, 40, step=1, label="Ratio, %", elem_id="recipe-ratio", min_width=220)
         page.view(self._values, [method, ratio], fields=("run", "method", "ratio"))
         method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_EVENT)
         dragged = page.changes(lambda state, percent: state.but(ratio=percent / 100))

@@ -12,7 +12,7 @@ from moesvd_core.marks import Mark, mark
 from pages.components import colors, figure, tables
 from pages.components.analysis import Sensitivity
 from pages.components.layers import across, band, down, frame
-from pages.components.text import number
+from pages.components.text import escape, number, sentence
 
 _TEXT_LAYERS = 26
 """Up to so many layers a cell has room for its number."""
@@ -61,6 +61,15 @@ METRICS: Mapping[str, Metric] = {
     "measured_kl": Metric("Measured KL", "KL", "mnat a token", "divergence from the original, on the same text", _thousandths),
 }
 """Columns of `sensitivity.layer_table`; losses are shown in thousandths of a nat."""
+
+
+def glossary() -> str:
+    """What every column says, as HTML."""
+    rows = "".join(
+        f"<dt>{escape(metric.title)}</dt><dd>{escape(sentence(metric.meaning))}</dd>" for metric in METRICS.values()
+    )
+    nat = "<dt>A nat</dt><dd>Unit of loss: 0.01 nats a token (10 mnat) more is 1 % more perplexity</dd>"
+    return f'<dl class="glossary">{rows}{nat}</dl>'
 
 
 def metric_map(found: Sensitivity, chosen: int | None) -> str:

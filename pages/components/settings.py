@@ -12,6 +12,9 @@ from moesvd_core.errors import InputError
 PASSWORD_VARIABLE = "MOESVD_PASSWORD"  # noqa: S105 - the name of a variable
 """The password comes from the environment only: flags can be read by every user of a machine."""
 
+SPACES = "https://huggingface.co"
+"""Shows its Spaces in frames, and tells them their name in SPACE_ID."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -25,6 +28,8 @@ class Settings:
         user, password: what a visitor must give; None: no login.
         remote_code: whether models may bring code of their own.
         demo: whether the finished analysis of the demo model is put among the runs.
+        public_demo: whether anyone may look without a password; jobs, exports, votes and models of the hub are off then.
+        frames: other sites that may show the explorer inside a page of theirs.
     """
 
     host: str = "127.0.0.1"
@@ -35,13 +40,16 @@ class Settings:
     password: str | None = None
     remote_code: bool = False
     demo: bool = True
+    public_demo: bool = False
+    frames: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise InputError(f"port must be in [0, 65535], got {self.port}")
-        if not self.password and not is_loopback(self.host):
+        if not self.password and not self.public_demo and not is_loopback(self.host):
             raise InputError(
-                f"host {self.host} can be reached from other machines: set {PASSWORD_VARIABLE} to a password, or use 127.0.0.1"
+                f"host {self.host} can be reached from other machines: set {PASSWORD_VARIABLE} to a password, or use 127.0.0.1; "
+                "--public-demo lets anyone look, and nobody start a job"
             )
 
     @property
@@ -60,7 +68,8 @@ class Settings:
         return cls(
             host=found.host, port=found.port, runs=found.runs, models=tuple(found.models),
             user=environment.get("MOESVD_USER") or cls.user, password=environment.get(PASSWORD_VARIABLE) or None,
-            remote_code=found.allow_remote_code, demo=not found.no_demo,
+            remote_code=found.allow_remote_code, demo=not found.no_demo, public_demo=found.public_demo,
+            frames=(SPACES,) if environment.get("SPACE_ID") else (),
         )
 
 
@@ -74,12 +83,22 @@ def is_loopback(host: str) -> bool:
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     """Flags, with defaults from the environment."""
-    parser = argparse.ArgumentParser(prog="app.py", description="MoE-SVD Explorer", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    about = f"MoE-SVD Explorer. Login: {PASSWORD_VARIABLE}, and MOESVD_USER if it is not {Settings.user}, in the environment."
+    parser = argparse.ArgumentParser(prog="app.py", description=about)
     models = [Path(folder) for folder in environment.get("MOESVD_MODELS", "").split(os.pathsep) if folder]
-    parser.add_argument("--host", default=environment.get("MOESVD_HOST") or Settings.host, help="address to listen on")
-    parser.add_argument("--port", type=int, default=environment.get("MOESVD_PORT") or Settings.port, help="port, 0 for any free one")
-    parser.add_argument("--runs", type=Path, default=environment.get("MOESVD_RUNS") or Settings.runs, help="folder of runs")
-    parser.add_argument("--models", type=Path, nargs="+", default=models or Settings.models, help="folders that local models must lie in")
+    default = " (default: %(default)s)"
+    parser.add_argument("--host", default=environment.get("MOESVD_HOST") or Settings.host, help=f"address to listen on{default}")
+    port, runs = environment.get("MOESVD_PORT") or Settings.port, environment.get("MOESVD_RUNS") or Settings.runs
+    parser.add_argument("--port", type=int, default=port, help=f"port, 0 for any free one{default}")
+    parser.add_argument("--runs", type=Path, default=runs, help=f"folder of runs{default}")
+    parser.add_argument(
+        "--models", type=Path, nargs="+", default=models or Settings.models,
+        help=f"folders that local models must lie in (default: {' '.join(map(str, models or Settings.models))})",
+    )
     parser.add_argument("--allow-remote-code", action="store_true", help="run code that comes with a model")
+    parser.add_argument(
+        "--public-demo", action="store_true", default=environment.get("MOESVD_PUBLIC_DEMO") == "1",
+        help="let anyone look without a password, and nobody start a job",
+    )
     parser.add_argument("--no-demo", action="store_true", help="leave out the finished analysis of the demo model")
     return parser

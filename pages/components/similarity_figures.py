@@ -164,6 +164,6 @@ def figures_of(layer: Mapping[Source, SideSimilarity], choice: Choice) -> list[t
     difference = float(own_P.mean() - control_P.mean())
     return [
         ("Mean CKA", f"{own_P.mean():.3f}", f"± {own_P.std():.3f} over {own_P.size} pairs"),
-        ("By chance", f"{round(float(control_P.mean()), 3) + 0.0:.3f}", CONTROL_WORDS[choice.control]),
-        ("Above chance", f"{difference:+.3f}", f"{choice.words(found.ranks)}, {choice.estimator}"),
+        ("By chance", f"{round(float(control_P.mean()), 3) + 0.0:.3f}".replace("-", "−"), CONTROL_WORDS[choice.control]),
+        ("Above chance", f"{difference:+.3f}".replace("-", "−"), f"{choice.words(found.ranks)}, {choice.estimator}"),
     ]

@@ -123,13 +123,19 @@ def main(folder: Path) -> int:
     return 0 if kept else 1
 
 
-def demo_run(runs: Path) -> str:
-    """The demo's run, once the app has made its statistics; without measured points, which would be read and not measured."""
+def calibrated_demo(runs: Path) -> Path:
+    """The demo's run, once the app has made its statistics."""
     found = runs / RunFolder.open(SHIPPED).identity.id
     deadline = time.monotonic() + 600
     while not is_calibrated(RunFolder.open(found)) or Client(runs).queue():
         assert time.monotonic() < deadline, "the demo's statistics were not made in ten minutes"
         time.sleep(1)
+    return found
+
+
+def demo_run(runs: Path) -> str:
+    """The demo's run, calibrated; without measured points, which would be read and not measured."""
+    found = calibrated_demo(runs)
     for file in (found / "evaluations").iterdir():
         if re.match(r"(plan\.)?auto@\d\.\d{4}--", file.name):
             file.unlink()

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from runs.run_helpers import new_run
 
-from moesvd_core.runs.client import Client
+from moesvd_core.runs.client import ACTION_NAMES, Client
 from moesvd_core.runs.folder import Identity, RunFolder
 from pages.components.header import worker
-from pages.components.jobs import LOG_LINES, draw, log_html, log_lines, resumable, summary
+from pages.components.jobs import ACTION_WORDS, LOG_LINES, draw, log_html, log_lines, resumable, summary
 
 EVIL = "<script>alert(1)</script>"
 
@@ -63,6 +63,10 @@ def test_work_that_ended_early_says_why_and_can_be_resumed(run: RunFolder, kind:
     assert "61 GiB are needed" in draw(status)
     assert ("resume goes on" in draw(status)) is advice
     assert resumable(status)
+
+
+def test_every_kind_of_work_has_words() -> None:
+    assert set(ACTION_WORDS) == set(ACTION_NAMES)
 
 
 def test_the_log_is_short_and_newest_first(run: RunFolder) -> None:

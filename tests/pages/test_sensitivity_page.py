@@ -82,7 +82,8 @@ def test_one_layer_in_detail(context: Context, run: RunFolder, file: dict[str, A
     _, *figures, table = sensitivity._layer(context)(state, "", "share")
     above, below, loads, kept = map(json.loads, figures)
     curves = analysis.layer_curves(run, 2)
-    assert set(curves) == {("fisher",), ("latent",), ("moe-svd",), ("svd-llm", "owl")}
+    assert {("fisher",), ("latent",), ("moe-svd",)} <= set(curves)
+    assert any({"svd-llm", "owl"} <= set(names) for names in curves)  # and whatever other method decomposes alike
     for data, side in ((above, 0), (below, 1)):
         for names, own in curves.items():
             rows = [row for row in data["rows"] if row[0] == ", ".join(names)]

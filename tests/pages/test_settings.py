@@ -1,11 +1,19 @@
 """Who can reach the server, and what may be named in it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from runs.run_helpers import new_run
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from moesvd_core.errors import InputError
+from pages import model
+from pages.components import assets
+from pages.components.context import Context
 from pages.components.places import find_model, find_text, model_name, model_names
+from pages.components.session import ViewState
 from pages.components.settings import PASSWORD_VARIABLE, Settings, is_loopback
 
 DEMO = Path(__file__).parents[2] / "assets"
@@ -40,6 +48,30 @@ def test_the_environment_names_folders_and_flags_win(tmp_path: Path) -> None:
 def test_a_port_out_of_bounds_is_refused() -> None:
     with pytest.raises(InputError, match="got 70000"):
         Settings.read(["--port", "70000"], {})
+
+
+def test_a_public_demo_needs_no_password_and_starts_nothing(tmp_path: Path) -> None:
+    settings = Settings.read(["--host", "0.0.0.0", "--public-demo", "--runs", str(tmp_path)], {})  # noqa: S104 - a demo
+    assert settings.login is None
+    context, run = Context(settings), new_run(tmp_path)
+    for ask in (lambda: context.client.submit(run, "analyze"), lambda: context.client.cancel(run), lambda: context.client.resume(run)):
+        with pytest.raises(InputError, match="public demo"):
+            ask()
+    assert context.client.status(run).jobs == ()
+    assert context.find_model("demo-moe").endswith("demo-moe")
+    with pytest.raises(InputError, match="public demo"):
+        context.find_model("owner/name")  # nobody's visitors make this machine fetch
+    with pytest.raises(InputError, match="public demo"):
+        model._analyse(context)(ViewState(), "demo-moe", ["auto"])
+    assert [each.name for each in tmp_path.iterdir() if each.is_dir() and not each.name.startswith(".")] == [run.path.name]
+    Context(replace(settings, public_demo=False, host="127.0.0.1")).require_rights()
+
+
+def test_a_space_is_shown_in_frames_of_the_hub_and_nothing_else_is(tmp_path: Path) -> None:
+    for environment, frames in (({}, "frame-ancestors 'self'"), ({"SPACE_ID": "a/b"}, "frame-ancestors 'self' https://huggingface.co")):
+        kwargs = assets.app_kwargs(tmp_path, Settings.read([], environment).frames)
+        client = TestClient(Starlette(routes=kwargs["routes"], middleware=kwargs["middleware"]))
+        assert client.get("/healthz").headers["content-security-policy"].endswith(f"; {frames}")
 
 
 # -- models and texts -----------------------------------------------------------------------------------------------------------------
