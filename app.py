@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.demo:
             demo.complete(settings.runs)
         explorer.launch(
-            server_name=settings.host, server_port=settings.port or None, auth=settings.login, share=False, ssr_mode=False, quiet=True,
-            theme=theme(), head=assets.head(), footer_links=[], run_history=False, mcp_server=False, pwa=False,
+            server_name=settings.host, server_port=settings.port or None, auth=list(settings.logins) or None, share=False, ssr_mode=False,
+            quiet=True, theme=theme(), head=assets.head(), footer_links=[], run_history=False, mcp_server=False, pwa=False,
             enable_monitoring=False, max_file_size="1mb", show_error=False, app_kwargs=assets.app_kwargs(settings.runs),
         )
     except (InputError, OSError) as error:

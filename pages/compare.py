@@ -165,6 +165,7 @@ def _cast(context: Context, choice: str) -> Callable[..., Any]:
             raise InputError("there is nothing to vote on: ask blind first")
         vote = now.vote(choice)
         run = context.client.open(now.run)
+        context.client.require_own(run)
         add_vote(run, vote)
         return (*_round_shown(replace(now, judged=vote.preferred)), votes_html(read_votes(run)))
 

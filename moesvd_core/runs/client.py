@@ -25,6 +25,8 @@ ActionName = Literal["analyze", "sensitivity", "similarity", "plan", "measure", 
 ACTION_NAMES: tuple[ActionName, ...] = get_args(ActionName)
 Launch = Callable[[RunFolder], None]
 """Starts a worker for a run and returns at once."""
+Who = Callable[[], str]
+"""Name of the login on whose behalf this thread asks, "" for whoever sits at the machine, who may do everything."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,21 @@ def launch(run: RunFolder) -> None:
     threading.Thread(target=process.wait, name=f"reaper of {process.pid}", daemon=True).start()  # a dead child must not stay as a zombie
 
 
-class Client:
-    """Works on the runs in one folder. Safe to share between threads; holds nothing that is not also on disk."""
+def nobody() -> str:
+    """No login: whoever sits at the machine."""
+    return ""
 
-    def __init__(self, root: Path | None = None, launch: Launch = launch) -> None:
+
+class Client:
+    """Works on the runs in one folder. Safe to share between threads; holds nothing that is not also on disk.
+
+    A run that a login made is changed by that login alone; in a run of nobody, every login stops and resumes its own jobs and nobody's.
+    """
+
+    def __init__(self, root: Path | None = None, launch: Launch = launch, who: Who = nobody) -> None:
         self.root = root or runs_root()
         self._launch = launch
+        self._who = who
 
     def open(self, run: str) -> RunFolder:
         """The folder of a run by its id.
@@ -93,11 +104,29 @@ class Client:
 
         Raises:
             InputError: no such action.
+            RunError: the run belongs to another login.
         """
-        job = enqueue(run, action, arguments)
+        self.require_own(run)
+        job = enqueue(run, action, arguments, by=self._who())
         if not run.attended():
             self._launch(run)
         return job
+
+    def owns(self, run: RunFolder) -> bool:
+        """Whether whoever asks may change the run."""
+        return not self._who() or run.identity.owner in ("", self._who())
+
+    def require_own(self, run: RunFolder) -> None:
+        """Refuse whoever may look at the run only.
+
+        Raises:
+            RunError: the run belongs to another login.
+        """
+        if not self.owns(run):
+            raise RunError(
+                f"run {run.identity.id} belongs to {run.identity.owner}, who alone changes it: "
+                "analyse the model with another seed to have a run of your own"
+            )
 
     def status(self, run: RunFolder) -> RunStatus:
         """Where the run stands. A job whose worker has died is marked interrupted here."""
@@ -134,32 +163,41 @@ class Client:
         """Ask the run's work to stop; what was finished is kept. Takes effect within seconds (`status` tells when).
 
         Raises:
-            RunError: nothing runs or waits.
+            RunError: nothing runs or waits, or what does belongs to another login.
         """
+        self.require_own(run)
         with run.locked():
             open_jobs = [job for job in read_jobs(run.log).values() if job.state not in ENDED]
             if not open_jobs:
                 raise RunError(f"run {run.identity.id} has nothing to cancel: no job runs or waits")
+            own = [job for job in open_jobs if self._asked(job)]
+            if not own:
+                raise RunError(f"{open_jobs[0].by} asked for the {open_jobs[0].action} of run {run.identity.id} and alone can cancel it")
             worker = run.worker()
             current = open_jobs[0]
-            for job in open_jobs:
+            for job in own:
                 if job is not current or worker is None:
                     run.log.append("cancelled", job.id, error="cancelled")
                     Queue(run.path.parent).leave(run, job.id)
-            if worker is not None:
+            if worker is not None and current in own:
                 atomic.write_text(run.cancel_file, current.id)
 
     def resume(self, run: RunFolder) -> list[Job]:
         """Ask again for every interrupted job, or else for the latest one if it failed or was cancelled. Finished work is not redone.
 
         Raises:
-            RunError: there is nothing to resume.
+            RunError: there is nothing to resume, or it belongs to another login.
         """
+        self.require_own(run)
         status = self.status(run)
-        again = _unfinished(status.jobs)
+        again = [job for job in _unfinished(status.jobs) if self._asked(job)]
         if status.busy or not again:
             raise RunError(f"run {status.id} has nothing to resume: it is {status.state}")
         return [self.submit(run, job.action, **job.arguments) for job in again]
+
+    def _asked(self, job: Job) -> bool:
+        """Whether whoever asks now may also stop or resume this job."""
+        return not self._who() or job.by in ("", self._who())
 
     def wait(self, run: RunFolder, job: str, seconds: float = float("inf")) -> Job:
         """Wait until a job has ended.
@@ -192,10 +230,11 @@ class Client:
         """Remove a run and everything in it.
 
         Raises:
-            RunError: a job runs or waits.
+            RunError: a job runs or waits, or the run belongs to another login.
         """
         import shutil
 
+        self.require_own(run)
         with run.locked():
             if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
                 raise RunError(f"run {run.identity.id} is at work: cancel it before it is deleted")
@@ -203,8 +242,11 @@ class Client:
             shutil.rmtree(run.path)
 
 
-def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any]) -> Job:
+def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any], by: str = "") -> Job:
     """Write a job into the run's diary and the machine's queue; it is done once a worker looks.
+
+    Args:
+        by: the login that asks, "" for none.
 
     Raises:
         InputError: no such action.
@@ -215,7 +257,7 @@ def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any]) -> Job:
     with run.locked():
         number = str(len(read_jobs(run.log)) + 1)
         Queue(run.path.parent).join(run, number)
-        run.log.append("submitted", number, action=action, arguments=dict(arguments))
+        run.log.append("submitted", number, action=action, arguments=dict(arguments), **({"by": by} if by else {}))
         return read_jobs(run.log)[number]
 
 

@@ -45,6 +45,7 @@ class Identity:
         calibration: fields of `Calibration`.
         created: UTC time, ISO 8601.
         remote_code: whether the person allowed code that comes with the model.
+        owner: the login that made the run, who alone changes it; "" where nobody logged in: everybody's.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Identity:
     created: str
     remote_code: bool = False
     format: int = FORMAT
+    owner: str = ""
 
 
 def runs_root() -> Path:

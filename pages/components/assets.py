@@ -1,5 +1,6 @@
 """The browser's half of the explorer: style, scripts and plotly, all served from this machine, and the rules it lives by."""
 
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +29,11 @@ _RULES = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",
 }
+_ASKED = re.compile(
+    r"/gradio_api/(queue/(join|data|status)|heartbeat/\w+|cancel|reset|app_id|info|startup-events|login_check|token|user)/?"
+    r"|(?!/gradio_api|/monitoring|/proxy=|/file[=/]|/upload).*"
+)
+"""What pages ask for. Gradio answers much more (uploads, files, other machines as a proxy, recordings, events by name): no page needs it."""
 
 
 def head() -> str:
@@ -62,7 +68,7 @@ def routes(runs: Path) -> Sequence[BaseRoute]:
 
 
 class _Rules:
-    """Adds `_RULES` to every answer."""
+    """Adds `_RULES` to every answer, and has none for what no page asks."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -73,9 +79,14 @@ class _Rules:
                 message["headers"] = [*message["headers"], *((name.encode(), rule.encode()) for name, rule in _RULES.items())]
             await send(message)
 
-        await self._app(scope, receive, ruled if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif _ASKED.fullmatch(scope["path"]):
+            await self._app(scope, receive, ruled)
+        else:
+            await JSONResponse({"detail": "not found"}, status_code=404)(scope, receive, ruled)
 
 
 def app_kwargs(runs: Path) -> dict[str, Any]:
     """What Gradio passes on to FastAPI."""
-    return {"routes": [*routes(runs), *downloads.routes(runs)], "middleware": [Middleware(_Rules)], "docs_url": None, "redoc_url": None}
+    return {"routes": [*routes(runs), *downloads.routes(runs)], "middleware": [Middleware(_Rules)], "docs_url": None, "redoc_url": None, "openapi_url": None}
