@@ -33,7 +33,7 @@ _ASKED = re.compile(
     r"/gradio_api/(queue/(join|data|status)|heartbeat/\w+|cancel|reset|app_id|info|startup-events|login_check|token|user)/?"
     r"|(?!/gradio_api|/monitoring|/proxy=|/file[=/]|/upload).*"
 )
-"""What pages ask for. Gradio answers much more (uploads, files, other machines as a proxy, recordings, events by name): no page needs it."""
+"""What pages ask for. Gradio answers much more (uploads, files, a proxy, recordings, events by name), which no page needs."""
 
 
 def head() -> str:
@@ -89,4 +89,5 @@ class _Rules:
 
 def app_kwargs(runs: Path) -> dict[str, Any]:
     """What Gradio passes on to FastAPI."""
-    return {"routes": [*routes(runs), *downloads.routes(runs)], "middleware": [Middleware(_Rules)], "docs_url": None, "redoc_url": None, "openapi_url": None}
+    no_documents: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    return {"routes": [*routes(runs), *downloads.routes(runs)], "middleware": [Middleware(_Rules)], **no_documents}

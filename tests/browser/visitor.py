@@ -1,10 +1,12 @@
 """A browser's session without a browser: the same requests over plain HTTP, for many visitors at once and for forged ones."""
 
+import asyncio
 import json
 import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -28,6 +30,7 @@ class Visitor:
         self.seconds: list[float] = []
         self.said: list[str] = []
         self._query, self._session = "", ""
+        self._heart: asyncio.Task[None] | None = None
 
     async def log_in(self, name: str, password: str) -> None:
         answer = await self.http.post("/login", data={"username": name, "password": password})
@@ -35,12 +38,14 @@ class Visitor:
 
     async def open(self, path: str = "/", query: str = "") -> list[Any]:
         """Open a page, and give what its first event returns; a tab is a session of its own."""
+        await self.leave()
         self._query, self._session = query, secrets.token_hex(6)
         answer = await self.http.get(f"{path}?{query}")
         answer.raise_for_status()
         found = _CONFIG.search(answer.text)
         assert found is not None, f"{path} is no page of the app"
         self.config = json.loads(found[1])
+        self._heart = asyncio.create_task(self._beat(self._session))
         outputs: list[Any] = []
         for event in self.events("load"):
             outputs = await self.fire(event)
@@ -95,5 +100,20 @@ class Visitor:
             raise RuntimeError(f"event {event} was never completed")
         return outputs
 
+    async def _beat(self, session: str) -> None:
+        """The stream by whose end the server knows that a tab was closed."""
+        async with self.http.stream("GET", f"/gradio_api/heartbeat/{session}", timeout=None) as stream:
+            async for _ in stream.aiter_bytes():
+                pass
+
+    async def leave(self) -> None:
+        """Close the tab."""
+        if self._heart is not None:
+            self._heart.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._heart
+            self._heart = None
+
     async def close(self) -> None:
+        await self.leave()
         await self.http.aclose()
