@@ -143,9 +143,9 @@ def test_a_killed_server_stops_nothing_and_open_pages_come_back(
     server.kill()
     assert psutil.pid_exists(worker)
     server.start()
-    assert worker_of(run) == worker or Client(tmp_path).status(run).state == "finished"
     ends_as(page, undisturbed, run)  # without a reload by hand
-    assert [job.id for job in Client(tmp_path).status(run).jobs] == ["1"]
+    kinds = [event.kind for event in run.log.read()[0] if event.kind != "progress"]
+    assert kinds == ["submitted", "started", "finished"], "the worker went on by itself, and nobody started another"
 
 
 def test_a_killed_worker_is_told_within_ten_seconds_and_its_run_resumes(page: Page, tmp_path: Path, undisturbed: RunFolder) -> None:
