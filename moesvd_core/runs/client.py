@@ -4,6 +4,7 @@ Everything goes through files, so a client may come and go: closing a tab or res
 """
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -38,6 +39,7 @@ class RunStatus:
         job: the job that runs, else the first that waits, else the latest.
         jobs: all of them, oldest first.
         place: jobs ahead of it in the machine's queue, 0 when it is its turn, None when it does not wait.
+        hanging: seconds for which a live worker has given no sign of life, None for one that is well.
     """
 
     id: str
@@ -48,6 +50,7 @@ class RunStatus:
     jobs: tuple[Job, ...]
     place: int | None = None
     error: str = ""
+    hanging: float | None = None
 
     @property
     def busy(self) -> bool:
@@ -58,6 +61,7 @@ class RunStatus:
         """Plain data for JSON."""
         return {
             "id": self.id, "model": self.model, "created": self.created, "state": self.state, "place": self.place, "error": self.error,
+            "hanging": self.hanging,
             "job": self.job.as_dict() if self.job else None,
         }
 
@@ -138,7 +142,7 @@ class Client:
         open_jobs = [job for job in jobs if job.state not in ENDED]
         job = next((job for job in open_jobs if job.state == "running"), open_jobs[0] if open_jobs else jobs[-1])
         place = Queue(run.path.parent).place(run, job.id) if job.state == "queued" else None
-        return RunStatus(identity.id, identity.model, identity.created, job.state, job, jobs, place)
+        return RunStatus(identity.id, identity.model, identity.created, job.state, job, jobs, place, hanging=run.hanging())
 
     def runs(self) -> list[RunStatus]:
         """All runs, newest first; damaged ones too, with the reason."""
@@ -173,8 +177,10 @@ class Client:
             own = [job for job in open_jobs if self._asked(job)]
             if not own:
                 raise RunError(f"{open_jobs[0].by} asked for the {open_jobs[0].action} of run {run.identity.id} and alone can cancel it")
-            worker = run.worker()
-            current = open_jobs[0]
+            current, worker = open_jobs[0], run.worker()
+            if worker is not None and current in own and run.hanging() is not None:
+                os.kill(worker.pid, signal.SIGKILL)  # it cannot read that it should stop, and nothing is lost
+                worker = None
             for job in own:
                 if job is not current or worker is None:
                     run.log.append("cancelled", job.id, error="cancelled")

@@ -17,6 +17,7 @@ from run_helpers import launch_fake, new_run, until
 from moesvd_core import atomic
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.progress import Progress
+from moesvd_core.runs import folder
 from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.process import this_process
@@ -104,6 +105,24 @@ def test_work_that_does_not_listen_is_ended(client: Client) -> None:
     until(lambda: run.worker() is None, 2)
     with pytest.raises(ProcessLookupError):
         until(lambda: os.kill(pid, 0) is not None, 2)
+
+
+def test_a_worker_that_hangs_is_recognised_and_cancelling_ends_it(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "HANGING_SECONDS", 1.5)
+    run = new_run(client.root)
+    client.submit(run, "analyze", to=400, pause=0.1)
+    until(lambda: client.status(run).state == "running" and client.status(run).job.stage != "")
+    assert client.status(run).hanging is None
+    pid = pid_of(run)
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: (client.status(run).hanging or 0) > 1.5, 10)
+    client.cancel(run)
+    assert client.status(run).state == "cancelled"
+    until(lambda: run.worker() is None, 5)
+    [job] = client.resume(run)
+    until(lambda: client.status(run).state == "running")
+    client.cancel(run)
+    assert client.wait(run, job.id, 20).state == "cancelled"
 
 
 @pytest.mark.parametrize(
