@@ -139,7 +139,7 @@ def counts(address: str) -> Mapping[str, int]:
 
 def row(title: str, count: int, times: list[float], wrong: list[str]) -> bool:
     """One line of the table; whether it is as it should be."""
-    middle, worst, longest = statistics.median(times), statistics.quantiles(times, n=20)[-1], max(times)
+    middle, worst, longest = statistics.median(times), statistics.quantiles(times, n=20, method="inclusive")[-1], max(times)
     print(f"{title:<28}{count:>7}{len(times):>9}{middle:>9.2f} s{worst:>9.2f} s{longest:>9.2f} s{len(wrong):>8}", flush=True)
     for line in sorted(set(wrong))[:5]:
         print(f"    {line[:160]}")
