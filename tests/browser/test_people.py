@@ -43,7 +43,7 @@ def address(hers: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A server with two logins."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOESVD_LOGINS", "ann:of-ann bob:of-bob")
-        command = ["app.py", "--no-demo", "--runs", str(hers.path.parent)]
+        command = ["tests/browser/counted_app.py", "--no-demo", "--runs", str(hers.path.parent)]
         with serving(command, tmp_path_factory.mktemp("app") / "log", flag=["--port"]) as started:
             yield started
 
@@ -97,6 +97,39 @@ def test_she_cancels_it_herself(address: str, hers: RunFolder) -> None:
     as_visitor(address, "ann", presses_cancel)
     assert hers.cancel_file.read_text() == "1"
     hers.cancel_file.unlink()
+
+
+def test_a_closed_tab_is_let_go(address: str) -> None:
+    async def opens_and_closes(ann: Visitor) -> None:
+        before = (await ann.http.get("/counts")).json()
+        tabs = [Visitor(address) for _ in PATHS]
+        for tab, path in zip(tabs, PATHS, strict=True):
+            await tab.log_in("ann", "of-ann")
+            await tab.open(path, f"run={RUN}")
+        assert (await ann.http.get("/counts")).json()["sessions"] == before["sessions"] + len(tabs)
+        for tab in tabs:
+            await tab.close()
+        for _ in range(50):
+            after = (await ann.http.get("/counts")).json()
+            if after["sessions"] == before["sessions"]:
+                break
+            await asyncio.sleep(0.1)
+        for name in ("sessions", "session times", "message queues", "event ids by session"):
+            assert after[name] == before[name], name
+
+    as_visitor(address, "ann", opens_and_closes)
+
+
+def test_a_tab_that_was_forgotten_goes_on_from_its_address(address: str) -> None:
+    async def comes_back(ann: Visitor) -> None:
+        await ann.open("/", f"run={RUN}&ratio=0.3")
+        ann.session = "ofanotherserver"
+        [tick] = ann.events("tick")
+        _, head, *_ = await ann.fire(tick)
+        assert RUN in head
+        assert "30 %" in head
+
+    as_visitor(address, "ann", comes_back)
 
 
 def test_who_is_not_logged_in_reaches_the_login_and_nothing_else(address: str) -> None:

@@ -22,6 +22,7 @@ class Visitor:
         config: of the page that is open: its components and events.
         seconds: from asking for each event to its last answer.
         said: sentences that were shown over the page.
+        session: the tab's name, by which the server keeps its state.
     """
 
     def __init__(self, address: str) -> None:
@@ -29,7 +30,7 @@ class Visitor:
         self.config: Mapping[str, Any] = {}
         self.seconds: list[float] = []
         self.said: list[str] = []
-        self._query, self._session = "", ""
+        self._query, self.session = "", ""
         self._heart: asyncio.Task[None] | None = None
 
     async def log_in(self, name: str, password: str) -> None:
@@ -39,13 +40,13 @@ class Visitor:
     async def open(self, path: str = "/", query: str = "") -> list[Any]:
         """Open a page, and give what its first event returns; a tab is a session of its own."""
         await self.leave()
-        self._query, self._session = query, secrets.token_hex(6)
+        self._query, self.session = query, secrets.token_hex(6)
         answer = await self.http.get(f"{path}?{query}")
         answer.raise_for_status()
         found = _CONFIG.search(answer.text)
         assert found is not None, f"{path} is no page of the app"
         self.config = json.loads(found[1])
-        self._heart = asyncio.create_task(self._beat(self._session))
+        self._heart = asyncio.create_task(self._beat(self.session))
         outputs: list[Any] = []
         for event in self.events("load"):
             outputs = await self.fire(event)
@@ -74,7 +75,7 @@ class Visitor:
         start = time.perf_counter()
         body = {
             "data": list(self.usual(event) if data is None else data), "event_data": told, "fn_index": event["id"],
-            "session_hash": self._session, "trigger_id": event["targets"][0][0] if event["targets"] else None,
+            "session_hash": self.session, "trigger_id": event["targets"][0][0] if event["targets"] else None,
         }
         asked = await self.http.post(f"/gradio_api/queue/join?{self._query}", json=body)
         if asked.status_code != 200:
@@ -86,7 +87,7 @@ class Visitor:
     async def _followed(self, event: str) -> list[Any]:
         """Read the session's messages up to the end of an event; the server closes the stream when nothing is left to say."""
         outputs: list[Any] | None = None
-        async with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": self._session}) as stream:
+        async with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.session}) as stream:
             stream.raise_for_status()
             async for line in stream.aiter_lines():
                 message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
