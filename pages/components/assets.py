@@ -46,9 +46,9 @@ def head() -> str:
 
 
 def mount(kind: str) -> str:
-    """`js_on_load` of a component that `explorer.js` brings to life; the script may still be on its way."""
+    """`js_on_load` of a component that one of the scripts brings to life; any of them may still be on its way."""
     given = "{element, props, trigger, watch}"
-    return f"const start = () => window.explorer ? window.explorer.{kind}({given}) : setTimeout(start, 30); start();"
+    return f"const start = () => window.explorer?.{kind} ? window.explorer.{kind}({given}) : setTimeout(start, 30); start();"
 
 
 def routes(runs: Path) -> Sequence[BaseRoute]:

@@ -17,7 +17,7 @@ UNREACHED = """() => {
   const seen = element => element.checkVisibility({ opacityProperty: true, visibilityProperty: true }) && element.getClientRects().length;
   const group = element => (element.type === 'radio' ? document.querySelectorAll(`input[name="${element.name}"]`) : [element]);
   return [...document.querySelectorAll('a[href], button, input, select, textarea, summary, [tabindex="0"]')]
-    .filter(element => seen(element) && !element.disabled && !element.closest('[inert]'))
+    .filter(element => seen(element) && !element.disabled && element.tabIndex >= 0 && !element.closest('[inert]'))
     .filter(element => ![...group(element)].some(each => each.dataset.reached))
     .map(element => element.outerHTML.slice(0, 160));
 }"""
