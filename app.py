@@ -15,6 +15,7 @@ from pages.components import assets, demo
 from pages.components.context import Context, PageLink
 from pages.components.settings import Settings
 from pages.components.theme import theme
+from pages.components.visitor import OPEN_TABS, forget_closed_tabs
 
 # One line a page: title, path, what lays it out.
 PAGES: tuple[tuple[str, str, Callable[[Context], None]], ...] = (
@@ -36,6 +37,7 @@ def create(settings: Settings) -> gr.Blocks:
     app = gr.Blocks(title="MoE-SVD Explorer", analytics_enabled=False)
     with app:
         PAGES[0][2](context)
+        forget_closed_tabs(app)
     for title, path, build in PAGES[1:]:
         with app.route(title, path, show_in_navbar=False):  # the header has the way, with the view in its links
             build(context)
@@ -51,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.demo:
             demo.complete(settings.runs)
         _, address, _ = explorer.launch(
-            server_name=settings.host, server_port=settings.port or None, auth=settings.login, share=False, ssr_mode=False, quiet=True,
-            theme=theme(), head=assets.head(), footer_links=[], run_history=False, mcp_server=False, pwa=False,
-            enable_monitoring=False, max_file_size="1mb", show_error=False, app_kwargs=assets.app_kwargs(settings.runs, settings.frames),
-            prevent_thread_lock=True,
+            server_name=settings.host, server_port=settings.port or None, auth=list(settings.logins) or None, share=False, ssr_mode=False,
+            quiet=True, theme=theme(), head=assets.head(), footer_links=[], run_history=False, mcp_server=False, pwa=False,
+            enable_monitoring=False, state_session_capacity=OPEN_TABS, max_file_size="1mb", show_error=False,
+            app_kwargs=assets.app_kwargs(settings.runs, settings.frames), prevent_thread_lock=True,
         )
         print(f"MoE-SVD Explorer: {address} (Ctrl+C ends it; work in progress goes on)", flush=True)
         explorer.block_thread()

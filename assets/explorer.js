@@ -288,6 +288,19 @@
     save(button.dataset.csv, columns, [...table.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.dataset.value ?? cell.textContent)));
   });
 
+  // -- keys ------------------------------------------------------------------------------------------------------------------------
+
+  /* Arrow keys choose among radio buttons, as people expect; Gradio gives each of them a name of its own, and the browser sees no group. */
+  document.addEventListener("keydown", event => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (!step || event.target.type !== "radio") return;
+    const group = [...(event.target.closest("fieldset")?.querySelectorAll("input[type=radio]:not(:disabled)") ?? [event.target])];
+    const next = group[(group.indexOf(event.target) + step + group.length) % group.length];
+    event.preventDefault();
+    next.focus();
+    next.click();
+  });
+
   window.explorer = { head, figure, save, make, token, dark };
   if (document.body) startShade();
   else document.addEventListener("DOMContentLoaded", startShade);

@@ -166,6 +166,7 @@ def _cast(context: Context, choice: str) -> Callable[..., Any]:
         context.require_rights()
         vote = now.vote(choice)
         run = context.client.open(now.run)
+        context.client.require_own(run)
         add_vote(run, vote)
         return (*_round_shown(replace(now, judged=vote.preferred)), votes_html(read_votes(run)))
 

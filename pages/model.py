@@ -19,6 +19,7 @@ from pages.components.model_facts import facts_html, needs_html
 from pages.components.page import Page
 from pages.components.session import ViewState
 from pages.components.text import empty, moment
+from pages.components.visitor import visitor
 
 PLANNED = ("auto", "moe-svd", "svd-llm")
 """Methods whose plans an analysis makes unless others are chosen."""
@@ -113,7 +114,7 @@ def _analyse(context: Context) -> Callable[..., Any]:
         settings = context.settings
         run = prepare(
             context.find_model(text or ""), calibration_of(context, values), root=settings.runs, model_roots=settings.models,
-            allow_remote_code=settings.remote_code,
+            allow_remote_code=settings.remote_code, owner=visitor(),
         )
         if context.client.status(run).busy:
             raise InputError(f"run {run.identity.id} is at work already: wait for it, or cancel it")

@@ -99,12 +99,15 @@ def _measured(context: Context) -> Callable[[ViewState], Any]:
         recipe = None if run is None else recipe_of(run, state)
         if run is None or recipe is None:
             return figures.nothing_measured("Plans that were measured show their figures here."), gr.Button(interactive=False)
-        at_once = answers_at_once(context, run)
-        if at_once:
+        own = context.client.owns(run)
+        at_once = own and answers_at_once(context, run)
+        if not own:
+            words = f"Not measured yet. The run belongs to {run.identity.owner}, who alone adds to it."
+        elif at_once:
             words = f"Measuring {recipe.method} at {100 * recipe.ratio:.0f} % …"
         else:
             words = "Not measured yet. A job of the run can do it: press “Measure this plan” below, once no other is at work."
-        by_job = not (at_once or figures.is_measured(run, recipe, TEXT) or context.client.status(run).busy)
+        by_job = own and not (at_once or figures.is_measured(run, recipe, TEXT) or context.client.status(run).busy)
         return figures.measured_html(run, recipe, TEXT, words), gr.Button(interactive=by_job)
 
     return shown
@@ -125,7 +128,9 @@ def _measure_at_once(context: Context) -> Callable[[ViewState], Any]:
         """Swap the plan in and measure it, where that takes seconds."""
         run = context.open(state)
         recipe = None if run is None else recipe_of(run, state)
-        if run is None or recipe is None or figures.is_measured(run, recipe, TEXT) or not answers_at_once(context, run):
+        if run is None or recipe is None or figures.is_measured(run, recipe, TEXT):
+            return gr.skip(), gr.skip()
+        if not context.client.owns(run) or not answers_at_once(context, run):
             return gr.skip(), gr.skip()
         context.live.of(run).measure(recipe, TEXT)
         return figures.measured_html(run, recipe, TEXT, ""), figures.curve(run, state.method, TEXT)

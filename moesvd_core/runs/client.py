@@ -4,6 +4,7 @@ Everything goes through files, so a client may come and go: closing a tab or res
 """
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +26,8 @@ ActionName = Literal["analyze", "sensitivity", "similarity", "plan", "measure", 
 ACTION_NAMES: tuple[ActionName, ...] = get_args(ActionName)
 Launch = Callable[[RunFolder], None]
 """Starts a worker for a run and returns at once."""
+Who = Callable[[], str]
+"""Name of the login on whose behalf this thread asks, "" for whoever sits at the machine, who may do everything."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class RunStatus:
         job: the job that runs, else the first that waits, else the latest.
         jobs: all of them, oldest first.
         place: jobs ahead of it in the machine's queue, 0 when it is its turn, None when it does not wait.
+        hanging: seconds for which a live worker has given no sign of life, None for one that is well.
     """
 
     id: str
@@ -46,6 +50,7 @@ class RunStatus:
     jobs: tuple[Job, ...]
     place: int | None = None
     error: str = ""
+    hanging: float | None = None
 
     @property
     def busy(self) -> bool:
@@ -56,6 +61,7 @@ class RunStatus:
         """Plain data for JSON."""
         return {
             "id": self.id, "model": self.model, "created": self.created, "state": self.state, "place": self.place, "error": self.error,
+            "hanging": self.hanging,
             "job": self.job.as_dict() if self.job else None,
         }
 
@@ -73,12 +79,21 @@ def launch(run: RunFolder) -> None:
     threading.Thread(target=process.wait, name=f"reaper of {process.pid}", daemon=True).start()  # a dead child must not stay as a zombie
 
 
-class Client:
-    """Works on the runs in one folder. Safe to share between threads; holds nothing that is not also on disk."""
+def nobody() -> str:
+    """No login: whoever sits at the machine."""
+    return ""
 
-    def __init__(self, root: Path | None = None, launch: Launch = launch) -> None:
+
+class Client:
+    """Works on the runs in one folder. Safe to share between threads; holds nothing that is not also on disk.
+
+    A run that a login made is changed by that login alone; in a run of nobody, every login stops and resumes its own jobs and nobody's.
+    """
+
+    def __init__(self, root: Path | None = None, launch: Launch = launch, who: Who = nobody) -> None:
         self.root = root or runs_root()
         self._launch = launch
+        self._who = who
 
     def open(self, run: str) -> RunFolder:
         """The folder of a run by its id.
@@ -93,11 +108,29 @@ class Client:
 
         Raises:
             InputError: no such action.
+            RunError: the run belongs to another login.
         """
-        job = enqueue(run, action, arguments)
+        self.require_own(run)
+        job = enqueue(run, action, arguments, by=self._who())
         if not run.attended():
             self._launch(run)
         return job
+
+    def owns(self, run: RunFolder) -> bool:
+        """Whether whoever asks may change the run."""
+        return not self._who() or run.identity.owner in ("", self._who())
+
+    def require_own(self, run: RunFolder) -> None:
+        """Refuse whoever may look at the run only.
+
+        Raises:
+            RunError: the run belongs to another login.
+        """
+        if not self.owns(run):
+            raise RunError(
+                f"run {run.identity.id} belongs to {run.identity.owner}, who alone changes it: "
+                "analyse the model with another seed to have a run of your own"
+            )
 
     def status(self, run: RunFolder) -> RunStatus:
         """Where the run stands. A job whose worker has died is marked interrupted here."""
@@ -109,7 +142,7 @@ class Client:
         open_jobs = [job for job in jobs if job.state not in ENDED]
         job = next((job for job in open_jobs if job.state == "running"), open_jobs[0] if open_jobs else jobs[-1])
         place = Queue(run.path.parent).place(run, job.id) if job.state == "queued" else None
-        return RunStatus(identity.id, identity.model, identity.created, job.state, job, jobs, place)
+        return RunStatus(identity.id, identity.model, identity.created, job.state, job, jobs, place, hanging=run.hanging())
 
     def runs(self) -> list[RunStatus]:
         """All runs, newest first; damaged ones too, with the reason."""
@@ -134,32 +167,43 @@ class Client:
         """Ask the run's work to stop; what was finished is kept. Takes effect within seconds (`status` tells when).
 
         Raises:
-            RunError: nothing runs or waits.
+            RunError: nothing runs or waits, or what does belongs to another login.
         """
+        self.require_own(run)
         with run.locked():
             open_jobs = [job for job in read_jobs(run.log).values() if job.state not in ENDED]
             if not open_jobs:
                 raise RunError(f"run {run.identity.id} has nothing to cancel: no job runs or waits")
-            worker = run.worker()
-            current = open_jobs[0]
-            for job in open_jobs:
+            own = [job for job in open_jobs if self._asked(job)]
+            if not own:
+                raise RunError(f"{open_jobs[0].by} asked for the {open_jobs[0].action} of run {run.identity.id} and alone can cancel it")
+            current, worker = open_jobs[0], run.worker()
+            if worker is not None and current in own and run.hanging() is not None:
+                os.kill(worker.pid, signal.SIGKILL)  # it cannot read that it should stop, and nothing is lost
+                worker = None
+            for job in own:
                 if job is not current or worker is None:
                     run.log.append("cancelled", job.id, error="cancelled")
                     Queue(run.path.parent).leave(run, job.id)
-            if worker is not None:
+            if worker is not None and current in own:
                 atomic.write_text(run.cancel_file, current.id)
 
     def resume(self, run: RunFolder) -> list[Job]:
         """Ask again for every interrupted job, or else for the latest one if it failed or was cancelled. Finished work is not redone.
 
         Raises:
-            RunError: there is nothing to resume.
+            RunError: there is nothing to resume, or it belongs to another login.
         """
+        self.require_own(run)
         status = self.status(run)
-        again = _unfinished(status.jobs)
+        again = [job for job in _unfinished(status.jobs) if self._asked(job)]
         if status.busy or not again:
             raise RunError(f"run {status.id} has nothing to resume: it is {status.state}")
         return [self.submit(run, job.action, **job.arguments) for job in again]
+
+    def _asked(self, job: Job) -> bool:
+        """Whether whoever asks now may also stop or resume this job."""
+        return not self._who() or job.by in ("", self._who())
 
     def wait(self, run: RunFolder, job: str, seconds: float = float("inf")) -> Job:
         """Wait until a job has ended.
@@ -192,10 +236,11 @@ class Client:
         """Remove a run and everything in it.
 
         Raises:
-            RunError: a job runs or waits.
+            RunError: a job runs or waits, or the run belongs to another login.
         """
         import shutil
 
+        self.require_own(run)
         with run.locked():
             if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
                 raise RunError(f"run {run.identity.id} is at work: cancel it before it is deleted")
@@ -203,8 +248,11 @@ class Client:
             shutil.rmtree(run.path)
 
 
-def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any]) -> Job:
+def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any], by: str = "") -> Job:
     """Write a job into the run's diary and the machine's queue; it is done once a worker looks.
+
+    Args:
+        by: the login that asks, "" for none.
 
     Raises:
         InputError: no such action.
@@ -215,7 +263,7 @@ def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any]) -> Job:
     with run.locked():
         number = str(len(read_jobs(run.log)) + 1)
         Queue(run.path.parent).join(run, number)
-        run.log.append("submitted", number, action=action, arguments=dict(arguments))
+        run.log.append("submitted", number, action=action, arguments=dict(arguments), **({"by": by} if by else {}))
         return read_jobs(run.log)[number]
 
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from typing import Any
 from moesvd_core import atomic
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.runs.events import EventLog
-from moesvd_core.runs.process import ProcessName, is_alive
+from moesvd_core.runs.process import HANGING_SECONDS, ProcessName, is_alive
 
 FORMAT = 1
 """Version of the layout; a run of another version is refused, not guessed at."""
@@ -45,6 +46,7 @@ class Identity:
         calibration: fields of `Calibration`.
         created: UTC time, ISO 8601.
         remote_code: whether the person allowed code that comes with the model.
+        owner: the login that made the run, who alone changes it; "" where nobody logged in: everybody's.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Identity:
     created: str
     remote_code: bool = False
     format: int = FORMAT
+    owner: str = ""
 
 
 def runs_root() -> Path:
@@ -183,6 +186,15 @@ class RunFolder:
     def worker(self) -> ProcessName | None:
         """The live process that works on this run, or None."""
         return _live(self.worker_file)
+
+    def hanging(self) -> float | None:
+        """Seconds for which a live worker has given no sign of life, None for one that is well, or where there is none."""
+        worker = self.worker()
+        try:
+            silent = time.time() - self.worker_file.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        return silent if worker is not None and silent > HANGING_SECONDS else None
 
     def attended(self) -> bool:
         """Whether somebody works on this run, or is about to."""

@@ -27,6 +27,7 @@ class Job:
         message: what was finished last.
         stage_started, stage_start_done: when this worker entered the stage, and how much of it an earlier one had already done.
         error, error_kind: message and class of what ended it.
+        by: the login that asked for it, "" where nobody logged in.
         result: what the action returned.
     """
 
@@ -46,6 +47,7 @@ class Job:
     stage_start_done: int = 0
     error: str = ""
     error_kind: str = ""
+    by: str = ""
     result: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,7 +79,9 @@ def advance(jobs: dict[str, Job], events: Iterable[Event]) -> None:
     """Bring `jobs` (by id, in the order of submission) up to date with further events."""
     for event in events:
         if event.kind == "submitted":
-            jobs[event.job] = Job(event.job, event.data["action"], event.data.get("arguments", {}), event.time)
+            jobs[event.job] = Job(
+                event.job, event.data["action"], event.data.get("arguments", {}), event.time, by=event.data.get("by", ""),
+            )
         elif event.job in jobs:
             jobs[event.job] = _after(jobs[event.job], event)
 

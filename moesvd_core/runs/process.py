@@ -15,6 +15,8 @@ import psutil
 
 HEARTBEAT_SECONDS = 1.0
 """How often a worker touches its file."""
+HANGING_SECONDS = 30.0
+"""A live worker of this machine that has been silent for so long hangs: it was stopped, or waits for a disk that does not answer."""
 SILENCE_SECONDS = 8.0
 """A worker on another machine that has been silent for so long is taken for dead."""
 

@@ -64,6 +64,7 @@ def prepare(
     folder: Path | None = None,
     model_roots: Sequence[Path] | None = None,
     allow_remote_code: bool = False,
+    owner: str = "",
 ) -> RunFolder:
     """Make the run of a model and a calibration, or open it when it is there.
 
@@ -72,6 +73,7 @@ def prepare(
         root: folder of runs; None: `$MOESVD_RUNS`, else ./runs.
         folder: the run's own folder; None: one under `root` named after model and calibration.
         model_roots: folders in which local models must lie; None: anywhere.
+        owner: of the run if it is made.
 
     Raises:
         InputError: no such model, or one that cannot be compressed.
@@ -90,6 +92,7 @@ def prepare(
         calibration=calibration.as_dict(),
         created=now(),
         remote_code=allow_remote_code,
+        owner=owner,
     )
     return RunFolder.create(folder or (root or runs_root()) / identity.id, identity)
 

@@ -1,5 +1,6 @@
 """The browser's half of the explorer: style, scripts and plotly, all served from this machine, and the rules it lives by."""
 
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +29,11 @@ _RULES = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",
 }
+_ASKED = re.compile(
+    r"/gradio_api/(queue/(join|data|status)|heartbeat/\w+|cancel|reset|app_id|info|startup-events|login_check|token|user)/?"
+    r"|(?!/gradio_api|/monitoring|/proxy=|/file[=/]|/upload).*"
+)
+"""What pages ask for. Gradio answers much more (uploads, files, a proxy, recordings, events by name), which no page needs."""
 
 
 def head() -> str:
@@ -40,9 +46,9 @@ def head() -> str:
 
 
 def mount(kind: str) -> str:
-    """`js_on_load` of a component that `explorer.js` brings to life; the script may still be on its way."""
+    """`js_on_load` of a component that one of the scripts brings to life; any of them may still be on its way."""
     given = "{element, props, trigger, watch}"
-    return f"const start = () => window.explorer ? window.explorer.{kind}({given}) : setTimeout(start, 30); start();"
+    return f"const start = () => window.explorer?.{kind} ? window.explorer.{kind}({given}) : setTimeout(start, 30); start();"
 
 
 def routes(runs: Path) -> Sequence[BaseRoute]:
@@ -62,7 +68,7 @@ def routes(runs: Path) -> Sequence[BaseRoute]:
 
 
 class _Rules:
-    """Adds `_RULES` to every answer."""
+    """Adds `_RULES` to every answer, and has none for what no page asks."""
 
     def __init__(self, app: ASGIApp, frames: Sequence[str]) -> None:
         self._app = app
@@ -74,10 +80,16 @@ class _Rules:
                 message["headers"] = [*message["headers"], *self._rules]
             await send(message)
 
-        await self._app(scope, receive, ruled if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif _ASKED.fullmatch(scope["path"]):
+            await self._app(scope, receive, ruled)
+        else:
+            await JSONResponse({"detail": "not found"}, status_code=404)(scope, receive, ruled)
 
 
 def app_kwargs(runs: Path, frames: Sequence[str] = ()) -> dict[str, Any]:
     """What Gradio passes on to FastAPI; `frames` are the other sites that may show the explorer in a frame."""
+    no_documents: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     rules = Middleware(_Rules, frames=("'self'", *frames))
-    return {"routes": [*routes(runs), *downloads.routes(runs)], "middleware": [rules], "docs_url": None, "redoc_url": None}
+    return {"routes": [*routes(runs), *downloads.routes(runs)], "middleware": [rules], **no_documents}

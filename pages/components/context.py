@@ -12,6 +12,7 @@ from moesvd_core.runs.folder import RunFolder
 from pages.components import places, public_demo
 from pages.components.session import ViewState
 from pages.components.settings import Settings
+from pages.components.visitor import visitor
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Context:
 
     @cached_property
     def client(self) -> Client:
-        """The way to runs and their workers."""
-        return (public_demo.Viewer if self.settings.public_demo else Client)(self.settings.runs)
+        """The way to runs and their workers, on behalf of whoever's event is being handled."""
+        return (public_demo.Viewer if self.settings.public_demo else Client)(self.settings.runs, who=visitor)
 
     @cached_property
     def live(self) -> LiveModels:

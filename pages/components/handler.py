@@ -9,7 +9,9 @@ from typing import Any
 import gradio as gr
 
 from moesvd_core.errors import MoesvdError
+from pages.components.session import ViewState
 from pages.components.text import escape
+from pages.components.visitor import remembered
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ def warn(message: str, title: str = "Please look") -> None:
 def explained(function: Callable[..., Any]) -> Callable[..., Any]:
     """An event handler (plain or generator) that shows its errors in the page and then leaves all outputs as they are.
 
+    A view's state that the server has forgotten is given to it as the address tells it.
+
     Errors of `moesvd_core.errors` say themselves what to do. Anything else is a bug: it goes to the server's log.
     """
     if inspect.isgeneratorfunction(function):
@@ -29,7 +33,7 @@ def explained(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def generator(*arguments: Any, **named: Any) -> Any:
             try:
-                yield from function(*arguments, **named)
+                yield from function(*_whole(arguments), **named)
             except Exception as error:
                 _tell(error, function)
                 yield gr.skip()
@@ -39,12 +43,16 @@ def explained(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def plain(*arguments: Any, **named: Any) -> Any:
         try:
-            return function(*arguments, **named)
+            return function(*_whole(arguments), **named)
         except Exception as error:
             _tell(error, function)
             return gr.skip()
 
     return plain
+
+
+def _whole(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(remembered(each) if isinstance(each, ViewState) else each for each in arguments)
 
 
 def _tell(error: Exception, function: Callable[..., Any]) -> None:

@@ -45,6 +45,8 @@ def worker(status: RunStatus | None) -> str:
         return "starting" if not status.place else f"waits, {status.place} ahead"
     if status.state != "running" or job is None:
         return _WORDS.get(status.state, status.state)
+    if status.hanging is not None:
+        return f"silent for {duration(status.hanging)}"
     parts = ["starting"]
     if job.total:
         parts = [f"{job.stage} {share(job.done / job.total, 0)}"]

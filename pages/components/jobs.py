@@ -82,6 +82,9 @@ def draw(status: RunStatus | None) -> str:
         done = job.done / job.total if job.total else 0.0
         left = f", {duration(job.eta_seconds)} left in this stage" if job.eta_seconds is not None else ""
         count = f"{job.stage}: {job.done} of {job.total}{left}" if job.total else "starting"
+        if status.hanging is not None:
+            silent = f"Its worker has given no sign of life for {duration(status.hanging)}: it may hang."
+            return _frame(f"{title} hangs", "running", done, f"{silent} Cancel ends it, and resume goes on. {count}.{more}")
         return _frame(f"{title} runs", "running", done, f"{count}{f' ({_told(job.message, status.model)})' if job.message else ''}.{more}")
     if job.state == "finished":
         return _frame(f"{title} finished", "finished", None, f"Took {duration((job.ended or 0) - (job.started or job.ended or 0))}.")

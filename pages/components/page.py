@@ -25,6 +25,7 @@ from pages.components import header
 from pages.components.context import Context
 from pages.components.handler import explained, warn
 from pages.components.session import ViewState, read_query
+from pages.components.visitor import remembered
 
 TICK_SECONDS = 2.0
 FIELDS = ("run", "layer", "method", "ratio")
@@ -136,6 +137,7 @@ class Page:
 
     def _follow(self, state: ViewState, shown: _Shown, *controls: Any) -> list[Any]:
         """Everything that depends on the state, where it changed."""
+        state = remembered(state)
         status, head = self._look(state)
         now = _Shown(state, _ended(status))
         if now == shown:
@@ -150,6 +152,7 @@ class Page:
 
     def _tick(self, state: ViewState) -> list[Any]:
         """Header and ticking views; the rest follows when a job has ended."""
+        state = remembered(state)
         status, head = self._look(state)
         values = [value for view in self._ticks for value in view.values(state, status)]
         return [_ended(status), head, gr.Timer(active=status is not None and status.busy), *values]

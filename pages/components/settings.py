@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,10 @@ from pathlib import Path
 from moesvd_core.errors import InputError
 
 PASSWORD_VARIABLE = "MOESVD_PASSWORD"  # noqa: S105 - the name of a variable
-"""The password comes from the environment only: flags can be read by every user of a machine."""
+"""Passwords come from the environment only: flags can be read by every user of a machine."""
+LOGINS_VARIABLE = "MOESVD_LOGINS"
+"""Further logins, `name:password` with white space between them. Each changes its own runs only."""
+_LOGIN = re.compile(r"([A-Za-z0-9][\w.@-]{0,63}):(.+)")
 
 SPACES = "https://huggingface.co"
 """Shows its Spaces in frames, and tells them their name in SPACE_ID."""
@@ -25,7 +29,7 @@ class Settings:
         port: 0 to 65535, 0 for any free one.
         runs: folder of runs; files are downloaded from the exports in it, and from nowhere else.
         models: folders in which local models must lie.
-        user, password: what a visitor must give; None: no login.
+        logins: names and passwords of which a visitor must give one pair; none: everybody who reaches the server may do everything.
         remote_code: whether models may bring code of their own.
         demo: whether the finished analysis of the demo model is put among the runs.
         public_demo: whether anyone may look without a password; jobs, exports, votes and models of the hub are off then.
@@ -36,8 +40,7 @@ class Settings:
     port: int = 7860
     runs: Path = Path("runs")
     models: tuple[Path, ...] = (Path("assets"), Path("models"))
-    user: str = "moesvd"
-    password: str | None = None
+    logins: tuple[tuple[str, str], ...] = ()
     remote_code: bool = False
     demo: bool = True
     public_demo: bool = False
@@ -46,31 +49,46 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise InputError(f"port must be in [0, 65535], got {self.port}")
-        if not self.password and not self.public_demo and not is_loopback(self.host):
+        if not self.logins and not self.public_demo and not is_loopback(self.host):
             raise InputError(
                 f"host {self.host} can be reached from other machines: set {PASSWORD_VARIABLE} to a password, or use 127.0.0.1; "
                 "--public-demo lets anyone look, and nobody start a job"
             )
-
-    @property
-    def login(self) -> tuple[str, str] | None:
-        """User and password that a visitor must give, or None."""
-        return (self.user, self.password) if self.password else None
 
     @classmethod
     def read(cls, arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Settings of a command line.
 
         Raises:
-            InputError: a value out of bounds, or a public address without a password.
+            InputError: a value out of bounds, a login that is none, or a public address without a password.
         """
         found = _parser(environment).parse_args(arguments)
         return cls(
             host=found.host, port=found.port, runs=found.runs, models=tuple(found.models),
-            user=environment.get("MOESVD_USER") or cls.user, password=environment.get(PASSWORD_VARIABLE) or None,
-            remote_code=found.allow_remote_code, demo=not found.no_demo, public_demo=found.public_demo,
+            logins=_logins(environment), remote_code=found.allow_remote_code, demo=not found.no_demo, public_demo=found.public_demo,
             frames=(SPACES,) if environment.get("SPACE_ID") else (),
         )
+
+
+def _logins(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """All logins of the environment.
+
+    Raises:
+        InputError: one that cannot be read, or two of one name.
+    """
+    password = environment.get(PASSWORD_VARIABLE)
+    found = [(environment.get("MOESVD_USER") or "moesvd", password)] if password else []
+    for number, word in enumerate(environment.get(LOGINS_VARIABLE, "").split(), 1):
+        match = _LOGIN.fullmatch(word)
+        if match is None:  # the word itself may hold a password, and is not told
+            form = "name:password, the name of letters, digits, dots, dashes, underscores and @"
+            raise InputError(f"login {number} of {LOGINS_VARIABLE} must be {form}")
+        found.append((match[1], match[2]))
+    names = [name for name, _ in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"login {name} is given {names.count(name)} times: give every person a name of their own")
+    return tuple(found)
 
 
 def is_loopback(host: str) -> bool:

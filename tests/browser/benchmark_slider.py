@@ -6,7 +6,6 @@ of that run, which would disturb. Exit status 1 where a figure misses its bound 
 """
 
 import re
-import shutil
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 HOUSE = Path(__file__).parents[2]
 sys.path[:0] = [str(HOUSE), str(HOUSE / "tests")]
 
-from browser.conftest import ARGUMENTS  # noqa: E402 - the paths come first
+from browser.conftest import ARGUMENTS, chromium_path  # noqa: E402 - the paths come first
 from browser.serving import serving  # noqa: E402
 from planned_run import planned_run  # noqa: E402
 from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
@@ -87,9 +86,8 @@ def release(page: Page, percent: int) -> float:
 @contextmanager
 def opened(runs: Path) -> Iterator[tuple[str, Page]]:
     """The app on these runs, and a page of a browser."""
-    system = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with serving(["app.py", "--runs", str(runs)], runs.parent / "log", flag=["--port"]) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=system or playwright.chromium.executable_path, args=list(ARGUMENTS))
+        browser = playwright.chromium.launch(executable_path=chromium_path(playwright), args=list(ARGUMENTS))
         yield address, browser.new_page(viewport={"width": 1440, "height": 900})
         browser.close()
 

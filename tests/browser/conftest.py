@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from browser.serving import serving
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 from runs.run_helpers import new_run
 
 from moesvd_core.runs.folder import Identity, RunFolder
@@ -20,6 +20,12 @@ ARGUMENTS = (
 )
 EVIL = "<img src=x onerror=alert(1)>"
 Open = Callable[..., Page]
+
+
+def chromium_path(playwright: Playwright) -> str:
+    """The system's chromium, else the one that playwright installs."""
+    system = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    return system or str(playwright.chromium.executable_path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,9 +60,8 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """One chromium for all tests."""
-    system = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
-        path = system or playwright.chromium.executable_path
+        path = chromium_path(playwright)
         if not Path(path).exists():
             pytest.fail("no chromium: install it (apt install chromium), or run `playwright install chromium`", pytrace=False)
         started = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))

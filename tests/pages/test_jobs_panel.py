@@ -1,5 +1,7 @@
 """What the page says about a run's work."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,14 @@ def test_where_the_model_lies_is_not_told(tmp_path: Path) -> None:
     told = draw(Client(tmp_path).status(run)) + log_html(log_lines(run))
     assert "looking for demo-moe" in told
     assert "secret" not in told
+
+
+def test_a_worker_that_hangs_is_told(run: RunFolder) -> None:
+    run.log.append("started", "1")
+    run.log.append("progress", "1", stage="calibrate", done=3, total=4, message="layer 2")
+    assert "hangs" not in shown(run)
+    long_ago = time.time() - 95
+    os.utime(run.worker_file, (long_ago, long_ago))
+    status = Client(run.path.parent).status(run)
+    assert "no sign of life for 1 min" in draw(status)
+    assert worker(status).startswith("silent for 1 min")

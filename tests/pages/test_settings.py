@@ -14,14 +14,14 @@ from pages.components import assets
 from pages.components.context import Context
 from pages.components.places import find_model, find_text, model_name, model_names
 from pages.components.session import ViewState
-from pages.components.settings import PASSWORD_VARIABLE, Settings, is_loopback
+from pages.components.settings import LOGINS_VARIABLE, PASSWORD_VARIABLE, Settings, is_loopback
 
 DEMO = Path(__file__).parents[2] / "assets"
 
 
 def test_it_listens_on_this_machine_only() -> None:
     settings = Settings.read([], {})
-    assert (settings.host, settings.login, settings.remote_code) == ("127.0.0.1", None, False)
+    assert (settings.host, settings.logins, settings.remote_code) == ("127.0.0.1", (), False)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org"])  # noqa: S104 - refused here
@@ -30,7 +30,22 @@ def test_a_public_address_needs_a_password(host: str) -> None:
         Settings.read(["--host", host], {})
     with pytest.raises(InputError, match=PASSWORD_VARIABLE):
         Settings.read([], {"MOESVD_HOST": host, PASSWORD_VARIABLE: ""})
-    assert Settings.read(["--host", host], {PASSWORD_VARIABLE: "geheim"}).login == ("moesvd", "geheim")
+    assert Settings.read(["--host", host], {PASSWORD_VARIABLE: "geheim"}).logins == (("moesvd", "geheim"),)
+
+
+def test_every_person_has_a_login_of_their_own() -> None:
+    environment = {PASSWORD_VARIABLE: "geheim", "MOESVD_USER": "chief", LOGINS_VARIABLE: "ann:a:b\n bob:c"}
+    assert Settings.read(["--host", "::"], environment).logins == (("chief", "geheim"), ("ann", "a:b"), ("bob", "c"))
+
+
+@pytest.mark.parametrize(("logins", "words"), [
+    ("ann:secret bob", "login 2 of MOESVD_LOGINS must be name:password"),
+    ("ann:", "login 1"), (":secret", "login 1"), ("<b>:secret", "login 1"), ("ann:secret ann:other", "ann is given 2 times"),
+])
+def test_a_login_that_is_none_is_refused_without_telling_passwords(logins: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as refused:
+        Settings.read([], {LOGINS_VARIABLE: logins})
+    assert "secret" not in str(refused.value)
 
 
 def test_loopback_by_name_and_number() -> None:

@@ -1,10 +1,13 @@
 """Workers in processes of their own: killed, cancelled, queued, and found again."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,11 @@ from run_helpers import launch_fake, new_run, until
 from moesvd_core import atomic
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.progress import Progress
+from moesvd_core.runs import folder
 from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.process import this_process
+from moesvd_core.runs.queue import Queue
 from moesvd_core.runs.worker import STOP_SECONDS, work
 
 
@@ -102,6 +107,24 @@ def test_work_that_does_not_listen_is_ended(client: Client) -> None:
         until(lambda: os.kill(pid, 0) is not None, 2)
 
 
+def test_a_worker_that_hangs_is_recognised_and_cancelling_ends_it(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "HANGING_SECONDS", 1.5)
+    run = new_run(client.root)
+    client.submit(run, "analyze", to=400, pause=0.1)
+    until(lambda: client.status(run).state == "running" and client.status(run).job.stage != "")
+    assert client.status(run).hanging is None
+    pid = pid_of(run)
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: (client.status(run).hanging or 0) > 1.5, 10)
+    client.cancel(run)
+    assert client.status(run).state == "cancelled"
+    until(lambda: run.worker() is None, 5)
+    [job] = client.resume(run)
+    until(lambda: client.status(run).state == "running")
+    client.cancel(run)
+    assert client.wait(run, job.id, 20).state == "cancelled"
+
+
 @pytest.mark.parametrize(
     ("how", "kind", "words"),
     [
@@ -139,6 +162,25 @@ def test_jobs_of_many_runs_are_done_one_at_a_time_in_order(client: Client) -> No
         client.wait(run, "1", 40)
     times = [float((run.path / "factors" / f"{number}.txt").read_text().split()[1]) for run in runs for number in range(2)]
     assert times == sorted(times)
+    assert client.queue() == []
+
+
+def test_of_twenty_jobs_asked_for_at_once_none_is_lost_and_none_runs_beside_another(client: Client) -> None:
+    runs = [new_run(client.root, f"run-{number}") for number in range(20)]
+    with ThreadPoolExecutor(len(runs)) as threads:
+        barrier = threading.Barrier(len(runs))
+        list(threads.map(lambda run: (barrier.wait(), client.submit(run, "analyze", to=2, pause=0.02)), runs))
+        order = [ticket.run for ticket in Queue(client.root).tickets()]
+    for run in runs:
+        assert client.wait(run, "1", 120).state == "finished"
+    spans = []
+    for run in runs:
+        times = {event.kind: event.time for event in run.log.read()[0]}  # of progress, the last
+        spans.append((times["started"], times["progress"], run.path.name))
+    spans.sort()
+    assert all(earlier[1] <= later[0] + 0.002 for earlier, later in itertools.pairwise(spans)), "one at a time (times are in milliseconds)"
+    done = [name for *_, name in spans]
+    assert [name for name in done if name in order] == order, "in the order in which they were asked for"
     assert client.queue() == []
 
 
