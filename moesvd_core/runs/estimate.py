@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.calibration.text import DEFAULT_LENGTH
 from moesvd_core.errors import ResourceError
+from moesvd_core.runs.free_memory import free_memory
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _PROGRAM = 600 * 2**20
@@ -72,10 +71,10 @@ def require(needed: Estimate, run: Path, output: Path | None) -> None:
     Raises:
         ResourceError: not enough; the message says of what, how much is needed and how much there is.
     """
-    free_memory = psutil.virtual_memory().available
-    if needed.memory > free_memory:
+    free = free_memory()
+    if needed.memory > free:
         raise ResourceError(
-            f"not enough memory: about {_gib(needed.memory)} are needed and {_gib(free_memory)} are free; "
+            f"not enough memory: about {_gib(needed.memory)} are needed and {_gib(free)} are free; "
             "use a smaller batch, close other programs, or a larger machine"
         )
     wanted: dict[int, tuple[Path, int]] = {}
