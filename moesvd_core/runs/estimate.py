@@ -94,7 +94,7 @@ def require(needed: Estimate, run: Path, output: Path | None) -> None:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _existing(path: Path) -> Path:
