@@ -97,7 +97,8 @@ def runs(given: Namespace) -> None:
         job = status.job
         what = status.error if job is None else job.error or " ".join([job.stage, f"{job.done}/{job.total}" if job.total else ""])
         rows.append((status.id or "?", status.model, status.created, status.state, "" if job is None else job.action, what))
-    show_rows(f"{len(found)} runs in {runs_root()}", ["run", "model", "created", "state", "action", "at"], rows)
+    count = f"{len(found)} {'run' if len(found) == 1 else 'runs'}"
+    show_rows(f"{count} in {runs_root()}", ["run", "model", "created", "state", "action", "at"], rows)
 
 
 def cancel(given: Namespace) -> None:

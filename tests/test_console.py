@@ -7,7 +7,8 @@ from moesvd_core.progress import Progress
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (True, "yes"), (12345, "12,345"), (0.123456789, "0.123457"), ("word", "word")]
+    ("value", "text"),
+    [(None, "–"), (True, "yes"), (12345, "12,345"), (0.123456789, "0.123457"), (11591680.5, "11,591,680"), ("word", "word")],
 )
 def test_values_as_people_read_them(value: object, text: str) -> None:
     assert cell(value) == text
