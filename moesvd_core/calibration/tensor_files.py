@@ -4,7 +4,6 @@ A safetensors file says where each tensor lies, but not whether its bytes are st
 does.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moesvd_core.atomic import replacing
+from moesvd_core.atomic import is_disk_full, replacing
 from moesvd_core.errors import ResourceError, StatisticsError
 
 _KEY = "moesvd"
@@ -35,7 +34,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping
         with replacing(path) as temporary:
             save_file(contiguous, temporary, metadata)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_disk_full(error):
             needed = sum(tensor.nbytes for tensor in contiguous.values())
             free = shutil.disk_usage(path.parent).free
             raise ResourceError(f"the disk is full: {path} needs {needed:,} bytes, {free:,} are free; free some and start again") from error

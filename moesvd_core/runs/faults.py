@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+from moesvd_core.atomic import is_disk_full
 from moesvd_core.errors import ResourceError
 from moesvd_core.runs.free_memory import free_memory
 
@@ -22,9 +23,10 @@ def translate(error: Exception, where: Path) -> Exception:
     text = str(error)
     if _is_memory(error, text):
         return _out_of_memory(text)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         free = shutil.disk_usage(where).free / 2**30
-        return ResourceError(f"disk full while writing {error.filename or where}; {free:.1f} GiB are free now: make room, then resume")
+        place = getattr(error, "filename", None) or where
+        return ResourceError(f"disk full while writing {place}; {free:.1f} GiB are free now: make room, then resume")
     return RuntimeError(f"unexpected {type(error).__name__}: {text or 'no message'} (details in {where.name}/work/worker.log)")
 
 

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -220,10 +220,17 @@ class _Attendant:
         os._exit(130)
 
 
+class _QuietFile(logging.FileHandler):
+    """A log that finds no room is lost in silence: the diary tells what went wrong."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Send the program's log to a file, and nowhere else, as long as the block lasts."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _QuietFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("moesvd_core")
     logger.addHandler(handler)
@@ -233,4 +240,5 @@ def logging_to(path: Path) -> Iterator[None]:
     finally:
         logger.propagate = True
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
