@@ -19,6 +19,7 @@ from moesvd_core.atomic import is_disk_full, replacing
 from moesvd_core.errors import ResourceError, StatisticsError
 
 _KEY = "moesvd"
+_FIX = "remove the folder of statistics and calibrate again"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
@@ -53,11 +54,11 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         facts, digest = metadata["facts"], metadata["digest"]
     except FileNotFoundError as error:
-        raise StatisticsError(f"{path} is missing: calibrate again") from error
+        raise StatisticsError(f"{path} is missing: {_FIX}") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise StatisticsError(f"{path} is damaged ({type(error).__name__}: {error}): remove it and calibrate again") from error
+        raise StatisticsError(f"{path} is damaged ({type(error).__name__}: {error}): {_FIX}") from error
     if digest != _digest(tensors, facts):
-        raise StatisticsError(f"{path} is damaged (its content does not match its digest): remove it and calibrate again")
+        raise StatisticsError(f"{path} is damaged (its content does not match its digest): {_FIX}")
     return tensors, facts
 
 
