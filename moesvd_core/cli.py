@@ -15,7 +15,7 @@ from moesvd_core import commands
 from moesvd_core.errors import Cancelled, InputError, MoesvdError, RunError
 
 if TYPE_CHECKING:
-    _Kinds = argparse._SubParsersAction[argparse.ArgumentParser]  # not subscriptable at run time
+    _Kinds = argparse._SubParsersAction["_Parser"]  # not subscriptable at run time
 
 Command = Callable[[argparse.Namespace], int | None]
 DTYPES = ("bfloat16", "float16", "float32")

@@ -111,6 +111,10 @@ def test_everything_but_the_experts_is_the_same_bit_for_bit(exports: Path, folde
     family = family_of(TINY[name]().config)
     others = {key for key in source if not expert_tensor(key, family)}
     assert others
+    if kind.startswith("dense"):
+        assert {key: (tensor.dtype, tensor.shape) for key, tensor in made.items()} == {
+            key: (tensor.dtype, tensor.shape) for key, tensor in source.items()
+        }
     for key in others:
         assert made[key].dtype == source[key].dtype
         assert torch.equal(made[key], source[key]), key
