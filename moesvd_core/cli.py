@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from moesvd_core import commands
+from moesvd_core.console import plain
 from moesvd_core.errors import Cancelled, InputError, MoesvdError, RunError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(reason: str, status: int) -> int:
-    print(f"moesvd: {' '.join(reason.split())}", file=sys.stderr)
+    print(f"moesvd: {plain(' '.join(reason.split()))}", file=sys.stderr)
     return status
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesvd_core import errors
-from moesvd_core.console import ProgressBars, ranks, show_facts, show_json, show_rows
+from moesvd_core.console import ProgressBars, plain, ranks, show_facts, show_json, show_rows
 from moesvd_core.errors import Cancelled, InputError, MoesvdError
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.runs.client import Client, enqueue
@@ -234,7 +234,7 @@ def inspect(given: Namespace) -> None:
         return
     show_facts(given.model, {name: value for name, value in facts.items() if name not in ("warnings", "expert_layers")})
     for warning in facts["warnings"]:
-        print(f"- {warning}")
+        print(plain(f"- {warning}"))
 
 
 def evaluate(given: Namespace) -> None:
@@ -292,7 +292,7 @@ def compare(given: Namespace) -> None:
     table = [[name, *(row[name] for row in rows)] for name in names]
     show_rows("compared on the same text and prompt", ["", *(str(row["model"]) for row in rows)], table)
     for row in rows if given.prompt is not None else []:
-        print(f"\n{row['model']}: {given.prompt}{row['answer']}")
+        print(plain(f"\n{row['model']}: {given.prompt}{row['answer']}"))
 
 
 def benchmark(given: Namespace) -> None:
