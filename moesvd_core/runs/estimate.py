@@ -77,9 +77,9 @@ def estimate(
 
 
 def _factor_bytes(facts: Mapping[str, Any], methods: Iterable[str]) -> int:
-    """Of one layer's files, at most: a basis of every expert's smaller spaces, curves, and, as some methods keep, matrices for all experts."""
+    """Of one layer's files, at most: a basis of every expert's smaller spaces, curves, and matrices that all experts share."""
     kept = {decomposition_key(single) for name in methods for single in single_structures(method(name))}
-    experts, hidden, width = facts["experts"], facts["hidden"], facts["width"]
+    experts, hidden, width = (int(facts[name]) for name in ("experts", "hidden", "width"))
     sides = (min(2 * width, hidden), min(width, hidden))
     bases = 4 * experts * sum(size**2 for size in sides)
     curves = 2 * 2 * 8 * experts * sum(sides)
