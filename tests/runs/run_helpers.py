@@ -22,9 +22,10 @@ def launch_fake(run: RunFolder) -> None:
 
 
 def launched(run: RunFolder, *words: str) -> None:
-    """Start a worker by what follows "python"; these tests' own modules are at hand."""
+    """Start a worker of one thread by what follows "python"; these tests' own modules are at hand."""
     folders = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
-    process = subprocess.Popen([sys.executable, *words], start_new_session=True, env=os.environ | {"PYTHONPATH": folders})
+    environment = os.environ | {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *words], start_new_session=True, env=environment)
     threading.Thread(target=process.wait, daemon=True).start()
 
 
