@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesvd_core import calibration as calibration_room
 from moesvd_core.architectures.files import ModelFiles, resolve_model
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import DecoderStream, LayerStream, MemoryStream
+from moesvd_core.architectures.tokenizer import load_tokenizer
 from moesvd_core.calibration import Calibration, Statistics
 from moesvd_core.checkpoint.apply import compressed
 from moesvd_core.checkpoint.export import export
@@ -46,9 +47,9 @@ def load_model(
     """
     folder = resolve_model(name_or_path, allow_remote_code=allow_remote_code)
     ModelFiles.open(folder, allow_remote_code=allow_remote_code)  # checks what transformers takes on trust
+    tokenizer = load_tokenizer(folder, allow_remote_code=allow_remote_code)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=allow_remote_code)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=allow_remote_code)
     return loaded.to(place).eval(), tokenizer
 
 

@@ -5,6 +5,7 @@ must find the old content or the new, never half of either. A temporary file tha
 Files that only grow hold one JSON object a line: several processes may write and read them at once, and a kill loses one line at most.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -102,6 +103,12 @@ def _object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write found no room; the library of safetensors passes on what the system says, but not its number."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(number) in str(error) for number in full)
 
 
 def sync(path: Path) -> None:

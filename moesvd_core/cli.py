@@ -9,13 +9,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from moesvd_core import commands
+from moesvd_core.console import plain
 from moesvd_core.errors import Cancelled, InputError, MoesvdError, RunError
 
 if TYPE_CHECKING:
-    _Kinds = argparse._SubParsersAction[argparse.ArgumentParser]  # not subscriptable at run time
+    _Kinds = argparse._SubParsersAction["_Parser"]  # not subscriptable at run time
 
 Command = Callable[[argparse.Namespace], int | None]
 DTYPES = ("bfloat16", "float16", "float32")
@@ -45,8 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(reason: str, status: int) -> int:
-    print(f"moesvd: {' '.join(reason.split())}", file=sys.stderr)
+    print(f"moesvd: {plain(' '.join(reason.split()))}", file=sys.stderr)
     return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_failed(f"{message}; {self.prog} --help tells what there is", 2))
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -55,7 +63,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     Args:
         words: what was typed; the options of benchmarks need torch, and are only looked up when one is asked for.
     """
-    top = argparse.ArgumentParser(prog="moesvd", description="Compress Mixture-of-Experts language models by SVD, without training.")
+    top = _Parser(prog="moesvd", description="Compress Mixture-of-Experts language models by SVD, without training.")
     kinds = top.add_subparsers(required=True, metavar="COMMAND")
     _add_models(kinds)
     _add_runs(kinds)
@@ -151,9 +159,17 @@ def _add_model(kind: argparse.ArgumentParser) -> None:
 
 
 def _add_recipe(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument("--ratio", type=float, metavar="R", help="share of the whole model's parameters to remove, 0 <= R < 1")
+    kind.add_argument("--ratio", type=_number, metavar="R", help="share of the whole model's parameters to remove, 0 <= R < 1")
     kind.add_argument("--method", metavar="NAME", help="auto (default), fisher, latent, moe-svd, svd-llm ...")
     kind.add_argument("--recipe", metavar="FILE", help="YAML recipe; --ratio and --method go before it")
+
+
+def _number(text: str) -> float | str:
+    """The number, or what was typed instead: the recipe refuses that, and says what a ratio must be."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _add_output(kind: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesvd_core import errors
-from moesvd_core.console import ProgressBars, ranks, show_facts, show_json, show_rows
+from moesvd_core.console import ProgressBars, plain, ranks, show_facts, show_json, show_rows
 from moesvd_core.errors import Cancelled, InputError, MoesvdError
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.runs.client import Client, enqueue
@@ -98,7 +98,8 @@ def runs(given: Namespace) -> None:
         job = status.job
         what = status.error if job is None else job.error or " ".join([job.stage, f"{job.done}/{job.total}" if job.total else ""])
         rows.append((status.id or "?", status.model, status.created, status.state, "" if job is None else job.action, what))
-    show_rows(f"{len(found)} runs in {runs_root()}", ["run", "model", "created", "state", "action", "at"], rows)
+    count = f"{len(found)} {'run' if len(found) == 1 else 'runs'}"
+    show_rows(f"{count} in {runs_root()}", ["run", "model", "created", "state", "action", "at"], rows)
 
 
 def cancel(given: Namespace) -> None:
@@ -236,18 +237,17 @@ def inspect(given: Namespace) -> None:
         return
     show_facts(given.model, {name: value for name, value in facts.items() if name not in ("warnings", "expert_layers")})
     for warning in facts["warnings"]:
-        print(f"- {warning}")
+        print(plain(f"- {warning}"))
 
 
 def evaluate(given: Namespace) -> None:
     """`moesvd evaluate`: perplexity of any model, and its distance to a reference."""
-    from transformers import AutoTokenizer
-
+    from moesvd_core.architectures.tokenizer import load_tokenizer
     from moesvd_core.evaluation.perplexity import evaluate as measure
 
     stream = _stream(given.model, given)
     reference = None if given.reference is None else _stream(given.reference, given)
-    tokenizer = AutoTokenizer.from_pretrained(stream.files.folder, trust_remote_code=given.allow_remote_code)
+    tokenizer = load_tokenizer(stream.files.folder, allow_remote_code=given.allow_remote_code)
     with ProgressBars() as bars:
         evaluation = measure(
             stream, tokenizer, given.dataset, windows=given.windows, length=given.length, reference=reference, report=bars
@@ -261,14 +261,19 @@ def evaluate(given: Namespace) -> None:
 
 def compare(given: Namespace) -> None:
     """`moesvd compare`: two models side by side: quality, size, speed, and what they answer."""
+    from transformers.utils.logging import disable_progress_bar
+
     from moesvd_core.api import load_model
-    from moesvd_core.evaluation.generation import side_by_side
+    from moesvd_core.evaluation.generation import Sampling, encode_prompt, side_by_side
     from moesvd_core.evaluation.hidden import context_limit
     from moesvd_core.evaluation.perplexity import evaluate as measure
     from moesvd_core.evaluation.speed import SpeedTest, measure_speed
 
+    disable_progress_bar()  # loading takes seconds
     original, tokenizer = load_model(given.original)
     compressed, _ = load_model(given.compressed)
+    if given.prompt is not None:
+        encode_prompt(original, tokenizer, given.prompt, Sampling())  # refused before minutes of measuring
     with ProgressBars() as bars:
         text = {"windows": given.windows, "report": bars}
         before = measure(original, tokenizer, given.dataset, **text)
@@ -276,8 +281,8 @@ def compare(given: Namespace) -> None:
         limit = context_limit(original.config) or 1024
         test = SpeedTest(prompt_tokens=min(256, limit // 2), new_tokens=min(32, limit // 4))
         speeds = measure_speed({"original": original, "compressed": compressed}, test, report=bars)
-    turns = side_by_side([original, compressed], tokenizer, given.prompt) if given.prompt else ()
-    answers: tuple[Any, ...] = deque(turns, maxlen=1).pop() if given.prompt else (None, None)
+    turns = side_by_side([original, compressed], tokenizer, given.prompt) if given.prompt is not None else ()
+    answers: tuple[Any, ...] = deque(turns, maxlen=1).pop() if given.prompt is not None else (None, None)
     rows = []
     for name, evaluation, speed, answer in zip((given.original, given.compressed), (before, after), speeds.values(), answers, strict=True):
         figures = {"prefill_tokens_per_second": speed.prefill.median, "decode_tokens_per_second": speed.decode.median}
@@ -289,8 +294,8 @@ def compare(given: Namespace) -> None:
     names = [name for name in rows[0] if name not in ("model", "answer")]
     table = [[name, *(row[name] for row in rows)] for name in names]
     show_rows("compared on the same text and prompt", ["", *(str(row["model"]) for row in rows)], table)
-    for row in rows if given.prompt else []:
-        print(f"\n{row['model']}: {given.prompt}{row['answer']}")
+    for row in rows if given.prompt is not None else []:
+        print(plain(f"\n{row['model']}: {given.prompt}{row['answer']}"))
 
 
 def benchmark(given: Namespace) -> None:

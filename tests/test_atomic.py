@@ -1,9 +1,11 @@
 """A file is whole or not there, whatever happens while it is written."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from moesvd_core import atomic
 
@@ -47,3 +49,17 @@ def test_lines_come_back_and_one_that_is_still_being_written_waits(tmp_path: Pat
     assert lines == [{"a": 1}]
     atomic.append_json(path, {"c": 3})
     assert atomic.read_json_lines(path, position)[0] == [{"c": 3}]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (SafetensorError("Error while deserializing header: HeaderTooSmall"), False),
+    ],
+)
+def test_a_full_disk_is_known_whoever_met_it(error: Exception, full: bool) -> None:
+    assert atomic.is_disk_full(error) is full

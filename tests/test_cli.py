@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.cli import main
 
 FAST = ["--samples", "4", "--length", "24", "--windows", "4"]
+IS_A_SHARE = "the share of the model's parameters to remove"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,13 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["compress", "MODEL", "--ratio", "1.5", "--output", "OUT"], "ratio must be a number in [0, 1)"),
+        *(
+            (["compress", "MODEL", f"--ratio={ratio}", "--output", "OUT"], f"ratio must be a number in [0, 1), {IS_A_SHARE}, got {shown}")
+            for ratio, shown in {"-1": "-1.0", "1": "1.0", "1.5": "1.5", "nan": "nan", "-inf": "-inf", "abc": "'abc'", "": "''"}.items()
+        ),
+        (["compress", "DENSE", "--ratio", "0.3", "--output", "OUT"], "model type 'llama' is dense: it has no routed experts"),
+        (["inspect", "DENSE"], "model type 'llama' is dense"),
+        (["evaluate", "DENSE"], "no tokenizer can be loaded"),
         (["compress", "MODEL", "--ratio", "0.99", "--output", "OUT"], "for auto on this model, got 0.99"),
         (["compress", "MODEL", "--output", "OUT"], "ratio is missing"),
         (["compress", "MODEL", "--ratio", "0.3", "--method", "magic", "--output", "OUT"], "method must be one of auto"),
@@ -93,26 +101,56 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
         (["plan", "../outside", "--ratio", "0.3"], "no run"),
         (["plan", "unknown", "--ratio", "0.3"], "no run"),
         (["compress", "MODEL", "--recipe", "nowhere.yaml", "--output", "OUT"], "nowhere.yaml cannot be read"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--dataset", "EMPTY"], "empty.txt holds no text"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--length", "1"], "length must be a whole number of at least 2"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "EMPTY"], "output must be a folder, got the file"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "MODEL"], "holds files that are no export"),
+        (["compress", "MODEL", "--recipe", "EVIL", "--output", "OUT"], "could not determine a constructor for the tag"),
+        (["analyze", "MODEL", "--run", "EMPTY/run"], "cannot be made (Not a directory): name another folder"),
         (["evaluate", "MODEL", "--windows", "0"], "windows"),
+        (["evaluate", "MODEL", "--dataset", "EMPTY"], "empty.txt holds no text"),
+        (["compare", "MODEL", "MODEL", "--prompt", ""], "prompt must not be empty: write at least one word"),
+        (["compare", "MODEL", "MODEL", "--prompt", "a" * 1_000_000], "prompt must have fewer than 64 tokens, the model's limit"),
         (["cancel", "unknown"], "no run"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(
     words: list[str], reason: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"MODEL": model, "OUT": str(tmp_path / "out"), "NOWHERE": str(tmp_path / "no such model")}
+    places = {
+        "MODEL": model, "OUT": str(tmp_path / "out"), "NOWHERE": str(tmp_path / "no such model"), "EVIL": str(tmp_path / "evil.yaml"),
+        "DENSE": str(tmp_path / "dense"), "EMPTY": str(tmp_path / "empty.txt"), "EMPTY/run": str(tmp_path / "empty.txt" / "run"),
+    }
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "evil.yaml").write_text(f"method: !!python/object/apply:os.mkdir ['{tmp_path / 'sprung'}']\nratio: 0.2\n")
+    if "DENSE" in words:
+        config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+        capsys.readouterr()
     assert main([places.get(word, word) for word in words]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    last = printed.err.strip().splitlines()[-1]
+    *progress, last = printed.err.splitlines()
     assert last.startswith("moesvd: ") and reason in last
-    assert not (tmp_path / "out").exists()
+    assert all(line.startswith("inspect: ") for line in progress), "nothing was done before, and nothing else is said"
+    assert not (tmp_path / "out").exists() and not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["compress"], ["compress", "m", "--ratio", "abc", "--output", "o"]])
-def test_words_that_make_no_command_end_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "the following arguments are required: COMMAND; moesvd --help"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["compress"], "required: MODEL, --output; moesvd compress --help"),
+        (["compress", "m", "--ratio", "0.1", "--output", "o", "--samples", "many"], "argument --samples: invalid int value: 'many'"),
+        (["benchmark", "fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_words_that_make_no_command_end_with_2_and_one_line(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
-    assert "usage: moesvd" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("moesvd: ") and reason in line
 
 
 def test_the_options_of_benchmarks_are_known(capsys: pytest.CaptureFixture[str]) -> None:

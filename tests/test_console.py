@@ -1,13 +1,17 @@
 """What people read on the command line."""
 
-import pytest
+from io import StringIO
 
-from moesvd_core.console import ProgressBars, cell, ranks, show_rows
+import pytest
+from rich.console import Console
+
+from moesvd_core.console import ProgressBars, cell, plain, ranks, show_facts, show_rows
 from moesvd_core.progress import Progress
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (True, "yes"), (12345, "12,345"), (0.123456789, "0.123457"), ("word", "word")]
+    ("value", "text"),
+    [(None, "–"), (True, "yes"), (12345, "12,345"), (0.123456789, "0.123457"), (11591680.5, "11,591,680"), ("word", "word")],
 )
 def test_values_as_people_read_them(value: object, text: str) -> None:
     assert cell(value) == text
@@ -32,3 +36,30 @@ def test_without_a_terminal_a_stage_is_a_line_on_stderr(capsys: pytest.CaptureFi
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.splitlines() == ["calibrate: 2/2 layer 1"]
+
+
+HOSTILE = "[/x] [red]a[/] \x1b[2J\x07 <b> \u202e"
+
+
+def test_names_of_strangers_are_neither_markup_nor_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    show_facts(HOSTILE, {HOSTILE: HOSTILE})
+    show_rows(HOSTILE, [HOSTILE], [[HOSTILE]])
+    with ProgressBars() as bars:
+        bars(Progress("inspect", 1, 1, HOSTILE))
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert "[/x] [red]a[/] \\x1b[2J\\x07 <b> \\u202e" in text
+        assert not set(text) & {"\x1b", "\x07", "\u202e"}
+
+
+def test_bars_on_a_terminal_show_names_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = StringIO()
+    monkeypatch.setattr("moesvd_core.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=200, color_system=None))
+    with ProgressBars() as bars:
+        bars(Progress("[bold]inspect", 0, 1, HOSTILE))
+    assert "[bold]inspect" in screen.getvalue() and "[/x] [red]a[/] \\x1b[2J" in screen.getvalue()
+
+
+@pytest.mark.parametrize("text", ["", "two\nlines\tand a tab", "ünïcödé …", "中文"])
+def test_ordinary_text_stays_as_it_is(text: str) -> None:
+    assert plain(text) == text

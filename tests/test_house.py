@@ -4,6 +4,7 @@ Rules are functions of a folder, so that each is also shown to fail on a folder 
 """
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,3 +158,10 @@ def test_every_station_of_the_table_is_there() -> None:
     """A station that was renamed would otherwise go unchecked."""
     names = {name for _, name in modules(HOUSE, "moesvd_core")}
     assert [station for station in STATIONS if station not in names] == []
+
+
+def test_the_documents_name_only_files_that_are_there() -> None:
+    text = "".join(path.read_text("utf-8") for path in HOUSE.glob("docs/*.md"))
+    named = set(re.findall(r"`((?:tests|pages|moesvd_core)/[\w/]+\.\w+)`", text))
+    assert named
+    assert [name for name in sorted(named) if not (HOUSE / name).exists()] == []

@@ -54,6 +54,7 @@ class ModelFiles:
             UnsupportedModelError: the model needs code of its own and `allow_remote_code` is false.
         """
         folder = real_folder(path)
+        _refuse_links_outside(folder)
         config = read_config(folder)
         if not allow_remote_code:
             refuse_remote_code(config, folder)
@@ -203,11 +204,25 @@ def file_inside(folder: Path, name: str) -> Path:
         raise CheckpointError(f"{folder / name}: is missing; fetch the model again") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {shortened(name)} cannot be opened ({type(error).__name__}); fetch the model again") from error
-    if not any(real.is_relative_to(home) for home in _homes(folder)):
-        raise CheckpointError(f"{folder / name}: points outside the model folder; replace the link by the file itself")
+    _refuse_outside(folder, folder / name, real)
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{folder / name}: is not a regular file; replace it by the file itself")
     return real
+
+
+def _refuse_outside(folder: Path, path: Path, real: Path) -> None:
+    if not any(real.is_relative_to(home) for home in _homes(folder)):
+        raise CheckpointError(f"{path}: points outside the model folder; replace the link by the file itself")
+
+
+def _refuse_links_outside(folder: Path) -> None:
+    """Other libraries read tokenizers, templates and settings from the folder, and follow every link in it."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            try:
+                _refuse_outside(folder, path, path.resolve())
+            except (OSError, RuntimeError):
+                pass  # it leads round in a circle, so nobody can read it
 
 
 def read_config(folder: Path) -> dict[str, Any]:

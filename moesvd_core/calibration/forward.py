@@ -41,7 +41,9 @@ def _forward_layer(job: Job, index: int) -> None:
         intermediate = job.calibration.collects_intermediate(layer.width)
         moments = LayerMoments(job.experts_module(index), layer, threshold=job.calibration.outlier_threshold, intermediate=intermediate)
         job.states.put(hidden(index + 1), _outputs(job, index, moments))
-        job.layers[index] = moments.finish()
+        statistics = moments.finish()
+        del moments  # its sums are twice as large as what is written now
+        job.layers[index] = statistics
 
 
 def _outputs(job: Job, index: int, moments: LayerMoments | None) -> Iterator[Tensor]:

@@ -188,10 +188,11 @@ class Statistics:
         except FileNotFoundError as error:
             raise StatisticsError(f"{path} holds no finished calibration ({SUMMARY} is missing): calibrate into it to finish") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StatisticsError(f"{path / SUMMARY} is damaged ({type(error).__name__}: {error}): calibrate again") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise StatisticsError(f"{path / SUMMARY} is damaged ({reason}): remove the folder and calibrate again") from error
         missing = sorted({layer.index for layer in statistics.expert_layers} - set(statistics.layers))
         if missing:
-            raise StatisticsError(f"{path} lacks the statistics of layer {missing[0]}: calibrate again")
+            raise StatisticsError(f"{path} lacks the statistics of layer {missing[0]}: remove the folder and calibrate again")
         return statistics
 
 

@@ -4,7 +4,6 @@ A safetensors file says where each tensor lies, but not whether its bytes are st
 does.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -16,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moesvd_core.atomic import replacing
+from moesvd_core.atomic import is_disk_full, replacing
 from moesvd_core.errors import ResourceError, StatisticsError
 
 _KEY = "moesvd"
+_FIX = "remove the folder of statistics and calibrate again"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping
         with replacing(path) as temporary:
             save_file(contiguous, temporary, metadata)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_disk_full(error):
             needed = sum(tensor.nbytes for tensor in contiguous.values())
             free = shutil.disk_usage(path.parent).free
             raise ResourceError(f"the disk is full: {path} needs {needed:,} bytes, {free:,} are free; free some and start again") from error
@@ -54,11 +54,11 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         facts, digest = metadata["facts"], metadata["digest"]
     except FileNotFoundError as error:
-        raise StatisticsError(f"{path} is missing: calibrate again") from error
+        raise StatisticsError(f"{path} is missing: {_FIX}") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise StatisticsError(f"{path} is damaged ({type(error).__name__}: {error}): remove it and calibrate again") from error
+        raise StatisticsError(f"{path} is damaged ({type(error).__name__}: {error}): {_FIX}") from error
     if digest != _digest(tensors, facts):
-        raise StatisticsError(f"{path} is damaged (its content does not match its digest): remove it and calibrate again")
+        raise StatisticsError(f"{path} is damaged (its content does not match its digest): {_FIX}")
     return tensors, facts
 
 

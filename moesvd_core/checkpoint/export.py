@@ -156,6 +156,7 @@ class _Streamed:
                         replaced.update(self._keys[index])
                         self.factored += 1
                         yield from self._layer(layer, found)
+                    del found  # before the next layer's are made
                 report(Progress("export", index + 1, total + 1, f"layer {index} of {total}"))
 
         expected = run_layers(self._stream, check_batch(self._stream.config), each_layer())

@@ -1,13 +1,14 @@
 """A folder that is either whole or not there: built under a temporary name beside the destination, synced, then renamed."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moesvd_core.atomic import TEMPORARY, sync
+from safetensors import SafetensorError
+
+from moesvd_core.atomic import TEMPORARY, is_disk_full, sync
 from moesvd_core.errors import InputError, ResourceError
 
 FACTS = "moesvd.json"
@@ -36,11 +37,10 @@ def staged(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
             sync(path)
         sync(temporary)
         _publish(temporary, destination)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _remove(temporary)
         free = shutil.disk_usage(_existing(destination)).free
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = f"the disk is full ({free:,} bytes are free)" if full else str(error.strerror or error)
+        hint = f"the disk is full ({free:,} bytes are free)" if is_disk_full(error) else str(getattr(error, "strerror", None) or error)
         raise ResourceError(f"{destination} cannot be written: {hint}; free space or choose another folder") from error
     except BaseException:
         _remove(temporary)

@@ -156,7 +156,7 @@ def load(
             metadata = file.metadata() or {}
         tensors = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"{path.name} is missing or damaged ({error}); decompose layer {layer.index} again") from error
+        raise RunError(f"{path} is missing or damaged ({error}): delete it, it will be made again") from error
     expected = {"format": FORMAT, **_identity(layer, method)}
     if metadata != expected:
         raise RunError(f"{path.name} holds {metadata}, wanted {expected}; decompose layer {layer.index} again")

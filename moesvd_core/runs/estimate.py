@@ -5,16 +5,17 @@ text, factors and the export on disk.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.calibration.text import DEFAULT_LENGTH
+from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import ResourceError
+from moesvd_core.pipeline import decomposition_key, single_structures
+from moesvd_core.runs.free_memory import free_memory
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _PROGRAM = 600 * 2**20
@@ -40,12 +41,21 @@ class Estimate:
     flops: int
 
 
-def estimate(facts: Mapping[str, Any], calibration: Calibration, form: Literal["factored", "dense"] | None = None) -> Estimate:
+def estimate(
+    facts: Mapping[str, Any],
+    calibration: Calibration,
+    form: Literal["factored", "dense"] | None = None,
+    methods: Iterable[str] = ("auto",),
+) -> Estimate:
     """What analysing a model needs, and writing it in a format.
 
     Args:
         facts: `ModelFacts.as_dict()`.
         form: None: nothing is exported.
+        methods: for which the model is decomposed.
+
+    Raises:
+        InputError: no such method.
     """
     number = _BYTES[calibration.dtype or facts["dtype"]] if (calibration.dtype or facts["dtype"]) in _BYTES else 4
     layers, experts, hidden, width = facts["moe_layers"], facts["experts"], facts["hidden"], facts["width"]
@@ -60,10 +70,20 @@ def estimate(facts: Mapping[str, Any], calibration: Calibration, form: Literal["
     batch = calibration.batch * length * (8 * hidden + 4 * facts["active"] * width) * 4
     return Estimate(
         memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * max(forward, backward) + batch,
-        run_disk=(facts["layers"] + 2) * states + layers * (forward + backward) // 4 + 2 * 4 * facts["expert_parameters"] * 2,
+        run_disk=(facts["layers"] + 2) * states + layers * ((forward + backward) // 4 + _factor_bytes(facts, methods)),
         export_disk=0 if form is None else int(facts["bytes"] * 1.1),
         flops=6 * facts["active_parameters"] * calibration.samples * length,
     )
+
+
+def _factor_bytes(facts: Mapping[str, Any], methods: Iterable[str]) -> int:
+    """Of one layer's files, at most: a basis of every expert's smaller spaces, curves, and matrices that all experts share."""
+    kept = {decomposition_key(single) for name in methods for single in single_structures(method(name))}
+    experts, hidden, width = (int(facts[name]) for name in ("experts", "hidden", "width"))
+    sides = (min(2 * width, hidden), min(width, hidden))
+    bases = 4 * experts * sum(size**2 for size in sides)
+    curves = 2 * 2 * 8 * experts * sum(sides)
+    return len(kept) * (bases + curves + 4 * 3 * hidden * width)
 
 
 def require(needed: Estimate, run: Path, output: Path | None) -> None:
@@ -72,10 +92,10 @@ def require(needed: Estimate, run: Path, output: Path | None) -> None:
     Raises:
         ResourceError: not enough; the message says of what, how much is needed and how much there is.
     """
-    free_memory = psutil.virtual_memory().available
-    if needed.memory > free_memory:
+    free = free_memory()
+    if needed.memory > free:
         raise ResourceError(
-            f"not enough memory: about {_gib(needed.memory)} are needed and {_gib(free_memory)} are free; "
+            f"not enough memory: about {_gib(needed.memory)} are needed and {_gib(free)} are free; "
             "use a smaller batch, close other programs, or a larger machine"
         )
     wanted: dict[int, tuple[Path, int]] = {}
@@ -95,7 +115,7 @@ def require(needed: Estimate, run: Path, output: Path | None) -> None:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _existing(path: Path) -> Path:

@@ -88,7 +88,7 @@ class RunFolder:
         """Make the folder, or open it when the same run is already there.
 
         Raises:
-            RunError: the folder holds another run, or something that is not a run.
+            RunError: the folder holds another run, or something that is not a run; or it cannot be made.
         """
         if (path / "run.json").exists():
             run = cls.open(path)
@@ -98,9 +98,12 @@ class RunFolder:
             return run
         if path.is_dir() and any(path.iterdir()):
             raise RunError(f"{path} is not empty and holds no run: name an empty or a new folder")
-        for station in STATIONS:
-            (path / station).mkdir(parents=True, exist_ok=True)
-        atomic.write_json(path / "run.json", asdict(identity))
+        try:
+            for station in STATIONS:
+                (path / station).mkdir(parents=True, exist_ok=True)
+            atomic.write_json(path / "run.json", asdict(identity))
+        except OSError as error:
+            raise RunError(f"run folder {path} cannot be made ({error.strerror}): name another folder") from error
         return cls(path, identity)
 
     @classmethod

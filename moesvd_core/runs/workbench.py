@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moesvd_core import atomic
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.streaming import DecoderStream, LayerStream
+from moesvd_core.architectures.tokenizer import load_tokenizer
 from moesvd_core.calibration import Calibration, Statistics, calibrate
 from moesvd_core.calibration.statistics import SUMMARY
 from moesvd_core.calibration.text import evaluation_windows, window_length
@@ -83,9 +84,7 @@ class Workbench:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
-        remote = self.run.identity.remote_code
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.source.path, trust_remote_code=remote)
-        return tokenizer
+        return load_tokenizer(self.files.folder, allow_remote_code=self.run.identity.remote_code)
 
     # -- statistics and plans --------------------------------------------------------------------------------------------------------
 

@@ -11,13 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moesvd_core import atomic
-from moesvd_core.errors import Cancelled, MoesvdError, ResourceError
+from moesvd_core.errors import Cancelled, MoesvdError
 from moesvd_core.progress import Progress, Report
+from moesvd_core.runs.faults import translate
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.jobs import INTERRUPTED, Job, read_jobs
 from moesvd_core.runs.process import HEARTBEAT_SECONDS, this_process
@@ -114,21 +115,6 @@ def _do(run: RunFolder, job: Job, actions: Callable[[], Mapping[str, Action]], a
         translated = translate(error, run.path)
         log.exception("job %s of %s failed", job.id, run.path.name)
         run.log.append("failed", job.id, error=str(translated), error_kind=type(translated).__name__)
-
-
-def translate(error: Exception, where: Path) -> Exception:
-    """What a machine's refusal means to a person: memory and disk by their figures, anything else by its class and the log."""
-    import psutil
-
-    text = str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        free = psutil.virtual_memory().available / 2**30
-        fix = "use a smaller batch or fewer samples, or a larger machine"
-        return ResourceError(f"out of memory ({text or 'no size given'}); {free:.1f} GiB are free now: {fix}")
-    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
-        free = psutil.disk_usage(str(where)).free / 2**30
-        return ResourceError(f"disk full while writing {error.filename or where}; {free:.1f} GiB are free now: make room, then resume")
-    return RuntimeError(f"unexpected {type(error).__name__}: {text or 'no message'} (details in {where.name}/work/worker.log)")
 
 
 class _Reporter:
@@ -234,10 +220,17 @@ class _Attendant:
         os._exit(130)
 
 
+class _QuietFile(logging.FileHandler):
+    """A log that finds no room is lost in silence: the diary tells what went wrong."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Send the program's log to a file, and nowhere else, as long as the block lasts."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _QuietFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("moesvd_core")
     logger.addHandler(handler)
@@ -247,4 +240,5 @@ def logging_to(path: Path) -> Iterator[None]:
     finally:
         logger.propagate = True
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()

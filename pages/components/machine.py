@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from moesvd_core.runs.free_memory import free_memory
+
 USED = 0.3
 """Share of a machine's speed in large matrix products that calibration reaches, as seen on the demo model; good to a factor of two."""
 
@@ -32,10 +34,9 @@ class Machine:
 
 def look(runs: Path) -> Machine:
     """This machine, now."""
-    memory = psutil.virtual_memory()
     gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(cores, memory.available, memory.total, shutil.disk_usage(runs).free, gpus)
+    return Machine(cores, free_memory(), psutil.virtual_memory().total, shutil.disk_usage(runs).free, gpus)
 
 
 @functools.cache

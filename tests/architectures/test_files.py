@@ -258,7 +258,7 @@ class TestMalice:
         with pytest.raises(CheckpointError, match=r"index\.json: tensor 'c' is said to be in .* not the plain name"):
             ModelFiles.open(folder)
 
-    @pytest.mark.parametrize("name", ["config.json", INDEX, "two.safetensors", "model.safetensors"])
+    @pytest.mark.parametrize("name", ["config.json", INDEX, "two.safetensors", "model.safetensors", "tokenizer.json", "special.txt"])
     @pytest.mark.parametrize("relative", [True, False])
     def test_a_link_out_of_the_folder_is_refused(self, name: str, relative: bool, folder: Path) -> None:
         outside = folder.parent / "outside"
@@ -266,6 +266,11 @@ class TestMalice:
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to("../outside" if relative else outside)
         with pytest.raises(CheckpointError, match=r"points outside the model folder"):
+            ModelFiles.open(folder)
+
+    def test_a_link_to_a_folder_outside_is_refused(self, folder: Path) -> None:
+        (folder / "additional_chat_templates").symlink_to(folder.parent)
+        with pytest.raises(CheckpointError, match=r"additional_chat_templates: points outside the model folder"):
             ModelFiles.open(folder)
 
     def test_a_link_through_a_linked_folder_is_refused(self, folder: Path) -> None:

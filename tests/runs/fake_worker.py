@@ -32,6 +32,10 @@ def fail(run: RunFolder, arguments: Mapping[str, Any], report: Report) -> Mappin
             raise InputError("samples must be >= 1, got 0")
         case "memory":
             raise MemoryError
+        case "hungry":
+            import torch  # seconds that the others are spared
+
+            torch.zeros(2**33, dtype=torch.uint8)
         case "disk":
             raise OSError(28, "No space left on device", "layer-003.safetensors")
         case "deaf":

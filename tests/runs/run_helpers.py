@@ -1,5 +1,6 @@
 """What several tests of runs need: a run without a model, and a launcher of workers whose actions need none."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -17,7 +18,14 @@ def new_run(root: Path, name: str = "tiny-00000001") -> RunFolder:
 
 def launch_fake(run: RunFolder) -> None:
     """Start a worker whose actions need no model."""
-    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("fake_worker.py")), str(run.path)], start_new_session=True)
+    launched(run, str(Path(__file__).with_name("fake_worker.py")), str(run.path))
+
+
+def launched(run: RunFolder, *words: str) -> None:
+    """Start a worker of one thread by what follows "python"; these tests' own modules are at hand."""
+    folders = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    environment = os.environ | {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *words], start_new_session=True, env=environment)
     threading.Thread(target=process.wait, daemon=True).start()
 
 

@@ -20,7 +20,7 @@ from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark
 from moesvd_core.evaluation.benchmarks.figures import figures_of
 from moesvd_core.evaluation.benchmarks.inference import InferenceBenchmark
 from moesvd_core.evaluation.benchmarks.machine import machine
-from moesvd_core.evaluation.benchmarks.memory import MemoryBenchmark
+from moesvd_core.evaluation.benchmarks.memory import SHAPE, MemoryBenchmark
 from moesvd_core.evaluation.benchmarks.memory_probe import ProbeSettings
 from moesvd_core.evaluation.benchmarks.prediction import PredictionBenchmark
 from moesvd_core.evaluation.benchmarks.quality import QualityBenchmark
@@ -114,7 +114,7 @@ def _ratios(given: _Given) -> _Benchmark:
 def _memory(given: _Given) -> _Benchmark:
     if "gigabytes" in given:
         given["bytes"] = round(float(str(given.pop("gigabytes"))) * 1e9)
-    size = MixtralSize(**_chosen(MixtralSize, given))  # type: ignore[arg-type]
+    size = MixtralSize(**(SHAPE | _chosen(MixtralSize, given)))  # type: ignore[arg-type]
     probe = ProbeSettings(**_chosen(ProbeSettings, given))  # type: ignore[arg-type]
     return MemoryBenchmark(**_chosen(MemoryBenchmark, given, size=size, probe=probe))  # type: ignore[arg-type]
 

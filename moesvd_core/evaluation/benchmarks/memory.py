@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from moesvd_core.errors import ResourceError
 from moesvd_core.evaluation.benchmarks.memory_probe import ProbeResult, ProbeSettings
@@ -19,6 +20,8 @@ from moesvd_core.progress import Progress, Report, silent
 
 BOUND = 1_500_000_000
 """Bytes above the interpreter that a 4 GB checkpoint may take."""
+SHAPE = {"hidden": 768, "width": 2688}
+"""Mixtral's proportions (experts 3.5 times as wide as the hidden states), and as many layers as a large model has."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class MemoryBenchmark:
         folder: where checkpoint, statistics and export are written; None: a temporary folder.
     """
 
-    size: MixtralSize = field(default_factory=MixtralSize)
+    size: MixtralSize = field(default_factory=lambda: MixtralSize(**SHAPE))
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     folder: Path | None = None
 
@@ -46,7 +49,7 @@ class MemoryBenchmark:
             write_random_mixtral(folder / "model", self.size)
             stored = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
             report(Progress("benchmark", 1, 2, f"{stored / 1e9:.2f} GB written"))
-            result = _probe(folder, self.probe)
+            result = _probe(folder, self.probe, report)
         report(Progress("benchmark", 2, 2, "compressed"))
         above = result.peak_bytes - result.interpreter_bytes
         rows = [{"what": what, "MB": bytes / 1e6, "seconds": seconds} for what, bytes, seconds in (
@@ -65,11 +68,17 @@ class MemoryBenchmark:
         return Table.of("Memory that compression takes", rows, notes)
 
 
-def _probe(folder: Path, settings: ProbeSettings) -> ProbeResult:
-    """Run the probe in a fresh interpreter, so that nothing of this process counts."""
+def _probe(folder: Path, settings: ProbeSettings, report: Report) -> ProbeResult:
+    """Run the probe in a fresh interpreter, so that nothing of this process counts, and pass on how far it is."""
     command = [sys.executable, "-m", "moesvd_core.evaluation.benchmarks.memory_probe", str(folder), json.dumps(vars(settings))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module, no shell
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    told: dict[str, Any] = {}
+    said = folder / "said.txt"
+    with said.open("w") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:  # noqa: S603 - our own module, no shell
+        for line in process.stdout or ():
+            told = json.loads(line)
+            if "stage" in told:
+                report(Progress(**told))
+    if process.returncode:
+        lines = said.read_text().strip().splitlines() or [f"exit status {process.returncode}"]
         raise ResourceError(f"the measured process did not finish: {lines[-1]}")
-    return ProbeResult(**json.loads(done.stdout.strip().splitlines()[-1]))
+    return ProbeResult(**told)

@@ -1,4 +1,7 @@
-"""The process that `memory` measures: analyses and compresses a model folder, and prints the peaks of its own resident memory as JSON."""
+"""The process that `memory` measures: analyses and compresses a model folder, and prints the peaks of its own resident memory as JSON.
+
+Lines before the last one say how far it is.
+"""
 
 import json
 import resource
@@ -39,16 +42,19 @@ def measure(folder: Path, settings: ProbeSettings) -> ProbeResult:
     start = time.perf_counter()
     from moesvd_core.calibration import Calibration
     from moesvd_core.planning import Recipe
-    from moesvd_core.progress import silent
+    from moesvd_core.progress import Progress
     from moesvd_core.runs.source import prepare
     from moesvd_core.runs.stages import ACTIONS
 
+    def report(progress: Progress) -> None:
+        print(json.dumps(asdict(progress)), flush=True)
+
     text = {"dataset": settings.dataset, "windows": 2, "length": settings.length}
     run = prepare(str(folder / "model"), Calibration(settings.dataset, settings.samples, settings.length), folder=folder / "run")
-    ACTIONS["analyze"](run, {"methods": [settings.method], "text": text}, silent)
+    ACTIONS["analyze"](run, {"methods": [settings.method], "text": text}, report)
     analysed, middle = peak_bytes(), time.perf_counter()
     recipe = Recipe(settings.method, settings.ratio).as_dict()
-    ACTIONS["compress"](run, {"recipe": recipe, "output": str(folder / "export"), "text": text}, silent)
+    ACTIONS["compress"](run, {"recipe": recipe, "output": str(folder / "export"), "text": text}, report)
     return ProbeResult(interpreter, analysed, peak_bytes(), middle - start, time.perf_counter() - middle)
 
 
