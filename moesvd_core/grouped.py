@@ -10,7 +10,6 @@ arranged by group, G groups; N rows and C columns of one matrix.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 import torch
 from transformers.integrations.moe import _grouped_linear
@@ -150,5 +149,5 @@ class Pairs:
 def _runs(expert_P: torch.Tensor) -> list[Run]:
     """Runs of equal experts."""
     experts, counts = expert_P.unique_consecutive(return_counts=True)
-    ends = [0, *accumulate(counts.tolist())]
+    ends = [0, *counts.cumsum(0).tolist()]
     return list(zip(experts.tolist(), ends[:-1], ends[1:], strict=True))

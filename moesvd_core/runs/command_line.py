@@ -9,7 +9,7 @@ from moesvd_core.calibration.settings import Calibration
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import Identity
 
-_CHOICES = ("metric", "structure", "allocation", "block", "budget")
+_CHOICES = ("metric", "structure", "allocation", "block", "budget", "flops_ratio")
 _WORDS = {"dataset": "--dataset", "samples": "--samples", "length": "--length", "seed": "--seed", "dtype": "--dtype"}
 """Settings of a calibration that have a word on the command line."""
 
