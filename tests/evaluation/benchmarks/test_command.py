@@ -79,6 +79,8 @@ def test_files_hold_the_ratio_that_was_planned(folder: Path) -> None:
         assert float(row["asked"] or 0) <= float(row["planned"] or 0)
         assert row["in files"] == pytest.approx(row["planned"], abs=1e-9)
         assert abs(float(row["difference %"] or 0)) <= 0.1
+        assert 0 < float(row["ready in, s"] or 0) < 60
+        assert 0 < int(row["bytes beside the original"] or 0) <= int(row["planned bytes"] or 0), "one set of factors"
 
 
 @pytest.mark.slow
