@@ -9,11 +9,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, get_args
 
 from moesvd_core import commands
 from moesvd_core.console import plain
 from moesvd_core.errors import Cancelled, InputError, MoesvdError, RunError
+from moesvd_core.planning import Budget
 
 if TYPE_CHECKING:
     _Kinds = argparse._SubParsersAction["_Parser"]  # not subscriptable at run time
@@ -160,8 +161,10 @@ def _add_model(kind: argparse.ArgumentParser) -> None:
 
 def _add_recipe(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--ratio", type=_number, metavar="R", help="share of the whole model's parameters to remove, 0 <= R < 1")
+    kind.add_argument("--flops-ratio", type=_number, metavar="R", help="also remove this share of the floating-point operations a token")
+    kind.add_argument("--budget", choices=get_args(Budget), help="what one more rank costs: parameters (default) or flops")
     kind.add_argument("--method", metavar="NAME", help="auto (default), fisher, latent, moe-svd, svd-llm ...")
-    kind.add_argument("--recipe", metavar="FILE", help="YAML recipe; --ratio and --method go before it")
+    kind.add_argument("--recipe", metavar="FILE", help="YAML recipe; the other options go before it")
 
 
 def _number(text: str) -> float | str:

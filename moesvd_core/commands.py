@@ -196,7 +196,7 @@ def _recipe(given: Namespace) -> dict[str, Any]:
             raise InputError(f"recipe {given.recipe} cannot be read: {error}") from None
     elif given.ratio is None:
         raise InputError("ratio is missing: give --ratio, the share of the model's parameters to remove, or --recipe")
-    chosen = {name: getattr(given, name) for name in ("method", "ratio") if getattr(given, name) is not None}
+    chosen = {name: getattr(given, name) for name in ("method", "ratio", "flops_ratio", "budget") if getattr(given, name) is not None}
     recipe = Recipe.from_dict(base.as_dict() | chosen)
     usual = method_of(recipe).compensate if given.recipe is None else recipe.compensate
     if "compensate" in given:  # a command that makes a model, not a plan alone

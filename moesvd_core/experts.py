@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
-from moesvd_core.grouped import Pairs, Runs, grouped_linear
+from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_graph, in_turns
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -79,21 +80,32 @@ def places(members: Sequence[int], experts: int) -> list[int]:
 
 
 class Side(nn.Module):
-    """One side of a layer's experts. On the input side it maps tokens to pairs [P, n], on the output side pairs to tokens [T, d]."""
+    """One side of a layer's experts. On the input side it maps tokens to pairs [P, n], on the output side pairs to tokens [T, d].
+
+    What can be done once a token is done before they are spread (`narrow`) or after they are combined (`widen`).
+    """
 
     def __init__(self, reads_tokens: bool) -> None:
         super().__init__()
         self.reads_tokens = reads_tokens
-        self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._tables: dict[str, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """Multiply by every pair's own matrix."""
         if self.reads_tokens:
-            return self.multiply(pairs.spread(x), pairs)
-        return pairs.combine(self.multiply(x, pairs))
+            return self.multiply(pairs.spread(self.narrow(x)), pairs)
+        return self.widen(pairs.combine(self.multiply(x, pairs)))
+
+    def narrow(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """What the experts of an input side read of each token."""
+        return x_TC
+
+    def widen(self, y_TN: torch.Tensor) -> torch.Tensor:
+        """Tokens' answers from what the experts of an output side made of them."""
+        return y_TN
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        """`W_e x` for every pair [P, N]."""
+        """Every pair's own matrix times its row [P, N], but for what `narrow` and `widen` do."""
         raise NotImplementedError
 
     def matrices(self) -> torch.Tensor:
@@ -105,10 +117,9 @@ class Side(nn.Module):
 
         Not a buffer: those that are not saved come back from a checkpoint uninitialised, and those that are would be cast and offloaded.
         """
-        key = (name, device)
-        if key not in self._tables:
-            self._tables[key] = torch.tensor(make(), device=device)
-        return self._tables[key]
+        if name not in self._tables or self._tables[name].device != device:
+            self._tables[name] = torch.tensor(make(), device=device)
+        return self._tables[name]
 
 
 class DenseSide(Side):
@@ -119,7 +130,7 @@ class DenseSide(Side):
         self.weight = nn.Parameter(torch.empty(experts, rows, columns, **kind))
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        return grouped_linear(x_PC, self.weight, pairs.end_E)
+        return pairs.multiply(x_PC, self.weight)
 
     def matrices(self) -> torch.Tensor:
         return self.weight
@@ -142,29 +153,35 @@ class PerExpertSide(Side):
             self.register_parameter(f"right_{i}", nn.Parameter(torch.empty(len(members), width, columns, **kind)))
         if self.whole:
             self.dense = nn.Parameter(torch.empty(len(self.whole), rows, columns, **kind))
-
-    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        products = [
-            (members, [getattr(self, f"right_{i}"), getattr(self, f"left_{i}")]) for i, (_, members) in enumerate(self.slabs)
+        self._products: list[tuple[tuple[int, ...], tuple[str, ...]]] = [
+            (members, (f"right_{i}", f"left_{i}")) for i, (_, members) in enumerate(self.slabs)
         ]
         if self.whole:
-            products.append((self.whole, [self.dense]))
-        if len(products) == 1 and len(products[0][0]) == len(self.ranks):  # one rank for all: the pairs already stand as needed
-            for weight in products[0][1]:
-                x_PC = grouped_linear(x_PC, weight, pairs.end_E)
+            self._products.append((self.whole, ("dense",)))
+        self._parts = [[(members.index(e), names) for members, names in self._products if e in members] for e in range(len(ranks))]
+
+    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        if len(self._products) == 1 and len(self._products[0][0]) == len(self.ranks):  # one rank for all: the pairs stand as needed
+            for name in self._products[0][1]:
+                x_PC = pairs.multiply(x_PC, getattr(self, name))
             return x_PC
-        exact = torch.promote_types(x_PC.dtype, torch.float32)  # parts of one matrix are added up
+        x_PC = x_PC.to(next((own.dtype for own in self.parameters()), x_PC.dtype))
+        if pairs.runs is not None:
+            return in_turns(x_PC, pairs.runs, self._chains, self.rows)
+        several = any(len(parts) > 1 for parts in self._parts)  # parts of one matrix are added up
+        exact = torch.promote_types(x_PC.dtype, torch.float32) if several else x_PC.dtype
         y_PN = torch.zeros(len(x_PC), self.rows, dtype=exact, device=x_PC.device)
-        for i, (members, weights) in enumerate(products):
-            if pairs.hit is not None and pairs.hit.isdisjoint(members):
-                continue
+        for i, (members, names) in enumerate(self._products):
             place_E = self.table(f"slab {i}", x_PC.device, partial(places, members, len(self.ranks)))
             runs = Runs(place_E[pairs.expert_P], len(members), ascending=True)
             y_QC = runs.take(x_PC)
-            for weight in weights:
-                y_QC = runs.clean(grouped_linear(y_QC, weight, runs.end_G))
-            y_PN = y_PN.index_add(0, runs.row_Q, y_QC.to(exact))
+            for name in names:
+                y_QC = runs.clean(grouped_linear(y_QC, getattr(self, name), runs.end_G))
+            y_PN.index_add_(0, runs.row_Q, y_QC.to(exact))
         return y_PN.to(x_PC.dtype)
+
+    def _chains(self, expert: int) -> list[list[torch.Tensor]]:
+        return [[getattr(self, name)[place] for name in names] for place, names in self._parts[expert]]
 
     def matrices(self) -> torch.Tensor:
         example = next(self.parameters(), torch.empty(0))
@@ -196,15 +213,21 @@ class SharedRightSide(Side):
             self.register_parameter(f"left_{g}", nn.Parameter(torch.empty(group["stored"], rows, group["rank"], **kind)))
         own = [[e] for e in range(self.experts)]
         self.latent = len(groups) == 1 and groups[0]["experts"] == list(range(self.experts)) and groups[0]["sums"] == own
+        self._once = reads_tokens and len(groups) == 1
+        self._uses = {
+            expert: (g, used) for g, group in enumerate(groups) for expert, used in zip(group["experts"], group["sums"], strict=True)
+        }
 
-    def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        if not self.reads_tokens or len(self.groups) > 1:
-            return super().forward(x, pairs)
-        return self._expand(0, pairs.spread(self._narrow(x)), pairs.expert_P, pairs)
+    def narrow(self, x_TC: torch.Tensor) -> torch.Tensor:
+        return self._times_right(0, x_TC) if self._once else x_TC
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        if len(self.groups) == 1 and not self._once:
+            x_PC = self._times_right(0, x_PC)
+        if pairs.runs is not None:
+            return in_turns(x_PC.to(self.get_parameter("left_0").dtype), pairs.runs, self._chains, self.rows)
         if len(self.groups) == 1:
-            return self._expand(0, self._narrow(x_PC), pairs.expert_P, pairs)
+            return self._expand(0, x_PC, pairs.expert_P, pairs)
         group_P = self.table("groups", x_PC.device, self._group_of_expert)[pairs.expert_P]
         y_PN = x_PC.new_zeros(len(x_PC), self.rows)
         for g in range(len(self.groups)):
@@ -212,7 +235,7 @@ class SharedRightSide(Side):
             if len(runs.row_Q) > 0:
                 z_QR = runs.clean(grouped_linear(runs.take(x_PC), getattr(self, f"right_{g}")[None], runs.end_G))
                 y_QN = self._expand(g, z_QR, pairs.expert_P[runs.row_Q], pairs)
-                y_PN = y_PN.index_add(0, runs.row_Q, y_QN.to(y_PN.dtype))
+                y_PN.index_add_(0, runs.row_Q, y_QN.to(y_PN.dtype))
         return y_PN
 
     def matrices(self) -> torch.Tensor:
@@ -222,9 +245,15 @@ class SharedRightSide(Side):
             full |= {expert: left_KNR[used].sum(0) @ right_RC for expert, used in zip(group["experts"], group["sums"], strict=True)}
         return torch.stack([full[expert] for expert in range(self.experts)])
 
-    def _narrow(self, x_PC: torch.Tensor) -> torch.Tensor:
-        right_RC = self.get_parameter("right_0")
-        return x_PC.to(right_RC.dtype) @ right_RC.T
+    def _chains(self, expert: int) -> list[list[torch.Tensor]]:
+        g, used = self._uses[expert]
+        left_KNR = getattr(self, f"left_{g}")
+        first = [] if len(self.groups) == 1 else [getattr(self, f"right_{g}")]
+        return [[*first, left_KNR[place]] for place in used]
+
+    def _times_right(self, g: int, x_PC: torch.Tensor) -> torch.Tensor:
+        right_RC = getattr(self, f"right_{g}")
+        return linear(x_PC.to(right_RC.dtype), right_RC)
 
     def _expand(self, g: int, z_QR: torch.Tensor, expert_Q: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """`Σ U_s z` over the U's of each row's expert [Q, N]; zero for rows whose expert is of another group."""
@@ -235,17 +264,16 @@ class SharedRightSide(Side):
         runs = Runs(used_QS.reshape(-1), len(left_KNR))
         runs.row_Q = runs.row_Q // used_QS.shape[1]
         y_XN = runs.clean(grouped_linear(runs.take(z_QR), left_KNR, runs.end_G))
-        return y_XN.new_zeros(len(z_QR), self.rows).index_add(0, runs.row_Q, y_XN)
+        return y_XN.new_zeros(len(z_QR), self.rows).index_add_(0, runs.row_Q, y_XN)
 
     def _sums_of_expert(self, g: int) -> list[list[int]]:
         """The group's U's that each expert adds up, filled up with the number of U's, which stands for none."""
-        uses = dict(zip(self.groups[g]["experts"], self.groups[g]["sums"], strict=True))
-        depth, none = max(len(used) for used in uses.values()), self.groups[g]["stored"]
-        return [[*uses.get(expert, ()), *[none] * depth][:depth] for expert in range(self.experts)]
+        depth, none = max(len(used) for used in self.groups[g]["sums"]), self.groups[g]["stored"]
+        own = [used if group == g else () for group, used in (self._uses[expert] for expert in range(self.experts))]
+        return [[*used, *[none] * depth][:depth] for used in own]
 
     def _group_of_expert(self) -> list[int]:
-        group_of = {expert: g for g, group in enumerate(self.groups) for expert in group["experts"]}
-        return [group_of[expert] for expert in range(self.experts)]
+        return [self._uses[expert][0] for expert in range(self.experts)]
 
 
 class SharedLeftSide(Side):
@@ -256,9 +284,11 @@ class SharedLeftSide(Side):
         self.right = nn.Parameter(torch.empty(experts, rank, columns, **kind))
         self.left = nn.Parameter(torch.empty(rows, rank, **kind))
 
-    def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        z_TR = pairs.combine(grouped_linear(x, self.right, pairs.end_E))
-        return z_TR.to(self.left.dtype) @ self.left.T
+    def widen(self, y_TN: torch.Tensor) -> torch.Tensor:
+        return linear(y_TN.to(self.left.dtype), self.left)
+
+    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        return pairs.multiply(x_PC, self.right)
 
     def matrices(self) -> torch.Tensor:
         return self.left @ self.right
@@ -322,13 +352,15 @@ class FactoredExperts(nn.Module):
         router did not choose it, and get the unsummed answers [E·T, d].
         """
         if top_k_index is not None:
-            return self._answer(hidden_states, Pairs(top_k_index, top_k_weights, self.num_experts))
-        row_Q = hidden_states.any(-1).nonzero()[:, 0]
+            return self._answer(hidden_states, top_k_index, top_k_weights)
+        everyone = in_graph()  # where rows cannot be counted; the answer to zero is zero
+        row_Q = torch.arange(len(hidden_states), device=hidden_states.device) if everyone else hidden_states.any(-1).nonzero()[:, 0]
         expert_Q1 = row_Q[:, None] // (len(hidden_states) // self.num_experts)
-        answer_QD = self._answer(hidden_states[row_Q], Pairs(expert_Q1, None, self.num_experts))
-        return torch.zeros_like(hidden_states).index_copy(0, row_Q, answer_QD)
+        answer_QD = self._answer(hidden_states[row_Q], expert_Q1, None)
+        return torch.zeros_like(hidden_states).index_copy_(0, row_Q, answer_QD)
 
-    def _answer(self, hidden_TD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    def _answer(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
+        pairs = Pairs(index_Tk, weight_Tk, self.num_experts)
         pre_PN = self.input(hidden_TD, pairs)
         if self.input_bias is not None:
             pre_PN = pre_PN + self.input_bias[pairs.expert_P]

@@ -1,12 +1,15 @@
 """Products of rows with the matrices that a router chose for them, without a loop over experts on GPUs and without waiting for them.
 
+On CPUs a grouped kernel is a loop over all experts itself. There the loop may as well be in the open, over those that are asked: each takes
+its rows through all of its matrices at once, of whatever ranks, and the answers are written where they belong.
+
 An export carries a copy of this file, so it must import torch and transformers only.
 
 Shapes: T tokens, k active experts a token, P = T·k pairs of a token and one of its experts, sorted by expert; E experts; Q places of rows
 arranged by group, G groups; N rows and C columns of one matrix.
 """
 
-from functools import cached_property
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers.integrations.moe import _grouped_linear
@@ -29,8 +32,42 @@ def grouped_linear(x_PC: torch.Tensor, weight_GNC: torch.Tensor, end_G: torch.Te
 
 
 def keeps_tail(group_P: torch.Tensor) -> bool:
-    """Whether rows of no group stay behind the others: cutting them off would make the host wait for a GPU to tell how many there are."""
-    return group_P.is_cuda
+    """Whether rows of no group stay behind the others: cutting them off would make the host wait for a GPU to tell how many there are.
+
+    Graphs cannot wait for anything either.
+    """
+    return group_P.device.type != "cpu" or in_graph()
+
+
+def in_graph() -> bool:
+    """Whether operations are being recorded, to be compiled or played back by a GPU: nothing may depend on what tensors hold."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+Run = tuple[int, int, int]
+"""An expert, and the start and end of its pairs."""
+Chains = Callable[[int], Sequence[Sequence[torch.Tensor]]]
+"""What an expert is made of: chains of matrices [N, C] that rows go through one after the other; the chains' answers are added up."""
+
+
+def in_turns(x_PC: torch.Tensor, runs: Sequence[Run], chains: Chains, rows: int) -> torch.Tensor:
+    """Take each run of rows through its expert's matrices, [P, rows]; writes into one tensor, so that no gradient can be taken."""
+    y_PN = x_PC.new_empty(len(x_PC), rows)
+    for expert, start, end in runs:
+        own = chains(expert)
+        if len(own) == 1:
+            _through(own[0], x_PC[start:end], y_PN[start:end])
+        else:
+            parts = [_through(chain, x_PC[start:end]) for chain in own]
+            y_PN[start:end] = torch.stack(parts).sum(0) if parts else 0
+    return y_PN
+
+
+def _through(chain: Sequence[torch.Tensor], x_QC: torch.Tensor, out_QN: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows times each of the matrices, the last product into `out_QN`."""
+    for weight_NC in chain[:-1]:
+        x_QC = torch.mm(x_QC, weight_NC.T)
+    return torch.mm(x_QC, chain[-1].T, out=out_QN)
 
 
 class Runs:
@@ -70,30 +107,47 @@ class Pairs:
     """Which experts answer which tokens, as pairs sorted by expert.
 
     Attributes:
-        expert_P, token_P: the two ends of each pair.
-        end_E: where each expert's run of pairs ends, int32.
+        expert_P: the expert of each pair.
+        runs: those of the experts that are asked, where these should take turns; None where finding out would make the host wait for a
+            GPU, in graphs, and where gradients are recorded.
     """
 
     def __init__(self, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None, experts: int) -> None:
         """Take the router's choice: experts, and the weights of their answers (None: every answer counts fully)."""
-        self._shape = index_Tk.shape
+        self._shape, self._experts = index_Tk.shape, experts
+        self._weight_Tk1 = None if weight_Tk is None else weight_Tk[..., None]
         self.expert_P, self._order_P = torch.sort(index_Tk.reshape(-1), stable=True)
-        self.token_P = self._order_P // index_Tk.shape[1]
-        self._weight_P1 = None if weight_Tk is None else weight_Tk.reshape(-1)[self._order_P, None]
-        ids_E = torch.arange(experts, device=index_Tk.device)
-        self.end_E = torch.searchsorted(self.expert_P, ids_E, right=True).to(torch.int32)
+        self.runs = None if keeps_tail(index_Tk) or torch.is_grad_enabled() else _runs(self.expert_P)
+        self._end_E: torch.Tensor | None = None
 
-    @cached_property
-    def hit(self) -> frozenset[int] | None:
-        """Experts that answer any token; None where asking would make the host wait for a GPU."""
-        return None if keeps_tail(self.expert_P) else frozenset(self.expert_P.unique_consecutive().tolist())
+    @property
+    def end_E(self) -> torch.Tensor:  # noqa: N802 - a tensor, named by its shape
+        """Where each expert's run of pairs ends, int32."""
+        if self._end_E is None:
+            ids_E = torch.arange(self._experts, device=self.expert_P.device)
+            self._end_E = torch.searchsorted(self.expert_P, ids_E, right=True).to(torch.int32)
+        return self._end_E
+
+    def multiply(self, x_PC: torch.Tensor, weight_ENC: torch.Tensor) -> torch.Tensor:
+        """Every pair's row times its expert's matrix [P, N]."""
+        if self.runs is None:
+            return grouped_linear(x_PC, weight_ENC, self.end_E)
+        return in_turns(x_PC.to(weight_ENC.dtype), self.runs, lambda expert: ((weight_ENC[expert],),), weight_ENC.shape[1])
 
     def spread(self, x_TC: torch.Tensor) -> torch.Tensor:
         """Each token's row for each of its pairs [P, C]."""
-        return x_TC[self.token_P]
+        if self.runs is not None and len(x_TC) == 1:
+            return x_TC.expand(self._shape[1], -1)
+        return x_TC[self._order_P // self._shape[1]]
 
     def combine(self, y_PN: torch.Tensor) -> torch.Tensor:
         """Each token's weighted sum of its experts' answers [T, N], always added in the order of the router's choice."""
-        weighted_PN = y_PN if self._weight_P1 is None else y_PN * self._weight_P1
-        chosen_PN = torch.empty_like(weighted_PN).index_copy(0, self._order_P, weighted_PN)
-        return chosen_PN.view(*self._shape, -1).sum(1)
+        chosen_TkN = torch.empty_like(y_PN).index_copy_(0, self._order_P, y_PN).view(*self._shape, y_PN.shape[1])
+        return (chosen_TkN if self._weight_Tk1 is None else chosen_TkN * self._weight_Tk1).sum(1)
+
+
+def _runs(expert_P: torch.Tensor) -> list[Run]:
+    """Runs of equal experts."""
+    experts, counts = expert_P.unique_consecutive(return_counts=True)
+    ends = [0, *counts.cumsum(0).tolist()]
+    return list(zip(experts.tolist(), ends[:-1], ends[1:], strict=True))

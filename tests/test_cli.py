@@ -56,6 +56,10 @@ def test_one_run_serves_plans_exports_and_lists(model: str, tmp_path: Path, runs
     assert main(["plan", run, "--method", "latent", "--ratio", "0.3", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["ratio"] >= 0.3 and plan["method"] == "latent"
+    assert main(["plan", run, "--method", "latent", "--ratio", "0.3", "--flops-ratio", "0.35", "--json"]) == 0
+    bounded = json.loads(capsys.readouterr().out)
+    assert bounded["flops"] <= 0.65 * bounded["original_flops"] + 2 < plan["flops"]
+    assert bounded["ratio"] >= 0.3
     (tmp_path / "recipe.yaml").write_text("method: fisher\nratio: 0.1\n")
     output = str(tmp_path / "dense")
     assert main(["export", str(runs_root / run), "--recipe", str(tmp_path / "recipe.yaml"), "--output", output, "--format", "dense"]) == 0

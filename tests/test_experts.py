@@ -68,10 +68,12 @@ def test_every_structure_equals_its_matrices(input_form: str, output_form: str, 
     assert factors.parameters == sum(parameter.numel() for parameter in factored.parameters())
     hidden_TD, index_Tk = torch.randn(50, layer.hidden), torch.stack([torch.randperm(count)[:2] for _ in range(50)])
     weight_Tk = torch.rand(50, 2)
-    for tokens in (50, 1):
+    for tokens in (50, 1, 0):
         call = hidden_TD[:tokens], index_Tk[:tokens], weight_Tk[:tokens]
         with torch.no_grad():
             assert torch.allclose(factored(*call), dense(*call), atol=2e-5)
+        if tokens:
+            assert torch.allclose(factored(*call), dense(*call), atol=2e-5), "where gradients are recorded"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
@@ -236,6 +238,36 @@ def test_rows_that_gpus_leave_undefined_reach_neither_answers_nor_gradients(inpu
     answer.square().sum().backward()
     assert torch.allclose(answer, expected, atol=1e-5)
     assert torch.allclose(call[0].grad, gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("forms", [("latent", "basis"), ("ragged", "many-ranks"), ("summed", "equal"), ("groups", "dense")])
+def test_compiles_into_one_graph_for_any_number_of_tokens(forms: tuple[str, str]) -> None:
+    model = tiny_model("mixtral", num_local_experts=12)
+    layer = expert_layers(model)[0]
+    factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), *forms)
+    factored = replace_experts(model, layer, factors)
+    torch._dynamo.reset()
+    compiled = torch.compile(factored, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (5, 9):
+        call = torch.randn(tokens, layer.hidden), torch.randint(12, (tokens, 2)), torch.rand(tokens, 2)
+        with torch.no_grad():
+            assert torch.allclose(compiled(*call), factored(*call), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize(("input_form", "output_form"), [*product(INPUT_FORMS, ["basis"]), *product(["latent"], OUTPUT_FORMS)])
+def test_never_asks_what_a_tensor_holds_in_a_graph(name: str, input_form: str, output_form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without content stand for those of a GPU: whatever would make the host wait for it, and break a CUDA graph, is an error."""
+    model = TINY[name]()
+    layer = expert_layers(model)[0]
+    factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), input_form, output_form)
+    factored = replace_experts(model, layer, factors).to("meta", torch.bfloat16)
+    monkeypatch.setattr(experts, "in_graph", lambda: True)
+    hidden = torch.empty(layer.experts * 10, layer.hidden, device="meta", dtype=torch.bfloat16)
+    choice = torch.empty(len(hidden), 2, device="meta")
+    call = (hidden,) if layer.routing == "scaled-inputs" else (hidden, choice.long(), choice)
+    with torch.no_grad():
+        assert factored(*call).shape == hidden.shape
 
 
 def test_an_unknown_structure_says_that_the_checkpoint_is_newer() -> None:

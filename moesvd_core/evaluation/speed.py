@@ -3,7 +3,7 @@
 Models take turns in every repetition, in alternating order, so that a machine that slows down slows all of them; figures are medians with
 their spread. Operations are counted from the kernels that really ran, padding included, not from the parameter count.
 
-Shapes: T prompt tokens.
+Shapes: B prompts, T tokens of each.
 """
 
 import statistics
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from moesvd_core.architectures.find import expert_layers
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.hidden import context_limit
 from moesvd_core.progress import Progress, Report, silent
@@ -38,7 +39,8 @@ class Speed:
     """What one model takes.
 
     Attributes:
-        prefill, decode: tokens a second of the prompt, and of the tokens after it.
+        prefill, decode: tokens a second of the prompts, and of the tokens after them.
+        experts_prefill, experts_decode: the same, counting only the time within the layers' experts: what compression is about.
         weight_bytes: parameters and buffers.
         peak_bytes: the most that was held at once, weights included, while answering (accelerator: the allocator's figure; host: all
             tensors that lived at once).
@@ -47,6 +49,8 @@ class Speed:
 
     prefill: Rate
     decode: Rate
+    experts_prefill: Rate
+    experts_decode: Rate
     weight_bytes: int
     peak_bytes: int
     flops_per_token: float
@@ -54,15 +58,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedTest:
-    """What is timed: a random prompt of `prompt_tokens`, then `new_tokens` one by one, `repeats` times each model."""
+    """What is timed: `batch` random prompts of `prompt_tokens` each, then `new_tokens` one by one, `repeats` times each model."""
 
     prompt_tokens: int = 256
     new_tokens: int = 32
     repeats: int = 5
+    batch: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1)):
+        for name, least in (("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -82,16 +87,17 @@ def measure_speed(models: Mapping[str, PreTrainedModel], test: SpeedTest | None 
             raise InputError(f"prompt_tokens + new_tokens must be at most {limit} for {name}, got {test.prompt_tokens} + {test.new_tokens}")
     prompts = {name: _prompt(model, test) for name, model in models.items()}
     held = {name: (_flops(model, prompts[name]), _peak_bytes(model, prompts[name], test)) for name, model in models.items()}
-    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    timings: dict[str, list[tuple[float, ...]]] = {name: [] for name in models}
     for repeat in range(test.repeats):
         for name in list(models)[:: 1 if repeat % 2 == 0 else -1]:
-            timings[name].append(_time(models[name], prompts[name], test.new_tokens))
+            timings[name].append(_timed(models[name], prompts[name], test.new_tokens))
         report(Progress("speed", repeat + 1, test.repeats))
     result = {}
     for name, model in models.items():
-        prefill, decode = zip(*timings[name], strict=True)
         flops, peak = held[name]
-        result[name] = Speed(_rate(prefill), _rate(decode), weight_bytes(model), peak, flops / test.prompt_tokens)
+        prefill, decode, experts_prefill, experts_decode = (_rate(values) for values in zip(*timings[name], strict=True))
+        per_token = flops / prompts[name].numel()
+        result[name] = Speed(prefill, decode, experts_prefill, experts_decode, weight_bytes(model), peak, per_token)
     return result
 
 
@@ -104,23 +110,73 @@ def weight_bytes(model: torch.nn.Module) -> int:
 def _prompt(model: PreTrainedModel, test: SpeedTest) -> torch.Tensor:
     noise = torch.Generator().manual_seed(test.seed)
     vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(0, vocabulary, (1, test.prompt_tokens), generator=noise).to(model.device)
+    return torch.randint(0, vocabulary, (test.batch, test.prompt_tokens), generator=noise).to(model.device)
+
+
+def _timed(model: PreTrainedModel, prompt_BT: torch.Tensor, new_tokens: int) -> tuple[float, ...]:
+    """Tokens a second of prompts and of decoding, of the whole model and of its experts alone."""
+    with _ExpertsClock(model) as clock:
+        seconds = _answer(model, prompt_BT, new_tokens, between=clock.lap)
+        clock.lap()
+    tokens = prompt_BT.numel(), prompt_BT.shape[0] * new_tokens
+    return tuple(count / each for taken in (seconds, clock.laps) for count, each in zip(tokens, taken, strict=True))
 
 
 @torch.no_grad()
-def _time(model: PreTrainedModel, prompt_1T: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Tokens a second of prompt and of decoding."""
+def _answer(
+    model: PreTrainedModel, prompt_BT: torch.Tensor, new_tokens: int, between: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
+    """Seconds for the prompts and for decoding."""
     _synchronise(model)
     start = time.perf_counter()
-    output = model(input_ids=prompt_1T, use_cache=True, logits_to_keep=1)
-    token_11 = output.logits[:, -1:].argmax(-1)
+    output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
+    token_B1 = output.logits[:, -1:].argmax(-1)
     _synchronise(model)
     middle = time.perf_counter()
+    between()
     for _ in range(new_tokens):
-        output = model(input_ids=token_11, past_key_values=output.past_key_values, use_cache=True)
-        token_11 = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token_B1, past_key_values=output.past_key_values, use_cache=True)
+        token_B1 = output.logits[:, -1:].argmax(-1)
     _synchronise(model)
-    return prompt_1T.shape[1] / (middle - start), new_tokens / (time.perf_counter() - middle)
+    return middle - start, time.perf_counter() - middle
+
+
+class _ExpertsClock:
+    """Adds up the seconds within the experts of all layers, lap by lap: by the host's clock, or on GPUs by events in its own stream.
+
+    Attributes:
+        laps: seconds of each lap so far.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.laps: list[float] = []
+        self._modules = [model.get_submodule(layer.name) for layer in expert_layers(model)]
+        self._on_gpu = model.device.type == "cuda"
+        self._marks: list[Any] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "_ExpertsClock":
+        for module in self._modules:
+            self._handles += [module.register_forward_pre_hook(self._mark), module.register_forward_hook(self._mark)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def lap(self) -> None:
+        """Close a lap. Everything before it must have been waited for."""
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        self.laps.append(sum(begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin for begin, end in pairs))
+        self._marks = []
+
+    def _mark(self, *_: object) -> None:
+        if self._on_gpu:
+            mark: Any = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self._marks.append(mark)
 
 
 def _synchronise(model: PreTrainedModel) -> None:
@@ -144,28 +200,28 @@ def _attention_flops(query_shape: torch.Size, key_shape: torch.Size, value_shape
     return 2 * batch * heads * queries * key_shape[2] * (width + value_shape[3])
 
 
-def _flops(model: PreTrainedModel, prompt_1T: torch.Tensor) -> int:
-    """Floating-point operations of one pass over the prompt."""
+def _flops(model: PreTrainedModel, prompt_BT: torch.Tensor) -> int:
+    """Floating-point operations of one pass over the prompts."""
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.aten._grouped_mm: _grouped_flops,
         torch.ops.transformers.grouped_mm_fallback: _grouped_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        model(input_ids=prompt_1T, use_cache=False, logits_to_keep=1)
+        model(input_ids=prompt_BT, use_cache=False, logits_to_keep=1)
     return int(counter.get_total_flops())
 
 
-def _peak_bytes(model: PreTrainedModel, prompt_1T: torch.Tensor, test: SpeedTest) -> int:
+def _peak_bytes(model: PreTrainedModel, prompt_BT: torch.Tensor, test: SpeedTest) -> int:
     """Most bytes held at once while answering, weights included."""
     if model.device.type == "cuda":
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
-        _time(model, prompt_1T, test.new_tokens)
+        _answer(model, prompt_BT, test.new_tokens)
         return weight_bytes(model) + torch.cuda.max_memory_allocated(model.device) - before
     live = _LiveBytes()
     with live:
-        _time(model, prompt_1T, test.new_tokens)
+        _answer(model, prompt_BT, test.new_tokens)
     return weight_bytes(model) + live.peak
 
 

@@ -57,7 +57,14 @@ class Spending(NamedTuple):
     next_key_N: FloatArray
 
 
-def spend(keys: Sequence[FloatArray], added: Sequence[IntArray], start: int, budget_N: IntArray) -> Spending:
+class Limit(NamedTuple):
+    """A second thing that every plan has to keep below a bound: what each side's steps add to it."""
+
+    added: Sequence[FloatArray]
+    most: float
+
+
+def spend(keys: Sequence[FloatArray], added: Sequence[IntArray], start: int, budget_N: IntArray, limit: Limit | None = None) -> Spending:
     """Take steps of all sides in the order of their keys until the next would exceed the budget.
 
     Args:
@@ -65,12 +72,16 @@ def spend(keys: Sequence[FloatArray], added: Sequence[IntArray], start: int, bud
         added: parameters that each step adds.
         start: parameters before the first step.
         budget_N: parameters that each plan may store, at least `start`.
+        limit: what else must not be exceeded.
     """
     key_K = np.concatenate([*keys, np.empty(0)])
     side_K = np.repeat(np.arange(len(keys)), [each.size for each in keys])
     order_K = np.argsort(key_K, kind="stable")
     spent_K = start + np.maximum.accumulate(np.cumsum(np.concatenate([*added, np.empty(0, dtype=np.int64)])[order_K]))
     taken_N = np.searchsorted(spent_K, budget_N, side="right")
+    if limit is not None:
+        also_K = np.maximum.accumulate(np.cumsum(np.concatenate([*limit.added, np.empty(0)])[order_K]))
+        taken_N = np.minimum(taken_N, np.searchsorted(also_K, limit.most * (1 + 1e-12), side="right"))
     place_K = np.empty_like(order_K)
     place_K[order_K] = np.arange(order_K.size)
     ends = np.cumsum([each.size for each in keys], dtype=np.int64)

@@ -27,6 +27,16 @@ PARAMETER_FLOPS = 1e-6
 """Multiply-adds that a stored parameter counts as under a FLOPs budget: experts that no token reached must cost something too."""
 
 
+class Price(NamedTuple):
+    """What a stored parameter costs, and a multiply-add a token."""
+
+    parameter: float
+    flop: float
+
+
+PRICES: dict[Budget, Price] = {"parameters": Price(1.0, 0.0), "flops": Price(PARAMETER_FLOPS, 1.0)}
+
+
 def lower_hull(cost_F: FloatArray, loss_F: FloatArray, first_F: BoolArray) -> tuple[IntArray, FloatArray]:
     """Corners of the lower convex hull of each run of points, and the slope that leads to each.
 
@@ -63,7 +73,7 @@ class Path:
         slot_K, rank_K: slot that each step moves, and the rank that it gets (`max_rank + 1` for dense).
         slope_K: slope of the hull's edge that the step lies on, never falling.
         corner_K: the step reaches a corner of its slot's hull.
-        cost_K, parameters_K, flops_K, loss_K: totals of every state, [K+1]; cost is in the budget's unit.
+        cost_K, parameters_K, flops_K, loss_K: totals of every state, [K+1]; cost is in the unit of the price.
     """
 
     curve: SideCurve
@@ -91,7 +101,7 @@ class Path:
         return np.repeat(out_NS, self.copies, axis=1)
 
 
-def path(curve: SideCurve, block: int, budget: Budget) -> Path:
+def path(curve: SideCurve, block: int, price: Price = PRICES["parameters"]) -> Path:
     """Order the states of a side by what their cost is worth: slots take turns, each along its own lower convex hull.
 
     Groups of "shared-v" move together: a side is stored in that form as a whole, or dense as a whole.
@@ -99,7 +109,7 @@ def path(curve: SideCurve, block: int, budget: Budget) -> Path:
     copies = curve.slots if curve.structure == "shared-v" else 1
     if copies > 1:
         curve = curve.as_one_slot()
-    point = _points(curve, block, budget)
+    point = _points(curve, block, price)
     slot_F, first_F = point.slot_F, np.append(True, point.slot_F[1:] != point.slot_F[:-1])
     at_V = np.flatnonzero(point.candidate_F)
     corner_V, slope_V = lower_hull(point.cost_F[at_V], point.loss_F[at_V], first_F[at_V])
@@ -138,15 +148,14 @@ class _Points(NamedTuple):
     candidate_F: BoolArray  # can be a corner
 
 
-def _points(curve: SideCurve, block: int, budget: Budget) -> _Points:
+def _points(curve: SideCurve, block: int, price: Price) -> _Points:
     """Points of all slots; the rank of the original matrix is written max_rank + 1."""
     rank_P = curve.ranks_on_offer(block)
     loss_SP = np.maximum(curve.loss_SR[:, rank_P], 0.0)
     rank_cost_S, dense_cost_S = curve.rank_cost_S.astype(np.float64), curve.dense_cost_S.astype(np.float64)
     keep_SP = rank_P * rank_cost_S[:, None] < dense_cost_S[:, None]
-    if budget == "flops":
-        rank_cost_S = curve.rank_flops_S + PARAMETER_FLOPS * rank_cost_S
-        dense_cost_S = curve.dense_flops_S + PARAMETER_FLOPS * dense_cost_S
+    rank_cost_S = price.parameter * rank_cost_S + price.flop * curve.rank_flops_S
+    dense_cost_S = price.parameter * dense_cost_S + price.flop * curve.dense_flops_S
     cost_SP = rank_P * rank_cost_S[:, None]
     room_SP = dense_cost_S[:, None] - cost_SP
     keep_SP &= room_SP > 0
@@ -185,7 +194,7 @@ class Frontier:
         path_V, state_V: which state of which path each corner is.
         slope_V: slope of the edge that leads to each corner, never falling; -inf for the first.
         cost_V, loss_V: coordinates of the corners.
-        parameters_V: stored parameters at the corners.
+        parameters_V, flops_V: stored parameters and multiply-adds at the corners.
     """
 
     paths: tuple[Path, ...]
@@ -195,6 +204,7 @@ class Frontier:
     cost_V: FloatArray
     loss_V: FloatArray
     parameters_V: IntArray
+    flops_V: FloatArray
 
 
 def frontier(paths: tuple[Path, ...]) -> Frontier:
@@ -206,8 +216,8 @@ def _alone(path: Path) -> Frontier:
     """The hull of one structure: its corners."""
     state_V = np.append(0, 1 + np.flatnonzero(path.corner_K))
     slope_V = np.append(-np.inf, path.slope_K)[state_V]
-    cost_V, loss_V, parameters_V = path.cost_K[state_V], path.loss_K[state_V], path.parameters_K[state_V]
-    return Frontier((path,), np.zeros_like(state_V), state_V, slope_V, cost_V, loss_V, parameters_V)
+    totals = (each[state_V] for each in (path.cost_K, path.loss_K, path.parameters_K, path.flops_K))
+    return Frontier((path,), np.zeros_like(state_V), state_V, slope_V, *totals)
 
 
 def _merged(a: Frontier, b: Frontier) -> Frontier:
@@ -238,6 +248,7 @@ def _merged(a: Frontier, b: Frontier) -> Frontier:
         cost_V=cost_V[order_V],
         loss_V=loss_V[order_V],
         parameters_V=np.concatenate([a.parameters_V, b.parameters_V])[pick_V],
+        flops_V=np.concatenate([a.flops_V, b.flops_V])[pick_V],
     )
 
 

@@ -141,14 +141,29 @@ def _planned(
     """One plan a recipe, which differ in nothing but the ratio; each removes at least its number of parameters."""
     first = recipes[0]
     budget_N = sum(layer.dense_parameters for layer in layers) - np.array(removed, dtype=np.int64)
+    most_flops = _most_flops(layers, shape, first)
     if first.allocation == "greedy":
-        allotment = greedy(layers, budget_N, first)
+        allotment = greedy(layers, budget_N, first, most_flops)
     elif first.allocation == "selective":
         allotment = selective(layers, budget_N, first, _scores(layers, sensitivity, "S_L"))
     else:
         outliers = _scores(layers, sensitivity, "outlier ratio") if first.allocation == "owl" else None
         allotment = by_share(layers, budget_N, first, outliers)
     return [_assembled(number, recipe, layers, allotment, shape) for number, recipe in enumerate(recipes)]
+
+
+def _most_flops(layers: Sequence[LayerCurves], shape: ModelShape, recipe: Recipe) -> float:
+    """Multiply-adds a token that the layers' experts may come to; inf where the recipe does not say."""
+    if recipe.flops_ratio is None:
+        return np.inf
+    if recipe.allocation != "greedy":
+        raise InputError(f"flops_ratio needs greedy allocation, which weighs operations against parameters, got {recipe.allocation}")
+    dense = sum(side[0].dense_flops for layer in layers for side in (layer.input, layer.output))
+    total = shape.active_parameters - shape.embedding_parameters
+    if recipe.flops_ratio * total > dense:
+        bound = floor(1e4 * dense / total) / 1e4
+        raise InputError(f"flops_ratio must be in [0, {bound:g}] on this model, whose experts do no more, got {recipe.flops_ratio:g}")
+    return dense - recipe.flops_ratio * total
 
 
 def _assembled(number: int, recipe: Recipe, layers: Sequence[LayerCurves], allotment: Allotment, shape: ModelShape) -> Plan:

@@ -30,6 +30,8 @@ class Recipe:
         block: ranks are multiples of it (grouped kernels need multiples of 8), unless a matrix is smaller.
         budget: what one more rank costs in greedy allocation: stored parameters, or multiply-adds a token. The ratio counts stored
             parameters with either.
+        flops_ratio: share of the floating-point operations a token to remove at least, beside the ratio (greedy allocation only, which then
+            finds the price of an operation by itself); None: as many as the ratio brings.
         compensate: fit each layer's output factors to what the layers before it have changed, after the ranks are chosen (`compensation`);
             costs two passes over some of the calibration text for each ratio, and no parameter.
 
@@ -44,13 +46,15 @@ class Recipe:
     allocation: Allocation | None = None
     block: int = 8
     budget: Budget = "parameters"
+    flops_ratio: float | None = None
     compensate: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or not self.method:
             raise InputError(f"method must be the name of a method, got {self.method!r}")
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not isfinite(self.ratio) or not 0 <= self.ratio < 1:
-            raise InputError(f"ratio must be a number in [0, 1), the share of the model's parameters to remove, got {self.ratio!r}")
+        _check_share("ratio", self.ratio, "the model's parameters")
+        if self.flops_ratio is not None:
+            _check_share("flops_ratio", self.flops_ratio, "the floating-point operations a token")
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
             raise InputError(f"block must be a whole number of ranks, at least 1 (8 suits grouped kernels), got {self.block!r}")
         if not isinstance(self.compensate, bool):
@@ -96,6 +100,11 @@ class Recipe:
         if not isinstance(data, dict):
             raise InputError(f"recipe must be a YAML mapping such as 'ratio: 0.4', got {type(data).__name__}")
         return cls.from_dict(data)
+
+
+def _check_share(name: str, value: object, whole: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or not 0 <= value < 1:
+        raise InputError(f"{name} must be a number in [0, 1), the share of {whole} to remove, got {value!r}")
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import Identity
 
-_CHOICES = ("metric", "structure", "allocation", "block", "budget")
+_CHOICES = ("metric", "structure", "allocation", "block", "budget", "flops_ratio")
 _WORDS = {"dataset": "--dataset", "samples": "--samples", "length": "--length", "seed": "--seed", "dtype": "--dtype"}
 """Settings of a calibration that have a word on the command line."""
 

@@ -46,6 +46,14 @@ def test_every_model_is_measured() -> None:
     result = measure_speed({"a": TINY["mixtral"]().eval(), "b": TINY["gpt_oss"]().eval()}, SHORT)
     assert list(result) == ["a", "b"]
     assert all(0 < rate.low <= rate.median <= rate.high for each in result.values() for rate in (each.prefill, each.decode))
+    assert all(each.experts_prefill.median > each.prefill.median for each in result.values()), "experts take a part of the time"
+
+
+def test_operations_of_a_token_do_not_depend_on_the_number_of_prompts() -> None:
+    model = TINY["mixtral"]().eval()
+    one, three = (measure_speed({"model": model}, SpeedTest(16, 2, 1, batch=batch))["model"] for batch in (1, 3))
+    assert three.flops_per_token == pytest.approx(one.flops_per_token)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()), "the clock is taken off"
 
 
 def test_refuses_what_cannot_be_measured() -> None:

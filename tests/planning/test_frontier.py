@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_curves import curve, random_losses
 
-from moesvd_core.planning.frontier import frontier, lower_hull, path
+from moesvd_core.planning.frontier import PRICES, frontier, lower_hull, path
 
 
 def hull_by_definition(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -35,14 +35,14 @@ def test_lower_hull_of_several_runs_is_each_ones(seed: int) -> None:
 
 
 def test_path_starts_with_nothing_and_ends_dense() -> None:
-    found = path(curve([[4.0, 2.0, 1.0], [3.0, 2.5, 2.0]], dense_cost=3), block=1, budget="parameters")
+    found = path(curve([[4.0, 2.0, 1.0], [3.0, 2.5, 2.0]], dense_cost=3), block=1)
     assert found.ranks(np.array([0, found.slot_K.size])).tolist() == [[0, 0], [-1, -1]]
     assert (found.parameters_K[0], found.parameters_K[-1]) == (0, 6)
     assert (found.loss_K[0], found.loss_K[-1]) == (pytest.approx(7.0), 0.0)
 
 
 def test_states_asked_for_out_of_order_come_back_in_the_order_asked() -> None:
-    found = path(curve(random_losses(np.random.default_rng(1), 3, 6), rank_cost=2, dense_cost=15), block=1, budget="parameters")
+    found = path(curve(random_losses(np.random.default_rng(1), 3, 6), rank_cost=2, dense_cost=15), block=1)
     states = np.array([5, 0, 9, 5])
     together = found.ranks(states)
     assert together.tolist() == [found.ranks(states[[place]])[0].tolist() for place in range(4)]
@@ -52,7 +52,7 @@ def test_states_asked_for_out_of_order_come_back_in_the_order_asked() -> None:
 def test_totals_of_every_state_are_those_of_its_ranks(seed: int) -> None:
     rng = np.random.default_rng(seed)
     made = curve(random_losses(rng, 3, 7, convex=False), rank_cost=[1, 2, 3], dense_cost=[6, 15, 20], load=[0.2, 1.0, 0.5])
-    found = path(made, block=2, budget="flops" if seed % 2 else "parameters")
+    found = path(made, block=2, price=PRICES["flops" if seed % 2 else "parameters"])
     for state, ranks in enumerate(found.ranks(np.arange(found.slot_K.size + 1)).tolist()):
         kept = list(enumerate(ranks))
         assert found.parameters_K[state] == sum(made.dense_cost_S[s] if r < 0 else r * made.rank_cost_S[s] for s, r in kept)
@@ -67,7 +67,7 @@ def test_frontier_over_structures_is_the_hull_of_all_their_corners(seed: int) ->
     total = float(own.loss_SR[:, 0].sum())
     shared_R = np.append(total, np.sort(rng.random(7) * total)[::-1])
     shared = curve([shared_R], structure="latent", rank_cost=7, dense_cost=60)
-    paths = tuple(path(each, block=1, budget="parameters") for each in (own, shared))
+    paths = tuple(path(each, block=1) for each in (own, shared))
     front = frontier(paths)
     points = {(float(x), round(float(y), 9)) for each in paths for x, y in zip(each.cost_K, each.loss_K, strict=True)}
     expected = hull_by_definition(sorted(points))

@@ -1,12 +1,14 @@
 """Greedy allocation against brute force, and what it must never do."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 from tiny_curves import curve, model_curves, random_losses, shape_of
 
+from moesvd_core.errors import InputError
 from moesvd_core.planning import DENSE, Plan, Recipe, SideCurve, plan, plans
 
 
@@ -153,3 +155,63 @@ def test_reasons_state_the_price() -> None:
     none, half = plans(curves, shape_of(curves), Recipe(allocation="greedy"), [0.0, 0.5])
     assert none.layers[0].reason == "dense: the budget pays for everything"
     assert all("nats a million parameters" in layer.reason for layer in half.layers)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_keeps_both_bounds_and_loses_what_brute_force_would_with_a_step_less(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    loads = rng.dirichlet([1.0, 1.0], 2)
+    costs = rng.integers(5, 10), rng.integers(7, 14)
+    curves = [
+        curve(random_losses(rng, 2, 3), side=side, rank_cost=rank_cost, dense_cost=int(cost), load=load)
+        for side, rank_cost, cost, load in zip(("input", "output"), (2, 3), costs, loads, strict=True)
+    ]
+    shape = shape_of(curves, other=1)
+    dense_flops = sum(each.dense_flops for each in curves)
+    everything = list(_everything(curves))
+    for kept, flops_kept in product((0.3, 0.5, 0.7, 0.9), repeat=2):
+        recipe = Recipe(allocation="greedy", block=1, ratio=(1 - kept) * shape.expert_parameters / shape.parameters)
+        recipe = replace(recipe, flops_ratio=(1 - flops_kept) * dense_flops / shape.active_parameters)
+        found = plan(curves, shape, recipe)
+        flops = dense_flops - (found.original_active_parameters - found.active_parameters)
+        assert found.parameters <= kept * shape.expert_parameters + 1 + 1e-9
+        assert flops <= flops_kept * dense_flops + 0.5, "active parameters are whole numbers"
+        most, most_flops = kept * shape.expert_parameters - max(costs), flops_kept * dense_flops - float(loads.max() * max(costs))
+        fitting = [loss for own, own_flops, loss in everything if own == 0 or (own <= most and own_flops <= most_flops)]
+        assert found.predicted_loss <= min(fitting) + 1e-12
+
+
+def _everything(curves: list[SideCurve]) -> Iterator[tuple[int, float, float]]:
+    """Parameters, multiply-adds and loss of every way to store sides of one structure each."""
+    slots = [(each, slot) for each in curves for slot in range(each.slots)]
+    for chosen in product(*([*range(each.max_rank + 1), DENSE] for each, _ in slots)):
+        ranked = list(zip(slots, chosen, strict=True))
+        yield (
+            sum(int(each.dense_cost_S[s] if rank == DENSE else rank * each.rank_cost_S[s]) for (each, s), rank in ranked),
+            sum(float(each.dense_flops_S[s] if rank == DENSE else rank * each.rank_flops_S[s]) for (each, s), rank in ranked),
+            sum(0.0 if rank == DENSE else float(each.loss_SR[s, rank]) for (each, s), rank in ranked),
+        )
+
+
+def test_a_bound_on_operations_that_holds_already_changes_nothing() -> None:
+    curves = model_curves(3, 4, 48, 40, structures=("per-expert", "latent"))
+    free = plan(curves, shape_of(curves), Recipe(allocation="greedy", ratio=0.4))
+    bound = plan(curves, shape_of(curves), Recipe(allocation="greedy", ratio=0.4, flops_ratio=0.01))
+    assert bound.predicted_loss <= free.predicted_loss + 1e-12
+    assert bound.parameters <= free.original_parameters * 0.6
+
+
+def test_fewer_operations_can_be_asked_for_at_the_same_ratio() -> None:
+    curves = model_curves(3, 4, 48, 40, structures=("per-expert", "latent"))
+    free, tight = (plan(curves, shape_of(curves), Recipe(allocation="greedy", ratio=0.4, flops_ratio=share)) for share in (None, 0.45))
+    assert tight.flops <= 0.55 * tight.original_flops + 1 < free.flops
+    assert tight.ratio >= 0.4
+    assert tight.predicted_loss > free.predicted_loss
+
+
+def test_a_bound_on_operations_says_what_it_needs() -> None:
+    curves = model_curves(1, 4, 48, 40)
+    with pytest.raises(InputError, match="flops_ratio needs greedy allocation"):
+        plan(curves, shape_of(curves), Recipe(allocation="uniform", flops_ratio=0.3))
+    with pytest.raises(InputError, match=r"flops_ratio must be in \[0, 0\.\d+\] on this model"):
+        plan(curves, shape_of(curves, other=10000), Recipe(allocation="greedy", ratio=0.1, flops_ratio=0.9))

@@ -102,8 +102,8 @@ def _decompose(given: _Given) -> _Benchmark:
 
 def _inference(given: _Given) -> _Benchmark:
     sizes, test = _chosen(MixtralSize, given), _chosen(SpeedTest, given)
-    size = MixtralSize(**{"width": 3584, "layers": 2, **sizes}) if sizes else None  # type: ignore[arg-type]
-    made = {"size": size, "test": SpeedTest(**test) if test else None, "calibration": _calibration(given)}  # type: ignore[arg-type]
+    size = MixtralSize(**{"width": 3584, "layers": 1, **sizes}) if sizes else None  # type: ignore[arg-type]
+    made = {"size": size, "test": SpeedTest(**{"new_tokens": 8, "repeats": 3, **test}), "calibration": _calibration(given)}  # type: ignore[arg-type]
     return InferenceBenchmark(**_chosen(InferenceBenchmark, given, **made))  # type: ignore[arg-type]
 
 
@@ -152,7 +152,9 @@ _PREDICTION: _Options = {
 _INFERENCE: _Options = {
     "--model": {"help": "model folder or hub id (default: a random model)"},
     "--layers": {"type": int, "help": "layers of the random model"},
-    "--prompt-tokens": {"type": int, "help": "length of the prompt"},
+    "--kept": {"nargs": "+", "type": float, "metavar": "R", "help": "shares of the experts' parameters to keep"},
+    "--batches": {"nargs": "+", "type": int, "metavar": "B", "help": "how many prompts at once"},
+    "--prompts": {"nargs": "+", "type": int, "metavar": "T", "help": "lengths of the prompts"},
     "--new-tokens": {"type": int, "help": "tokens decoded after it"},
     "--repeats": {"type": int, "help": "turns of each model"},
     "--device": {"help": "where the models run"},
@@ -188,7 +190,7 @@ _COMMANDS: dict[str, tuple[str, _Options, Callable[[_Given], _Benchmark]]] = {
         _LAYER | _METHODS | {"--ratio": {"type": float, "help": "share of the layer's parameters to remove"}, "--repeats": {"type": int}},
         _decompose,
     ),
-    "inference": ("tokens a second, memory and operations, in turns", _INFERENCE | _LAYER | _METHODS | _RATIOS | _CALIBRATION, _inference),
+    "inference": ("tokens a second, memory and operations, in turns", _INFERENCE | _LAYER | _METHODS | _CALIBRATION, _inference),
     "ratios": ("ratios asked for, planned, and counted in the files written", _MODEL | _METHODS | _RATIOS | _CALIBRATION, _ratios),
     "memory": ("peak memory of compressing a random checkpoint", _LAYER | _MEMORY, _memory),
 }

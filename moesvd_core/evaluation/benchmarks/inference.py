@@ -1,6 +1,13 @@
-"""Speed of the compressed model beside the original, in turns within one run: prefill, decoding, memory and operations."""
+"""Speed of the compressed model beside the original, in turns within one run: prefill, decoding, memory and operations.
 
-from dataclasses import dataclass, field
+The original runs by every implementation of experts that transformers has and that makes sense on the device; each phase of each cell is
+held against the fastest of them there.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,10 +22,15 @@ from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.synthetic import MixtralSize, write_random_mixtral
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
-from moesvd_core.evaluation.speed import Speed, SpeedTest, measure_speed
+from moesvd_core.evaluation.speed import Rate, Speed, SpeedTest, measure_speed
 from moesvd_core.pipeline import Pipeline
-from moesvd_core.planning import Recipe
+from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Report, silent
+
+IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
+"""How transformers computes experts; the last copies a matrix for every pair of a token and an expert, so only for few of them."""
+FEW_PAIRS = 16
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -28,25 +40,33 @@ class InferenceBenchmark:
     Attributes:
         model: a folder or a hub id; None: a random model of `size`.
         size: of the random model.
-        ratios, methods: what is compressed and timed, each with each.
-        test: prompt, answer and repetitions.
+        kept: shares of the experts' parameters that are kept.
+        methods: what is compressed and timed at each of them; those of greedy allocation also keep at most that share of the experts'
+            operations ("auto with a FLOP budget").
+        batches, prompts: every number of prompts with every length.
+        test: new tokens and repetitions.
         calibration: decides the ranks, not their number.
         device: where the models run.
     """
 
     model: str | None = None
-    size: MixtralSize = field(default_factory=lambda: MixtralSize(width=3584, layers=2))
-    ratios: tuple[float, ...] = (0.2, 0.4, 0.6)
-    methods: tuple[str, ...] = ("latent", "auto", "fisher")
-    test: SpeedTest = field(default_factory=SpeedTest)
+    size: MixtralSize = field(default_factory=lambda: MixtralSize(width=3584, layers=1))
+    kept: tuple[float, ...] = (0.8, 0.6, 0.4)
+    methods: tuple[str, ...] = ("latent", "auto")
+    batches: tuple[int, ...] = (1, 4, 16, 64)
+    prompts: tuple[int, ...] = (32, 128)
+    test: SpeedTest = field(default_factory=lambda: SpeedTest(new_tokens=8, repeats=3))
     calibration: Calibration = field(default_factory=lambda: Calibration(samples=8, length=256))
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in self.methods:
             method(name)
-        if not self.ratios or not self.methods:
-            raise InputError("at least one ratio and one method must be given to compare")
+        for share in self.kept:
+            if not 0 < share < 1:
+                raise InputError(f"kept must be shares in (0, 1) of the experts' parameters, got {share}")
+        if not (self.kept and self.methods and self.batches and self.prompts):
+            raise InputError("at least one share, method, batch and prompt length must be given to compare")
 
     def run(self, report: Report = silent) -> Table:
         """Compress and time.
@@ -61,36 +81,89 @@ class InferenceBenchmark:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval().to(self.device)
             pipeline = Pipeline(MemoryStream(model), calibrate(MemoryStream(model), tokenizer, self.calibration, report=report))
-            models, stored = self._compressed(model, pipeline, report)
-            speeds = measure_speed(models, self.test, report=report)
-        rows = [_row(name, speed, stored[name], speeds["original"]) for name, speed in speeds.items()]
+            plans = self._plans(pipeline, report)
+            models = {name: _compressed(model, pipeline, plan) for name, plan in plans.items()}
+        rows = []
+        for batch, prompt in product(self.batches, self.prompts):
+            test = replace(self.test, batch=batch, prompt_tokens=prompt)
+            cell = {f"original, {name}": each for name, each in _originals(model, batch * prompt)} | models
+            rows += _rows(measure_speed(cell, test, report=report), plans, test)
+        return Table.of(f"Speed of the original and of compressed models: {_title(self)}", rows, self._notes(model))
+
+    def _notes(self, model: PreTrainedModel) -> list[str]:
         where = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-        note = (
-            f"on {where}, {str(model.dtype).removeprefix('torch.')}; prompt of {self.test.prompt_tokens} tokens, "
-            f"{self.test.new_tokens} new ones; medians of {self.test.repeats} turns, quartiles in brackets"
-        )
-        title = "a random Mixtral" if self.model is None else Path(self.model).name
-        return Table.of(f"Speed of the original and of compressed models: {title}", rows, [note])
+        return [
+            f"on {where}, {str(model.dtype).removeprefix('torch.')}; prompts of random tokens, {self.test.new_tokens} new tokens each; "
+            f"medians of {self.test.repeats} turns, original and compressed models alternating",
+            "× original: tokens a second beside the fastest implementation of the original in that cell and phase; experts: counting the "
+            "time within the experts alone; of ideal: that times the share of the experts' parameters kept, 1 where speed rises as size "
+            "falls",
+            "auto: whichever structures lose least with at most that share of the experts' parameters and of their operations",
+        ]
 
-    def _compressed(self, model: PreTrainedModel, pipeline: Pipeline, report: Report) -> tuple[dict[str, PreTrainedModel], dict[str, int]]:
-        """The original and every compressed model, and the bytes of each."""
-        models, stored = {"original": model}, {"original": pipeline.shape.bytes}
-        for name in self.methods:
-            for plan in pipeline.plans(Recipe(name), self.ratios, report):
-                layers = [(layer, pipeline.factors(plan, layer.index)) for layer in pipeline.layers.values()]
-                label = f"{name} {plan.asked_ratio:.0%}"
-                models[label] = compressed(model, [(layer, factors) for layer, factors in layers if factors is not None])
-                stored[label] = plan.bytes
-        return models, stored
+    def _plans(self, pipeline: Pipeline, report: Report) -> dict[str, Plan]:
+        """Every method at every share."""
+        shape = pipeline.shape
+        found = {}
+        for name, share in product(self.methods, self.kept):
+            recipe = Recipe(name, (1 - share) * shape.expert_parameters / shape.parameters)
+            if name == "auto":
+                active = sum(layer.parameters * layer.active / layer.experts for layer in pipeline.layers.values())
+                recipe = replace(recipe, flops_ratio=(1 - share) * active / (shape.active_parameters - shape.embedding_parameters))
+            found[f"{name} {share:.0%} kept"] = pipeline.plan(recipe, report)
+        return found
 
 
-def _row(name: str, speed: Speed, stored: int, original: Speed) -> dict[str, Cell]:
-    row: dict[str, Cell] = {"model": name, "bytes": stored}
-    for kind in ("prefill", "decode"):
-        rate, before = getattr(speed, kind), getattr(original, kind)
-        row[f"{kind} tokens/s"] = rate.median
-        row[f"{kind} quartiles"] = f"[{rate.low:.4g}, {rate.high:.4g}]"
-        row[f"{kind} × original"] = rate.median / before.median
-    row["MFLOP/token"] = speed.flops_per_token / 1e6
-    row["peak bytes"] = speed.peak_bytes
-    return row
+def _title(benchmark: InferenceBenchmark) -> str:
+    if benchmark.model is not None:
+        return Path(benchmark.model).name
+    size = benchmark.size
+    return f"a random Mixtral of {size.layers} layer(s), d {size.hidden}, m {size.width}, {size.experts} experts"
+
+
+def _compressed(model: PreTrainedModel, pipeline: Pipeline, plan: Plan) -> PreTrainedModel:
+    layers = [(layer, pipeline.factors(plan, layer.index)) for layer in pipeline.layers.values()]
+    return compressed(model, [(layer, factors) for layer, factors in layers if factors is not None])
+
+
+def _originals(model: PreTrainedModel, tokens: int) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The model by every implementation of its experts, on the same weights."""
+    config = model.config.get_text_config()
+    for name in IMPLEMENTATIONS:
+        if name != "batched_mm" or tokens * config.num_experts_per_tok <= FEW_PAIRS:
+            shared: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+            own = copy.deepcopy(model, shared)
+            own.set_experts_implementation(name)
+            yield name, own
+
+
+def _rows(speeds: Mapping[str, Speed], plans: Mapping[str, Plan], test: SpeedTest) -> list[dict[str, Cell]]:
+    """One row a model: rates, and what they are beside the fastest original."""
+    originals = [speed for name, speed in speeds.items() if name not in plans]
+    rows = []
+    for name, speed in speeds.items():
+        kept = 1 - plans[name].expert_ratio if name in plans else 1.0
+        row: dict[str, Cell] = {
+            "model": f"{name}, {test.batch} × {test.prompt_tokens}",
+            "batch": test.batch,
+            "prompt": test.prompt_tokens,
+            "experts kept": kept,
+        }
+        for kind in PHASES:
+            rate, experts = _rate(speed, kind), _rate(speed, f"experts_{kind}")
+            gained = experts.median / max(_rate(each, f"experts_{kind}").median for each in originals)
+            row[f"{kind} tokens/s"] = rate.median
+            row[f"{kind} quartiles"] = f"[{rate.low:.4g}, {rate.high:.4g}]"
+            row[f"{kind} × original"] = rate.median / max(_rate(each, kind).median for each in originals)
+            row[f"{kind}, experts × original"] = gained
+            row[f"{kind}, of ideal"] = gained * kept
+        row["MFLOP/token"] = speed.flops_per_token / 1e6
+        row["weights, bytes"] = speed.weight_bytes
+        row["peak bytes"] = speed.peak_bytes
+        rows.append(row)
+    return rows
+
+
+def _rate(speed: Speed, name: str) -> Rate:
+    rate: Rate = getattr(speed, name)
+    return rate

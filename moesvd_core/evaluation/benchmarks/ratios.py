@@ -1,4 +1,8 @@
-"""Whether a ratio is what it says: asked for, planned, and counted again from the files that the export wrote."""
+"""Whether a ratio is what it says (asked for, planned, and counted again from the files that the export wrote), and what a new one costs.
+
+The model is in memory, as in the explorer: a layer is decomposed once for each metric and structure, whatever methods and ratios ask for
+it, and a new ratio is slices of that beside the original.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -6,12 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moesvd_core.architectures.files import ModelFiles, resolve_model
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.architectures.streaming import LayerStream
+from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration import Calibration, calibrate
+from moesvd_core.checkpoint.apply import compressed
 from moesvd_core.checkpoint.export import export_streamed
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS, method
@@ -41,9 +46,10 @@ class RatiosBenchmark:
             raise InputError("at least one ratio and one method must be given to compare")
 
     def run(self, report: Report = silent) -> Table:
-        """Plan and export every method at every ratio it reaches, and count what lies on the disk."""
+        """Plan, apply and export every method at every ratio it reaches, and count what lies on the disk."""
         files = ModelFiles.open(resolve_model(self.model))
-        stream = LayerStream(files)
+        model = AutoModelForCausalLM.from_pretrained(files.folder, dtype="auto").eval()
+        stream = MemoryStream(model)
         statistics = calibrate(stream, AutoTokenizer.from_pretrained(files.folder), self.calibration, report=report)
         pipeline = Pipeline(stream, statistics)
         rows, notes = [], []
@@ -51,9 +57,15 @@ class RatiosBenchmark:
             reach = pipeline.max_ratio(Recipe(name))
             seconds = _planning_seconds(pipeline, name, reach)
             notes.append(f"{name}: reaches a ratio of {reach:.3f}; all of the slider's plans up to there in {seconds:.2f} s")
-            for plan in pipeline.plans(Recipe(name), [ratio for ratio in self.ratios if ratio <= reach]):
-                rows.append(_row(name, plan, _exported(files, pipeline, plan), files))
+            for ratio in [ratio for ratio in self.ratios if ratio <= reach]:
+                start = time.perf_counter()
+                plan = pipeline.plan(Recipe(name, ratio))
+                made = _applied(model, pipeline, plan)
+                seconds = time.perf_counter() - start
+                rows.append(_row(name, plan, _exported(files, pipeline, plan), files, seconds, _added_bytes(model, made)))
             report(Progress("benchmark", number + 1, len(self.methods), name))
+        decomposed = len({key for key, _ in pipeline.cache})
+        notes.append(f"{decomposed} decompositions of every layer served {len(self.methods)} methods and all of their ratios")
         return Table.of(f"Ratios asked for, planned, and counted in files: {Path(self.model).name}", rows, notes)
 
 
@@ -62,6 +74,19 @@ def _planning_seconds(pipeline: Pipeline, name: str, reach: float) -> float:
     start = time.perf_counter()
     pipeline.plans(Recipe(name), [ratio for ratio in SLIDER if ratio <= reach])
     return time.perf_counter() - start
+
+
+def _applied(model: PreTrainedModel, pipeline: Pipeline, plan: Plan) -> PreTrainedModel:
+    """The model as the plan makes it, beside the original."""
+    layers = [(layer, pipeline.factors(plan, layer.index)) for layer in pipeline.layers.values()]
+    return compressed(model, [(layer, factors) for layer, factors in layers if factors is not None])
+
+
+def _added_bytes(model: PreTrainedModel, made: PreTrainedModel) -> int:
+    """What a compressed model holds that the original does not."""
+    shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = [tensor.untyped_storage() for tensor in (*made.parameters(), *made.buffers())]
+    return sum({each.data_ptr(): each.nbytes() for each in own if each.data_ptr() not in shared}.values())
 
 
 def _exported(files: ModelFiles, pipeline: Pipeline, plan: Plan) -> tuple[int, int]:
@@ -81,7 +106,7 @@ def _counted(files: ModelFiles) -> tuple[int, int]:
     return sum(int(np.prod(files.header(key)[1], dtype=np.int64)) for key in files.weight_map), files.bytes
 
 
-def _row(name: str, plan: Plan, written: tuple[int, int], original: ModelFiles) -> dict[str, Cell]:
+def _row(name: str, plan: Plan, written: tuple[int, int], original: ModelFiles, seconds: float, added: int) -> dict[str, Cell]:
     parameters, stored = written
     return {
         "method": name,
@@ -91,4 +116,6 @@ def _row(name: str, plan: Plan, written: tuple[int, int], original: ModelFiles) 
         "planned bytes": plan.bytes,
         "bytes in files": stored,
         "difference %": 100 * (stored / plan.bytes - 1),
+        "ready in, s": seconds,
+        "bytes beside the original": added,
     }

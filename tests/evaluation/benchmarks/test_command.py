@@ -55,11 +55,18 @@ def test_decompose_compares_with_the_loop_at_the_same_ratio() -> None:
 
 def test_inference_times_the_original_and_every_compressed_model() -> None:
     size = ("--hidden", "64", "--width", "96", "--experts", "4", "--layers", "1")
-    test = ("--prompt-tokens", "16", "--new-tokens", "2", "--repeats", "1")
-    original, half = benchmark("inference", *size, *test, *CALIBRATION, "--methods", "latent", "--ratios", "0.4").records
-    assert (original["model"], half["model"]) == ("original", "latent 40%")
-    assert float(half["MFLOP/token"] or 0) < float(original["MFLOP/token"] or 0)
-    assert int(half["bytes"] or 0) <= 0.6 * int(original["bytes"] or 0)
+    test = ("--prompts", "4", "16", "--batches", "2", "--new-tokens", "2", "--repeats", "1", "--kept", "0.5")
+    table = benchmark("inference", *size, *test, *CALIBRATION, "--methods", "latent", "auto").records
+    names = ["original, grouped_mm", "original, eager", "original, batched_mm", "latent 50% kept", "auto 50% kept"]
+    expected = [f"{name}, 2 × 4" for name in names] + [f"{name}, 2 × 16" for name in names if "batched" not in name]
+    assert [row["model"] for row in table] == expected, "copying a matrix for each pair is for few pairs"
+    original, _, _, latent, auto = table[:5]
+    assert max(float(row["prefill × original"] or 0) for row in table[:3]) == 1, "beside the fastest"
+    for half in (latent, auto):
+        assert float(half["experts kept"] or 0) <= 0.5
+        assert float(half["MFLOP/token"] or 0) < float(original["MFLOP/token"] or 0)
+        assert int(half["weights, bytes"] or 0) < int(original["weights, bytes"] or 0)
+        assert half["decode, of ideal"] == pytest.approx(float(half["decode, experts × original"] or 0) * float(half["experts kept"] or 0))
 
 
 def test_files_hold_the_ratio_that_was_planned(folder: Path) -> None:
@@ -69,6 +76,8 @@ def test_files_hold_the_ratio_that_was_planned(folder: Path) -> None:
         assert float(row["asked"] or 0) <= float(row["planned"] or 0)
         assert row["in files"] == pytest.approx(row["planned"], abs=1e-9)
         assert abs(float(row["difference %"] or 0)) <= 0.1
+        assert 0 < float(row["ready in, s"] or 0) < 60
+        assert 0 < int(row["bytes beside the original"] or 0) <= int(row["planned bytes"] or 0), "one set of factors"
 
 
 @pytest.mark.slow
