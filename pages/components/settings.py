@@ -12,6 +12,8 @@ from moesvd_core.errors import InputError
 
 PASSWORD_VARIABLE = "MOESVD_PASSWORD"  # noqa: S105 - the name of a variable
 """Passwords come from the environment only: flags can be read by every user of a machine."""
+USER = "moesvd"
+"""Whose password that is, unless MOESVD_USER says otherwise."""
 LOGINS_VARIABLE = "MOESVD_LOGINS"
 """Further logins, `name:password` with white space between them. Each changes its own runs only."""
 _LOGIN = re.compile(r"([A-Za-z0-9][\w.@-]{0,63}):(.+)")
@@ -77,7 +79,7 @@ def _logins(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
         InputError: one that cannot be read, or two of one name.
     """
     password = environment.get(PASSWORD_VARIABLE)
-    found = [(environment.get("MOESVD_USER") or "moesvd", password)] if password else []
+    found = [(environment.get("MOESVD_USER") or USER, password)] if password else []
     for number, word in enumerate(environment.get(LOGINS_VARIABLE, "").split(), 1):
         match = _LOGIN.fullmatch(word)
         if match is None:  # the word itself may hold a password, and is not told
@@ -101,7 +103,7 @@ def is_loopback(host: str) -> bool:
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     """Flags, with defaults from the environment."""
-    about = f"MoE-SVD Explorer. Login: {PASSWORD_VARIABLE}, and MOESVD_USER if it is not {Settings.user}, in the environment."
+    about = f"MoE-SVD Explorer. Logins come from the environment: {PASSWORD_VARIABLE} for {USER}, {LOGINS_VARIABLE} for others."
     parser = argparse.ArgumentParser(prog="app.py", description=about)
     models = [Path(folder) for folder in environment.get("MOESVD_MODELS", "").split(os.pathsep) if folder]
     default = " (default: %(default)s)"
