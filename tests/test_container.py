@@ -82,7 +82,7 @@ def test_one_port_everywhere(image: list[Step], environment: dict[str, str], fro
 def test_a_container_is_reached_from_outside_with_a_password_or_as_a_demo_only(environment: dict[str, str]) -> None:
     with pytest.raises(InputError, match="MOESVD_PASSWORD"):
         Settings.read([], environment)
-    assert Settings.read([], {**environment, "MOESVD_PASSWORD": "geheim"}).login == ("moesvd", "geheim")
+    assert Settings.read([], {**environment, "MOESVD_PASSWORD": "geheim"}).logins == (("moesvd", "geheim"),)
     assert Settings.read([], {**environment, "MOESVD_PUBLIC_DEMO": "1"}).public_demo
 
 

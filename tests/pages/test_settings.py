@@ -67,7 +67,7 @@ def test_a_port_out_of_bounds_is_refused() -> None:
 
 def test_a_public_demo_needs_no_password_and_starts_nothing(tmp_path: Path) -> None:
     settings = Settings.read(["--host", "0.0.0.0", "--public-demo", "--runs", str(tmp_path)], {})  # noqa: S104 - a demo
-    assert settings.login is None
+    assert settings.logins == ()
     context, run = Context(settings), new_run(tmp_path)
     for ask in (lambda: context.client.submit(run, "analyze"), lambda: context.client.cancel(run), lambda: context.client.resume(run)):
         with pytest.raises(InputError, match="public demo"):
