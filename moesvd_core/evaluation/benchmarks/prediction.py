@@ -101,7 +101,7 @@ class PredictionBenchmark(QualitySettings):
         return Table.of(f"Loss predicted and measured: {Path(self.model).name}", _summary(points, scores), [
             self.measured_on(bench, (self.calibration.seed,)),
             f"laws are fitted, method by method, to the whole model at {', '.join(f'{ratio:.0%}' for ratio in self.fitted)}; "
-            "those plans are left out below",
+            "those plans are left out below; no plan is compensated, since predictions are made before that",
             "of each cut: rank correlation over the layers in one cut (method and ratio), and the mean over cuts",
             f"clear: measured losses above {CLEAR:g} of their standard errors",
         ], details)

@@ -135,8 +135,9 @@ def _verdict(runs: _Runs, ratio: float, samples: _Samples) -> Iterator[str]:
         ours = runs.ours_within(rivals[best], found[OURS])
         better = [f"{name} ({loss(each):.4f})" for name, each in found.items() if name != OURS and loss(each) < loss(found[OURS])]
         yield (
-            f"at {ratio:.0%}, {title}: {OURS} loses {loss(ours):.4f} nats a token with {_bytes(ours):,} bytes, the best published low-rank "
-            f"method ({best}) {loss(rivals[best]):.4f} with {_bytes(rivals[best]):,}: {loss(ours) / loss(rivals[best]):.3f} times as much; "
+            f"at {ratio:.0%}, {title}: {OURS} loses {_within(ours, figure)} nats a token with {_bytes(ours):,} bytes, the best published "
+            f"low-rank method ({best}) {_within(rivals[best], figure)} with {_bytes(rivals[best]):,}: "
+            f"{loss(ours) / loss(rivals[best]):.3f} times as much; "
             + (f"behind {' and '.join(better)}" if better else f"first of all {len(found)}")
         )
 
@@ -144,6 +145,12 @@ def _verdict(runs: _Runs, ratio: float, samples: _Samples) -> Iterator[str]:
 def _mean_of(figure: str) -> Callable[[Sequence[Sample]], float]:
     """Mean of a figure over calibrations."""
     return lambda samples: fmean(getattr(sample.evaluation, figure) for sample in samples)
+
+
+def _within(samples: Sequence[Sample], figure: str) -> str:
+    """Mean of a figure, and its standard deviation where there are several calibrations."""
+    values = [float(getattr(sample.evaluation, figure)) for sample in samples]
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def _bytes(samples: Sequence[Sample]) -> int:

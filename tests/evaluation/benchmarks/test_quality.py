@@ -80,6 +80,8 @@ def test_several_calibrations_give_a_mean_and_a_spread(folder: Path) -> None:
     losses = [float(row["delta_nll"] or 0) for row in each]
     assert trained["delta_nll"] == pytest.approx(sum(losses) / 2)
     assert trained["delta_nll_spread"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+    (verdict,) = [note for note in bench(folder, ratios=(0.3,), methods=("auto", "svd"), seeds=(0, 1)).notes if "log-perplexity" in note]
+    assert "(svd)" in verdict and " ± 0.0000 with " in verdict
     assert plain["delta_nll_spread"] == 0, "looks at no text, so calibration cannot move it"
     assert "seeds 0, 1" in table.notes[0]
 
