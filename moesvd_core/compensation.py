@@ -44,7 +44,8 @@ _LEAST_WEIGHT = 1e-3
 def batches_of(window_NL: Tensor) -> tuple[Tensor, ...]:
     """The windows that compensation reads, in batches [B, L]."""
     windows, length = window_NL.shape
-    return window_NL[: min(windows, max(1, TOKENS // length))].split(max(1, BATCH_TOKENS // length))
+    batches: tuple[Tensor, ...] = window_NL[: min(windows, max(1, TOKENS // length))].split(max(1, BATCH_TOKENS // length))
+    return batches
 
 
 @dataclass(frozen=True)
