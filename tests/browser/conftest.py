@@ -92,7 +92,18 @@ def visit(browser: Browser, address: str) -> Iterator[Open]:
     yield opened
     for context in contexts:
         context.close()
-    assert troubles == []
+    assert without_left_pages(troubles) == []
+
+
+def without_left_pages(troubles: list[str]) -> list[str]:
+    """All but what Gradio's client says in two lines of an event whose page was left before its answer came."""
+    left = [trouble for trouble in troubles if "BodyStreamBuffer was aborted" in trouble]
+    kept = [trouble for trouble in troubles if trouble not in left]
+    for _ in left:
+        told = next((trouble for trouble in kept if "Connection errored out" in trouble), None)
+        if told is not None:
+            kept.remove(told)
+    return kept
 
 
 def _local(url: str, address: str) -> bool:
