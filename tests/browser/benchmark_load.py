@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 HOUSE = Path(__file__).parents[2]
 sys.path[:0] = [str(HOUSE), str(HOUSE / "tests"), str(HOUSE / "tests/runs")]
@@ -25,7 +24,7 @@ sys.path[:0] = [str(HOUSE), str(HOUSE / "tests"), str(HOUSE / "tests/runs")]
 import httpx  # noqa: E402 - the paths come first
 import torch  # noqa: E402
 from analysed_run import analysed_run  # noqa: E402
-from browser.conftest import ARGUMENTS, chromium_path  # noqa: E402
+from browser.conftest import ARGUMENTS, chromium_path, without_left_pages  # noqa: E402
 from browser.serving import serving  # noqa: E402
 from browser.visitor import Visitor  # noqa: E402
 from playwright.sync_api import Page, sync_playwright  # noqa: E402
@@ -36,6 +35,8 @@ from moesvd_core.runs.source import prepare  # noqa: E402
 
 PAGES = ("/", "/sensitivity", "/ratio", "/similarity", "/compare", "/export")
 WORST_SECONDS, GROWTH = 1.0, 0.05
+STREAMS = "performance.getEntriesByType('resource').filter(each => each.name.includes('/queue/data')).map(each => each.duration)"
+"""Milliseconds of a page's events: the stream of an event's answers ends when the event does."""
 THINKING = (1.0, 3.0)
 """Seconds between two things that a tab over plain HTTP does."""
 
@@ -82,7 +83,6 @@ def browse(address: str, run: str, count: int, seconds: float) -> tuple[list[flo
             page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda error: wrong.append(str(error)))
             page.on("response", lambda answer: wrong.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
-            page.on("requestfinished", lambda request: _event_time(request, times))
             pages.append(page)
         rounds, deadline = 0, time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -90,16 +90,12 @@ def browse(address: str, run: str, count: int, seconds: float) -> tuple[list[flo
                 page.goto(f"{address}{PAGES[(number + rounds) % len(PAGES)]}?run={run}", wait_until="commit", timeout=60_000)
             for page in pages:
                 page.wait_for_selector(f".strip:has-text('{run}')", timeout=60_000)
+                page.wait_for_function(f"{STREAMS}.length", timeout=60_000)
+                times += [milliseconds / 1000 for milliseconds in page.evaluate(STREAMS)]
                 wrong += [toast.inner_text() for toast in page.locator(".toast-body").all()]
             rounds += 1
         browser.close()
-    return times, wrong
-
-
-def _event_time(request: Any, times: list[float]) -> None:
-    """The stream of an event's answers ends when the event does."""
-    if "/queue/data" in request.url and request.timing["responseEnd"] > 0:
-        times.append(request.timing["responseEnd"] / 1000)
+    return times, without_left_pages(wrong)
 
 
 async def visit(address: str, run: str, seconds: float, times: list[float], wrong: list[str]) -> None:

@@ -20,6 +20,7 @@ ARGUMENTS = (
 )
 EVIL = "<img src=x onerror=alert(1)>"
 Open = Callable[..., Page]
+_LEFT = ("BodyStreamBuffer was aborted", "Unexpected error Connection errored out")
 
 
 def chromium_path(playwright: Playwright) -> str:
@@ -92,7 +93,15 @@ def visit(browser: Browser, address: str) -> Iterator[Open]:
     yield opened
     for context in contexts:
         context.close()
-    assert troubles == []
+    assert without_left_pages(troubles) == []
+
+
+def without_left_pages(troubles: list[str]) -> list[str]:
+    """All but what Gradio's client says when a page is left before the answer to an event came, in one line or two.
+
+    A server that does fail is seen by what the page then lacks.
+    """
+    return [trouble for trouble in troubles if not any(words in trouble for words in _LEFT)]
 
 
 def _local(url: str, address: str) -> bool:
