@@ -136,8 +136,6 @@ class Pairs:
 
     def spread(self, x_TC: torch.Tensor) -> torch.Tensor:
         """Each token's row for each of its pairs [P, C]."""
-        if self.runs is not None and len(x_TC) == 1:
-            return x_TC.expand(self._shape[1], -1)
         return x_TC[self._order_P // self._shape[1]]
 
     def combine(self, y_PN: torch.Tensor) -> torch.Tensor:

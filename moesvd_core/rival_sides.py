@@ -34,7 +34,7 @@ class BaseDeltaSide(Side):
         return pairs.combine(x).to(self.base.dtype) @ self.base.T + pairs.combine(self.multiply(x, pairs))
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        return grouped_linear(grouped_linear(x_PC, self.right, pairs.end_E), self.left, pairs.end_E)
+        return pairs.multiply(pairs.multiply(x_PC, self.right), self.left)
 
     def matrices(self) -> torch.Tensor:
         return self.base + self.left @ self.right
