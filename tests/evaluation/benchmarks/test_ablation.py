@@ -69,6 +69,6 @@ def test_sums_that_variants_leave_out_are_there_to_be_left_out() -> None:
 
 
 def test_refuses_variants_that_are_not_there(folder: Path) -> None:
-    with pytest.raises(InputError, match="variant must be one of auto, .*input metric.*got 'luck'"):
+    with pytest.raises(InputError, match=r"variant must be one of auto, .*input metric.*got 'luck'"):
         AblationBenchmark(str(folder), variants=("luck",))
     assert ablation.WHOLE == VARIANTS[0].name
