@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: run test lint benchmark browser screenshots clean
+.PHONY: run test lint benchmark browser demo-run screenshots clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.run: requirements.txt pyproject.toml
@@ -39,6 +39,10 @@ benchmark: $(VENV)/.run
 	$(BIN)/moesvd benchmark prediction assets/demo-moe --windows 256 --work out/benchmark --output out/benchmark
 	$(BIN)/moesvd benchmark decompose --output out/benchmark
 	$(BIN)/moesvd benchmark ratios assets/demo-moe --output out/benchmark
+
+# The finished analysis that the explorer opens with.
+demo-run: $(VENV)/.run
+	$(BIN)/python assets/make_demo_run.py
 
 # The pictures of the documentation, from the running explorer.
 screenshots: $(VENV)/.test browser

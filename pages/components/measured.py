@@ -7,7 +7,7 @@ from typing import Any
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.known import Measured
 from pages.components import tables
-from pages.components.text import empty, number, share, size
+from pages.components.text import empty, number, recipe_name, share, size
 
 
 def measured_html(rows: Sequence[Measured], chosen: Recipe) -> str:
@@ -35,7 +35,7 @@ def measured_html(rows: Sequence[Measured], chosen: Recipe) -> str:
 def _row(row: Measured) -> dict[str, Any]:
     figures = row.figures
     text = f"{Path(str(figures['dataset'])).name}, {figures['windows']} × {figures['length']} tokens"
-    model = "original" if row.recipe is None else f"{row.recipe.method} {share(row.ratio)}"
+    model = "original" if row.recipe is None else f"{recipe_name(row.recipe)} {share(row.ratio)}"
     return {**figures, "text": text, "model": model, "bytes": row.bytes, "recipe": row.recipe}
 
 

@@ -14,7 +14,7 @@ from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import Measured, loss_laws, measurements
 from moesvd_core.runs.workbench import Text
 from pages.components import figure, plan_table, tables
-from pages.components.text import escape, number, share
+from pages.components.text import escape, number, recipe_name, share
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _LEAST_SHOWN, _MOST_SHOWN = 0.15, 1.0
@@ -73,7 +73,9 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
             opacity=1 if name == method else 0.75, legendgroup=name, hovertemplate=hover,
         )
     for name, rows in sorted(points.items(), key=lambda pair: pair[0] == method):
-        _add_measured(drawn, name, rows, base, unit, name == method)
+        for compensated in (False, True):
+            same = [row for row in rows if row.recipe and row.recipe.compensate is compensated]
+            _add_measured(drawn, name, same, base, unit, name == method, compensated)
     look = {"color": ORIGINAL.color, "symbol": ORIGINAL.symbol, "size": 11}
     hover = "original: %{y:.4g}<extra></extra>"
     drawn.add_scatter(x=[whole / unit], y=[exp(base)], name="original", mode="markers", marker=look, hovertemplate=hover)
@@ -84,8 +86,8 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
         yaxis={"title": {"text": "Perplexity"}, "range": [exp(base - 0.03), highest]},
     )
     caption = (
-        f"Markers: measured on held-out text of {Path(text.dataset).name}. Lines: the loss predicted from calibration"
-        f"{_fit_text(method, laws.get(method))}. The dotted line is the slider."
+        f"Markers: measured on held-out text of {Path(text.dataset).name}, open ones compensated. Lines: the loss predicted from "
+        f"calibration{_fit_text(method, laws.get(method))}. The dotted line is the slider."
     )
     return figure.drawing(drawn, _table(totals, predicted, points, base), caption, "quality-by-size")
 
@@ -115,7 +117,7 @@ def measured_html(run: RunFolder, recipe: Recipe, text: Text, otherwise: str) ->
         ("Same first choice", share(figures["top1_agreement"]), "of all tokens predicted"),
     ]
     on = f"{Path(figures['dataset']).name}, {figures['windows']} windows of {figures['length']} tokens"
-    title = f"Measured at {share(recipe.ratio, 0)} by {recipe.method}: {on}"
+    title = f"Measured at {share(recipe.ratio, 0)} by {recipe_name(recipe)}: {on}"
     return f'<div class="measured"><p class="figure-title">{escape(title)}</p>{tables.facts(pairs, "Measured")}</div>'
 
 
@@ -133,11 +135,17 @@ def _within(error: float | None) -> str:
     return "" if error is None else f", ± {number(error, 2)}"
 
 
-def _add_measured(drawn: go.Figure, name: str, rows: Sequence[Measured], base: float, unit: float, chosen: bool) -> None:
-    look = mark(name)
+def _add_measured(
+    drawn: go.Figure, method: str, rows: Sequence[Measured], base: float, unit: float, chosen: bool, compensated: bool
+) -> None:
+    """Points of one method; those that were compensated are drawn open."""
+    if not rows or rows[0].recipe is None:
+        return
+    look, name = mark(method), recipe_name(rows[0].recipe)
+    symbol = f"{look.symbol.removesuffix('-open')}-open" if compensated else look.symbol
     drawn.add_scatter(
         x=[row.bytes / unit for row in rows], y=[exp(base + row.figures["delta_nll"]) for row in rows], name=name, mode="markers",
-        marker={"color": look.color, "symbol": look.symbol, "size": 11 if chosen else 8}, legendgroup=name, showlegend=False,
+        marker={"color": look.color, "symbol": symbol, "size": 11 if chosen else 8}, legendgroup=method, showlegend=False,
         hovertemplate=f"{name}, measured: %{{y:.4g}} at %{{x:.3g}}<extra></extra>",
     )
 
@@ -149,14 +157,18 @@ def _table(
     """Everything that is drawn: one row a plan, measured figures where there are some."""
     rows: list[dict[str, Any]] = [{"method": "original", "ratio": 0.0, "predicted perplexity": exp(base)}]
     for name, total in totals.items():
-        measured = {round(row.ratio, 6): row for row in points.get(name, ())}
+        measured, fitted = (
+            {round(row.ratio, 6): row.figures for row in points.get(name, ()) if row.recipe and row.recipe.compensate is compensated}
+            for compensated in (False, True)
+        )
         for place, ratio in enumerate(total["ratio"]):
-            figures = measured[round(ratio, 6)].figures if round(ratio, 6) in measured else {}
+            figures, better = measured.get(round(ratio, 6), {}), fitted.get(round(ratio, 6), {})
             rows.append({
                 "method": name, "ratio": ratio, "bytes": total["bytes"][place],
                 "predicted perplexity": _perplexity(base + predicted[name][place]),
                 "measured perplexity": exp(base + figures["delta_nll"]) if figures else None,
                 "loss added, nats": figures.get("delta_nll"), "KL, nats": figures.get("kl_mean"), "windows": figures.get("windows"),
+                "measured perplexity, compensated": exp(base + better["delta_nll"]) if better else None,
             })
     return pd.DataFrame(rows)
 

@@ -4,10 +4,17 @@ from datetime import UTC, datetime
 from html import escape as _escape
 from typing import Any
 
+from moesvd_core.planning import Recipe
+
 
 def escape(text: object) -> str:
     """Text for HTML, in contents and in attributes."""
     return _escape(str(text), quote=True)
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """What was made of a model: the method, and whether it was compensated."""
+    return f"{recipe.method}, compensated" if recipe.compensate else recipe.method
 
 
 def count(value: float) -> str:

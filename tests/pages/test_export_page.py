@@ -60,7 +60,7 @@ def state(**changes: Any) -> ViewState:
 
 
 def preview(context: Context, view: ViewState, form: str = "factored", dtype: str = export.OWN) -> tuple[str, str, gr.Button]:
-    return export._preview(context)(view, form, dtype, False)
+    return export._preview(context)(view, form, dtype, True)
 
 
 def test_the_preview_is_the_plan_s_size_before_anything_is_written(context: Context) -> None:
@@ -74,10 +74,12 @@ def test_the_preview_is_the_plan_s_size_before_anything_is_written(context: Cont
     assert parts.planned_bytes(plan, Recipe(ratio=0.2), "factored", "bfloat16", facts) == round(plan.bytes / 2)  # of float32
     shown, twin, button = preview(context, state())
     assert f"{plan.bytes / 1000:.0f} kB" in shown
-    assert "model-mixtral-auto-20-factored" in shown
-    command = ["moesvd export run", "--method auto", "--ratio 0.2", "--output out/model-mixtral-auto-20-factored", "--format factored"]
+    name = "model-mixtral-auto-20-factored-compensated"
+    assert name in shown
+    command = ["moesvd export run", "--method auto", "--ratio 0.2", f"--output out/{name}", "--format factored"]
     assert " \\\n  ".join(command) in twin
     assert "ratio: 0.2" in twin
+    assert "compensate: true" in twin
     assert button.interactive
 
 
