@@ -146,6 +146,6 @@ class Pairs:
 
 def _runs(expert_P: torch.Tensor) -> list[Run]:
     """Runs of equal experts."""
-    experts, counts = expert_P.unique_consecutive(return_counts=True)
-    ends = [0, *counts.cumsum(0).tolist()]
-    return list(zip(experts.tolist(), ends[:-1], ends[1:], strict=True))
+    experts = expert_P.tolist()
+    starts = [place for place, expert in enumerate(experts) if place == 0 or expert != experts[place - 1]]
+    return [(experts[start], start, end) for start, end in zip(starts, [*starts[1:], len(experts)], strict=False)]
