@@ -35,9 +35,9 @@ async def counts(request: Request) -> JSONResponse:
     return JSONResponse({"memory": psutil.Process().memory_info().rss, **sizes})
 
 
-def counted(runs: Path) -> dict[str, Any]:
+def counted(*decided: Any) -> dict[str, Any]:
     """What Gradio passes on to FastAPI, with the counts."""
-    kwargs = original(runs)
+    kwargs = original(*decided)
     return {**kwargs, "routes": [*kwargs["routes"], Route("/counts", counts)]}
 
 
