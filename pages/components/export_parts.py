@@ -1,14 +1,18 @@
 """What the Export page shows: what would be written, what was written, and how a push stands."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from moesvd_core.planning import Plan, Recipe
+from moesvd_core.planning.loss_law import layer_losses
 from moesvd_core.runs.command_line import compress_command, export_command
 from moesvd_core.runs.exports import CARD, ExportFolder
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import measurements
+from moesvd_core.runs.known import loss_laws, measurements
 from moesvd_core.runs.pushes import Push
+from moesvd_core.runs.workbench import Text
 from pages.components import code, tables
 from pages.components.downloads import archive_address, file_address
 from pages.components.text import count, duration, empty, escape, moment, notice, number, share, size
@@ -72,12 +76,16 @@ def _unknown(recipe: Recipe, facts: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _quality(run: RunFolder, recipe: Recipe, plan: Plan | None) -> tuple[str, str, str]:
-    measured = [row for row in measurements(run) if row.recipe == recipe]
-    if measured:
-        figures = measured[-1].figures
-        return "Perplexity", number(figures["perplexity"], 4), f"KL {number(figures['kl_mean'])} nats a token, on {figures['dataset']}"
+    for wanted, when in ((recipe, ""), (replace(recipe, compensate=False), ", before compensation")):
+        measured = [row for row in measurements(run) if row.recipe == wanted]
+        if measured:
+            figures = measured[-1].figures
+            words = f"KL {number(figures['kl_mean'])} nats a token, on {Path(figures['dataset']).name}{when}"
+            return "Perplexity", number(figures["perplexity"], 4), words
     if plan is not None:
-        return "Predicted loss", number(plan.predicted_loss), "nats a token; not measured yet"
+        law = loss_laws(run, [recipe.method], Text().dataset).get(recipe.method)
+        loss = plan.predicted_loss if law is None else law.loss(layer_losses(plan))
+        return "Predicted loss", number(loss), "nats a token; not measured yet"
     return "Quality", "–", "not measured yet"
 
 
