@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+import moesvd_core
 from moesvd_core.calibration import Calibration
 from moesvd_core.evaluation.benchmarks.ablation import AblationBenchmark
 from moesvd_core.evaluation.benchmarks.bench import QualitySettings
@@ -121,7 +122,8 @@ def _memory(given: _Given) -> _Benchmark:
 
 _Options = dict[str, dict[str, object]]
 
-_MODEL: _Options = {"model": {"help": "model folder or hub id"}}
+_DEMO = Path(moesvd_core.__file__).parents[1] / "assets" / "demo-moe"
+_MODEL: _Options = {"model": {"nargs": "?", "default": str(_DEMO), "help": "model folder or hub id (default: the demo model)"}}
 _METHODS: _Options = {"--methods": {"nargs": "+", "metavar": "NAME", "help": "methods to compare (default: all that make sense)"}}
 _VARIANTS: _Options = {"--variants": {"nargs": "+", "metavar": "NAME", "help": "what to leave out (default: each in turn)"}}
 _RATIOS: _Options = {"--ratios": {"nargs": "+", "type": float, "metavar": "R", "help": "shares of the whole model's parameters to remove"}}
