@@ -41,6 +41,11 @@ def main() -> int:
             raise InputError(f"{len(failed)} jobs failed, the first because {failed[0]}")
         shutil.rmtree(SHIPPED, ignore_errors=True)
         shutil.copytree(run.path, SHIPPED, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    here = f"{Path.cwd()}/"
+    for file in [*SHIPPED.rglob("*.json"), *SHIPPED.rglob("*.jsonl")]:
+        text = file.read_text(encoding="utf-8")
+        if here in text:
+            file.write_text(text.replace(here, ""), encoding="utf-8")  # where this was made concerns nobody
     return 0
 
 
