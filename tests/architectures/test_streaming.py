@@ -397,11 +397,14 @@ class TestDamage:
 
     def test_no_other_configuration_is_read_than_the_checked_one(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
-        outside = folder.parent / "secret.json"
-        outside.write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-        (folder / "config.4.0.0.json").symlink_to(outside)
-        (folder / "config.json").write_text(json.dumps(config | {"configuration_files": ["config.4.0.0.json"]}))
+        other = folder / "config.4.0.0.json"
+        other.write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+        (folder / "config.json").write_text(json.dumps(config | {"configuration_files": [other.name]}))
         assert LayerStream(folder).config.rms_norm_eps == config["rms_norm_eps"]
+        other.rename(folder.parent / other.name)
+        other.symlink_to(folder.parent / other.name)
+        with pytest.raises(CheckpointError, match=r"config\.4\.0\.0\.json: points outside the model folder"):
+            LayerStream(folder)
 
     def test_code_of_the_model_runs_when_it_is_trusted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

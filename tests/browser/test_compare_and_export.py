@@ -135,10 +135,10 @@ def test_a_wrong_question_is_explained(compare: Open) -> None:
 
 def test_an_export_goes_from_the_button_to_the_visitor_s_disk(export: Open, run: RunFolder, tmp_path: Path) -> None:
     page = export()
-    expect(page.locator("#export-summary")).to_contain_text("model-mixtral-auto-20-factored")
+    expect(page.locator("#export-summary")).to_contain_text("model-mixtral-auto-20-factored-compensated")
     page.get_by_role("button", name="Write and verify").click()
     expect(page.locator(".job.finished .job-title")).to_have_text("Export finished", timeout=120_000)
-    name = "model-mixtral-auto-20-factored"
+    name = "model-mixtral-auto-20-factored-compensated"
     expect(page.get_by_role("combobox", name="Export")).to_have_value(name, timeout=15_000)
     expect(page.locator("#export-card")).to_contain_text("compressed by")
     with page.expect_download() as download:

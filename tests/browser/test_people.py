@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def as_visitor(address: str, name: str, does: Callable[[Visitor], Awaitable[None
         finally:
             await visitor.close()
 
-    asyncio.run(whole())
+    with ThreadPoolExecutor(1) as own:  # where browsers were driven before, this thread has a loop that runs already
+        own.submit(asyncio.run, whole()).result()
 
 
 def contents(run: RunFolder) -> Mapping[Path, bytes]:

@@ -83,7 +83,7 @@ def test_from_a_model_to_a_checkpoint_that_loads(visit: Open, tmp_path: Path) ->
     go(page, "Export")  # export
     page.get_by_role("button", name="Write and verify").click()
     expect(page.locator(".job.finished .job-title")).to_have_text("Export finished", timeout=240_000)
-    name = f"demo-moe-auto-{PERCENT}-factored"
+    name = f"demo-moe-auto-{PERCENT}-factored-compensated"
     expect(page.get_by_role("combobox", name="Export")).to_have_value(name, timeout=15_000)
     with page.expect_download() as download:
         page.get_by_role("link", name="Download everything").click()

@@ -1,5 +1,6 @@
 """Exports of what rivals store, of every family, loaded in fresh processes: with the package, and with the code in the export alone."""
 
+import json
 import os
 import subprocess
 import sys
@@ -67,8 +68,9 @@ def test_every_export_gives_the_expected_logits(exports: Path, way: str) -> None
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(exports / f"modules-{way}"), "OMP_NUM_THREADS": "1"}
     folders = [f"{name}/{kind}" for name in TINY for kind in MAKERS]
     script = Path(__file__).with_name("reload.py")
-    subprocess.run([sys.executable, script, way, batch, output, *(exports / each for each in folders)], check=True, env=environment,
-                   capture_output=True, cwd=exports)
+    asked = json.dumps([str(output), *(str(exports / each) for each in folders)])
+    command = [sys.executable, script, way, batch]
+    subprocess.run(command, check=True, env=environment, input=asked, text=True, capture_output=True, cwd=exports)
     with safe_open(output, "pt") as stream:
         assert not stream.metadata()
     logits, expected = load_file(output), load_file(exports / "expected.safetensors")

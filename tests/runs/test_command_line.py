@@ -44,8 +44,17 @@ def test_compress_repeats_the_calibration() -> None:
 
 
 def test_a_usual_calibration_needs_no_words() -> None:
-    command = compress_command(identity(), Recipe(), output="out", form="factored")
+    command = compress_command(identity(), Recipe(compensate=True), output="out", form="factored")
     assert command == "moesvd compress owner/model --method auto --ratio 0.4 --output out --format factored"
+
+
+@pytest.mark.parametrize(("recipe", "given", "word"), [
+    (Recipe(), False, "--no-compensate"), (Recipe(method="svd", compensate=True), True, "--compensate"), (Recipe(method="svd"), None, None),
+])
+def test_a_model_that_is_fitted_otherwise_than_usual_says_so(recipe: Recipe, given: bool | None, word: str | None) -> None:
+    command = export_command("demo-1", recipe, output="out", form="factored")
+    assert understood(command)["compensate"] is given
+    assert word is None or word in command.split()
 
 
 def test_what_has_no_words_has_no_command() -> None:
