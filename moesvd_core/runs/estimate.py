@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.calibration.text import DEFAULT_LENGTH
+from moesvd_core.compensation import TOKENS
 from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import ResourceError
 from moesvd_core.pipeline import decomposition_key, single_structures
@@ -70,7 +71,8 @@ def estimate(
     batch = calibration.batch * length * (8 * hidden + 4 * facts["active"] * width) * 4
     return Estimate(
         memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * max(forward, backward) + batch,
-        run_disk=(facts["layers"] + 2) * states + layers * ((forward + backward) // 4 + _factor_bytes(facts, methods)),
+        run_disk=(facts["layers"] + 2) * states + layers * ((forward + backward) // 4 + _factor_bytes(facts, methods))
+        + (0 if form is None else _compensation_bytes(facts, methods, calibration.samples * length, number)),
         export_disk=0 if form is None else int(facts["bytes"] * 1.1),
         flops=6 * facts["active_parameters"] * calibration.samples * length,
     )
@@ -84,6 +86,13 @@ def _factor_bytes(facts: Mapping[str, Any], methods: Iterable[str]) -> int:
     bases = 4 * experts * sum(size**2 for size in sides)
     curves = 2 * 2 * 8 * experts * sum(sides)
     return len(kept) * (bases + curves + 4 * 3 * hidden * width)
+
+
+def _compensation_bytes(facts: Mapping[str, Any], methods: Iterable[str], tokens: int, number: int) -> int:
+    """Of a finished model's fitted output factors, below half of the experts in float32, and both streams before and behind a layer."""
+    if not any(method(name).compensate for name in methods):
+        return 0
+    return 4 * int(facts["expert_parameters"]) // 2 + 4 * min(tokens, TOKENS) * int(facts["hidden"]) * number
 
 
 def require(needed: Estimate, run: Path, output: Path | None) -> None:
