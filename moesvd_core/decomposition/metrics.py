@@ -26,7 +26,7 @@ EXPERT_SUMS = ("input_gram_EDD", "output_gram_EDD", "intermediate_gram_EMM", "sl
 BACKWARD_SUMS = ("gradient_gram_EDD", "gradient_weight_square_E", "row_square_EN", "weighted_input_gram_EDD")
 """What a backward pass collects for every expert: all of it or nothing."""
 MOST_KEPT = 1 << 28
-"""Entries of Wᵀ L W kept for all experts of a layer; several structures and passes ask for the same ones."""
+"""Entries of Wᵀ L W, and of W G Wᵀ, kept for all experts of a layer; several structures and passes ask for the same ones."""
 
 
 class LayerMetric:
@@ -54,6 +54,7 @@ class LayerMetric:
         self.statistics = statistics
         self.device = torch.device(device)
         self._read: dict[tuple[Metric, int], torch.Tensor] = {}
+        self._written: dict[int, torch.Tensor] = {}
         lent = PSEUDO_SHARE if shrink else 0.0
         self._curvature = curvature_of(weights, layer, statistics, self.device, lent)
         self.pseudo_tokens = lent * float(statistics.count_E.sum()) / layer.experts
@@ -139,7 +140,12 @@ class LayerMetric:
     def written_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
         """W G_e Wᵀ [rows, rows], float64."""
         if side == "output" and metric in ("input", "output"):
-            return self._output_gram(expert)
+            if expert not in self._written:
+                written_DD = self._output_gram(expert)
+                if self.layer.experts * written_DD.numel() > MOST_KEPT:
+                    return written_DD
+                self._written[expert] = written_DD.to(self.dtype)
+            return self._written[expert].double()
         weight_NM = self.weight(side, expert)
         return symmetric((self.right(side, metric, expert).times(weight_NM) @ weight_NM.T).double())
 
