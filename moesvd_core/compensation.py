@@ -10,9 +10,8 @@ tokens of one expert.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,7 @@ from moesvd_core.calibration.moments import pre_activations
 from moesvd_core.calibration.settings import WIDE
 from moesvd_core.calibration.states import States
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.checkpoint.apply import replaced
-from moesvd_core.checkpoint.factored import layer_spec, layer_tensors
+from moesvd_core.checkpoint.apply import replaced_experts
 from moesvd_core.decomposition.compensation import OutputFit, can_compensate
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.metrics import LayerMetric
@@ -96,31 +94,48 @@ class Compensation:
     def _layer(self, index: int, layer: ExpertLayer | None, *, last: bool) -> None:
         """Fit a loaded layer, and move both streams behind it (the last one has nobody to move them for)."""
         factors = None if layer is None else self.factors(index)
+        fit = None
         if layer is not None and factors is not None and can_compensate(factors):
-            fitted = self.finished(index) or self._fitted(layer, factors)
-            self.keep(index, fitted)
-            factors = fitted
-        if last:
-            return
-        native = None if layer is None else self.stream.model.get_submodule(layer.name)
-        self.states.put(_original(index + 1), (self._run(index, _original, number) for number in range(len(self.batches))))
-        with _swapped(self.stream.model, layer, factors, native):
-            self.states.put(_compressed(index + 1), (self._run(index, _compressed, number) for number in range(len(self.batches))))
+            done = self.finished(index)
+            fit = self._fit(layer, factors) if done is None else None
+            factors = done or factors
+        originals = self._all(index, _original) if layer is None or fit is None else self._fitting(layer, fit)
+        if not last:
+            self.states.put(_original(index + 1), originals)
+        elif fit is not None:
+            for _ in originals:
+                pass
+        if fit is not None:
+            factors = fit.factors()
+            self.keep(index, factors)
+        if not last:
+            with nullcontext() if layer is None or factors is None else replaced_experts(self.stream.model, layer, factors):
+                self.states.put(_compressed(index + 1), self._all(index, _compressed))
+
+    def _all(self, index: int, which: Callable[[int], str]) -> Iterator[Tensor]:
+        """One stream behind a layer, batch by batch."""
+        return (self._run(index, which, number) for number in range(len(self.batches)))
 
     def _run(self, index: int, which: Callable[[int], str], number: int) -> Tensor:
         call = self.stream.embed({"input_ids": self.batches[number]})[1][index]
         return self.stream.run_layer(index, self.states.get(which(index), number).to(self.stream.device), call)
 
-    def _fitted(self, layer: ExpertLayer, factors: LayerFactors) -> LayerFactors:
+    def _fit(self, layer: ExpertLayer, factors: LayerFactors) -> OutputFit:
+        """The fit of a loaded layer, without a token yet."""
+        weights = read_experts(self.stream.model.get_submodule(layer.name), layer)
+        metric = LayerMetric(weights, layer, self.statistics(layer.index), self.stream.device)
+        return OutputFit(metric, factors, self.kind, narrow=layer.width <= WIDE)
+
+    def _fitting(self, layer: ExpertLayer, fit: OutputFit) -> Iterator[Tensor]:
+        """Gather what both streams tell of a layer; gives the original stream behind it, batch by batch."""
         native = self.stream.model.get_submodule(layer.name)
         weights, gate = read_experts(native, layer), gate_function(native, layer)
-        metric = LayerMetric(weights, layer, self.statistics(layer.index), self.stream.device)
-        fit = OutputFit(metric, factors, self.kind, narrow=layer.width <= WIDE)
         adds_up = None
         for number in range(len(self.batches)):
             with _listening(native) as before:
-                after_TD = self._run(layer.index, _original, number).reshape(-1, layer.hidden)
-            with _swapped(self.stream.model, layer, factors, native) as module:
+                after_BTD = self._run(layer.index, _original, number)
+            after_TD = after_BTD.reshape(-1, layer.hidden)
+            with replaced_experts(self.stream.model, layer, fit.planned) as module:
                 neurons: list[Tensor] = []
                 listener = module.get_submodule("output").register_forward_pre_hook(lambda _, args, kept=neurons: kept.append(args[0]))
                 with hooked(listener), _listening(module) as now:
@@ -136,7 +151,7 @@ class Compensation:
                 if missing_TD is not None:
                     target_nD = target_nD + missing_TD[rows_n]
                 fit.add(expert, h_nM, target_nD, p_n)
-        return fit.factors()
+            yield after_BTD
 
     def _adds_up(self, layer: ExpertLayer, module: nn.Module, number: int, now: "_Call", changed_TD: Tensor) -> bool:
         """Whether what leaves the layer is what it would be without experts, plus their sum (not so where a norm follows them)."""
@@ -173,17 +188,6 @@ def _listening(module: nn.Module) -> Iterator[_Call]:
 
     with hooked(module.register_forward_hook(note)):
         yield call
-
-
-@contextmanager
-def _swapped(model: nn.Module, layer: ExpertLayer | None, factors: LayerFactors | None, native: nn.Module | None) -> Iterator[Any]:
-    """A layer with its factors in the place of its experts, if it has any."""
-    if layer is None or factors is None or native is None:
-        yield native
-        return
-    dtype = next(native.parameters()).dtype
-    with replaced(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype)) as module:
-        yield module
 
 
 def _pairs(layer: ExpertLayer, before: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:

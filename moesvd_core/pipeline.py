@@ -26,8 +26,7 @@ from moesvd_core.architectures.streaming import DecoderStream, LayerCall, LayerS
 from moesvd_core.calibration.states import DiskStates, MemoryStates
 from moesvd_core.calibration.statistics import Statistics
 from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
-from moesvd_core.checkpoint.apply import replaced
-from moesvd_core.checkpoint.factored import layer_spec, layer_tensors
+from moesvd_core.checkpoint.apply import replaced_experts
 from moesvd_core.compensation import Compensation, batches_of
 from moesvd_core.curve_files import load_curves, save_curves
 from moesvd_core.decomposition.compensation import FITTED_STRUCTURES, can_compensate, fitted_tensors, with_fitted
@@ -342,8 +341,7 @@ class CompressedStream:
                 yield module
                 return
             layer = self._pipeline.layers[index]
-            dtype = next(self.model.get_submodule(layer.name).parameters()).dtype
-            with replaced(self.model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype)):
+            with replaced_experts(self.model, layer, factors):
                 self._held[index] = 1
                 try:
                     yield module

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ def replaced(model: nn.Module, spec: Spec, tensors: Iterable[tuple[str, torch.Te
         model.set_submodule(name, native)
         if spec.get("kept") is not None:
             release(model.get_submodule(name.rpartition(".")[0]))
+
+
+def replaced_experts(model: nn.Module, layer: ExpertLayer, factors: LayerFactors) -> AbstractContextManager[FactoredExperts]:
+    """What `replace_experts` does, for as long as the context lasts."""
+    dtype = next(model.get_submodule(layer.name).parameters()).dtype
+    return replaced(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype))
 
 
 def compressed(model: PreTrainedModel, layers: Iterable[tuple[ExpertLayer, LayerFactors]]) -> PreTrainedModel:

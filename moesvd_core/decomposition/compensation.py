@@ -99,10 +99,14 @@ class OutputFit:
         factors: what the plan stores for it.
         kind: the metric that the factors minimise.
         narrow: fit whole matrices to the neurons, where sums of [M, M] an expert are affordable; else left factors to right ones.
+
+    Attributes:
+        planned: the factors before the fit.
     """
 
     def __init__(self, metric: LayerMetric, factors: LayerFactors, kind: Metric, *, narrow: bool) -> None:
-        self._metric, self._factors, self._kind, self._narrow = metric, factors, kind, narrow
+        self.planned = factors
+        self._metric, self._kind, self._narrow = metric, kind, narrow
         self._sums: dict[int, ExpertSums] = {}
 
     @torch.no_grad()
@@ -126,7 +130,7 @@ class OutputFit:
 
     def factors(self) -> LayerFactors:
         """The layer with fitted output factors, of the ranks and the form that it had."""
-        output = self._factors.output
+        output = self.planned.output
         fitted: SideFactors
         if isinstance(output, PerExpertFactors):
             fitted = self._per_expert(output)
@@ -134,11 +138,11 @@ class OutputFit:
             fitted = self._shared_left(output)
         else:
             raise TypeError(f"output factors of type {type(output).__name__} cannot be fitted: ask `can_compensate` first")
-        return replace(self._factors, output=fitted)
+        return replace(self.planned, output=fitted)
 
     def _before(self, expert: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None]:
         """How features are read off the neurons, and the matrix B [D, F] before the fit; None for an expert that is not fitted."""
-        output = self._factors.output
+        output = self.planned.output
         if isinstance(output, PerExpertFactors):
             if output.ranks[expert] in (DENSE, 0):
                 return torch.clone, None
