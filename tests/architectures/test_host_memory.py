@@ -27,10 +27,11 @@ def test_it_may_be_called_at_any_time() -> None:
 
 
 GROWTH = """
-import psutil, torch
+import psutil, sys, torch
 from moesvd_core.architectures.host_memory import bound_kernel_caches
 torch.set_num_threads(1)
-bound_kernel_caches()
+if sys.argv[1] == "bounded":
+    bound_kernel_caches()
 weight = torch.zeros(256, 256, dtype=torch.bfloat16)
 sizes = []
 for rows in range(1, 1501):
@@ -41,10 +42,15 @@ print(sizes[1] - sizes[0])
 """
 
 
-def test_products_of_ever_new_shapes_leave_no_kernels_behind() -> None:
+def _growth(caches: str) -> int:
+    """Bytes that 1,400 products of ever new shapes leave in a fresh process."""
     clean = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_CAPACITY")}
-    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, env=clean)
-    assert int(done.stdout) < 25_000_000
+    return int(subprocess.run([sys.executable, "-c", GROWTH, caches], capture_output=True, text=True, check=True, env=clean).stdout)
+
+
+def test_products_of_ever_new_shapes_leave_no_kernels_behind() -> None:
+    # A kernel's size depends on the processor (on some there are none), so the measure is what the same products leave without a bound.
+    assert _growth("bounded") < max(0.25 * _growth("unbounded"), 25_000_000)
 
 
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
