@@ -9,6 +9,7 @@ are). The rank R of a matrix is always the length of a tensor's dimension: nothi
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod, sqrt
 
 import torch
 
@@ -278,7 +279,7 @@ def balanced(left_NR: torch.Tensor, right_RM: torch.Tensor) -> tuple[torch.Tenso
         left_NR: [..., N, R]; leading dimensions share one right factor.
         right_RM: [..., R, M]; leading dimensions share one left factor.
     """
-    left_R = left_NR.square().flatten(0, -2).mean(0).mul(left_NR.shape[-2]).sqrt()
-    right_R = right_RM.square().movedim(-2, 0).flatten(1).mean(1).mul(right_RM.shape[-1]).sqrt()
+    left_R = torch.linalg.vector_norm(left_NR, dim=(*range(left_NR.ndim - 2), -2)) / sqrt(prod(left_NR.shape[:-2]))
+    right_R = torch.linalg.vector_norm(right_RM, dim=(*range(right_RM.ndim - 2), -1)) / sqrt(prod(right_RM.shape[:-2]))
     scale_R = torch.where((left_R > 0) & (right_R > 0), (right_R / left_R).sqrt(), 1.0)
     return (left_NR * scale_R).contiguous(), (right_RM / scale_R[:, None]).contiguous()

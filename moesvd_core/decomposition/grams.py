@@ -12,6 +12,8 @@ from functools import cached_property
 
 import torch
 
+BLOCK = 256
+"""Rows of a symmetric or triangular product made at a time: enough for full speed, few enough to spare most of the needless half."""
 EPSILON = 1e-10
 """Ridge, as a share of the mean diagonal, on matrices that are to be inverted on all that is not zero."""
 
@@ -43,9 +45,9 @@ class RootedGram(Gram):
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
         """x R^{-1}."""
 
+    @abstractmethod
     def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
         """Rᵀ outer R, exactly symmetric."""
-        return symmetric(self.root_times(self.root_times(outer_SS).T))
 
 
 class DiagonalGram(RootedGram):
@@ -69,6 +71,9 @@ class DiagonalGram(RootedGram):
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
         return x_RS * self.diagonal_S.rsqrt()
 
+    def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
+        return symmetric(self.root_times(self.root_times(outer_SS).T))
+
 
 class FullGram(RootedGram):
     """A full matrix; its Cholesky factor is made when a root is first asked for."""
@@ -91,6 +96,9 @@ class FullGram(RootedGram):
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
         solved_RS: torch.Tensor = torch.linalg.solve_triangular(self._lower, x_RS, upper=False, left=False)
         return solved_RS
+
+    def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
+        return symmetric_product(self.root_times(outer_SS).T, self._lower)
 
     @cached_property
     def _lower(self) -> torch.Tensor:
@@ -127,6 +135,31 @@ class ImpliedGram(Gram):
 def symmetric(matrix_SS: torch.Tensor) -> torch.Tensor:
     """The symmetric part: rounding alone makes a product of symmetric matrices slightly skew."""
     return (matrix_SS + matrix_SS.T) / 2
+
+
+def symmetric_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
+    """left @ right [S, S], which the caller knows to be symmetric: what is above the diagonal is mirrored, not multiplied."""
+    lower_SS = lower_product(left_SN, right_NS).tril_()
+    return lower_SS + lower_SS.tril(-1).T
+
+
+def lower_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of left @ right, [S, S]; above the diagonal it holds some of the product and some zeros."""
+    size = len(left_SN)
+    product_SS = left_SN.new_zeros(size, size)
+    for start in range(0, size, BLOCK):
+        end = min(start + BLOCK, size)
+        torch.matmul(left_SN[start:end], right_NS[:, :end], out=product_SS[start:end, :end])
+    return product_SS
+
+
+def upper_times(upper_SS: torch.Tensor, right_SN: torch.Tensor) -> torch.Tensor:
+    """upper @ right [S, N] of an upper triangular matrix, sparing the products with zeros: faster than solving with its inverse."""
+    product_SN = right_SN.new_empty(len(upper_SS), right_SN.shape[1])
+    for start in range(0, len(upper_SS), BLOCK):
+        end = start + BLOCK
+        torch.matmul(upper_SS[start:end, start:], right_SN[start:], out=product_SN[start:end])
+    return product_SN
 
 
 def ridged(gram_SS: torch.Tensor, share: float) -> torch.Tensor:

@@ -14,9 +14,9 @@ from moesvd_core.decomposition.curvature import GRAM_RIDGE
 from moesvd_core.decomposition.curves import break_even, latent_curve
 from moesvd_core.decomposition.factors import DenseFactors, RightGroup, SharedLeftFactors, SharedRightFactors, SideFactors, balanced
 from moesvd_core.decomposition.grams import FullGram, RootedGram, ridged
-from moesvd_core.decomposition.losses import fit_gains, projection_losses, tail_losses
+from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
-from moesvd_core.decomposition.projection import Projection, best_projection, orthonormal, reader
+from moesvd_core.decomposition.projection import Projection, best_projection, fit_gains, orthonormal, reader
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 
 
@@ -43,34 +43,41 @@ class LatentBasis:
         rows, columns = metric.shape(side)
         own = metric.layer.experts * (rows if side == "input" else columns)
         ranks = break_even(metric.layer.experts * rows * columns, metric.layer.hidden + own, min(metric.layer.hidden, own))
-        found = _shared_basis(metric, side, kind, ranks)
-        loss_R = _refitted_losses(metric, side, kind, found.basis_RS)
-        curve = latent_curve(metric, side, loss_R * metric.unit, found.gain_R)
-        return cls(metric, side, kind, found.basis_RS.to(metric.dtype).cpu(), curve)
+        pooled, found = _shared_basis(metric, side, kind)
+        basis_DD, dual_DD = found.basis_RS.to(metric.dtype), pooled.times(found.basis_RS).to(metric.dtype)
+        loss_R = _refitted_losses(metric, side, kind, basis_DD, dual_DD)[: ranks + 1]
+        curve = latent_curve(metric, side, loss_R * metric.unit, found.gain_R[:ranks])
+        return cls(metric, side, kind, basis_DD[:ranks].clone().cpu(), curve)
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
         """Factors at one rank for the layer; DENSE keeps the original matrices."""
         (rank,) = ranks
         if rank == DENSE:
             return DenseFactors(self._metric.stored(self._side))
-        basis_RD = self._basis_RD[:rank].to(self._metric.device, torch.float64)
-        experts = range(self._metric.layer.experts)
-        reader_ERD = torch.stack([reader(_inner(self._metric, self._side, self._kind, expert), basis_RD) for expert in experts])
-        return (self._input_factors if self._side == "input" else self._output_factors)(basis_RD, reader_ERD.to(self._metric.dtype))
+        basis_RD = self._basis_RD[:rank].to(self._metric.device)
+        return (self._input_factors if self._side == "input" else self._output_factors)(basis_RD)
 
-    def _input_factors(self, basis_RD: torch.Tensor, reader_ERD: torch.Tensor) -> SideFactors:
+    def _input_factors(self, basis_RD: torch.Tensor) -> SideFactors:
         """V and A_e = W_e G_e Vᵀ (V G_e Vᵀ)^{-1}: the shared basis, refitted to each expert's own tokens."""
-        metric, experts = self._metric, range(len(reader_ERD))
-        left_ENR = torch.stack([metric.weight("input", expert) @ reader_ERD[expert].T for expert in experts])
-        left_ENR, right_RD = balanced(left_ENR, basis_RD.to(metric.dtype))
+        metric, experts = self._metric, range(self._metric.layer.experts)
+        left_ENR = basis_RD.new_empty(len(experts), metric.shape("input")[0], len(basis_RD))
+        for expert in experts:
+            torch.matmul(metric.weight("input", expert), self._reader(expert, basis_RD).T, out=left_ENR[expert])
+        left_ENR, right_RD = balanced(left_ENR, basis_RD)
         return SharedRightFactors((RightGroup(tuple(experts), right_RD.cpu(), left_ENR.cpu(), tuple((expert,) for expert in experts)),))
 
-    def _output_factors(self, basis_RD: torch.Tensor, reader_ERD: torch.Tensor) -> SideFactors:
+    def _output_factors(self, basis_RD: torch.Tensor) -> SideFactors:
         """P and B_e = (Pᵀ L_e P)^{-1} Pᵀ L_e D_e: the shared basis, refitted to what each expert's own tokens do to the loss."""
         metric = self._metric
-        right_ERM = torch.stack([reader_RD @ metric.weight("output", expert) for expert, reader_RD in enumerate(reader_ERD)])
-        left_DR, right_ERM = balanced(basis_RD.T.to(metric.dtype), right_ERM)
+        right_ERM = basis_RD.new_empty(metric.layer.experts, len(basis_RD), metric.layer.width)
+        for expert, right_RM in enumerate(right_ERM):
+            torch.matmul(self._reader(expert, basis_RD), metric.weight("output", expert), out=right_RM)
+        left_DR, right_ERM = balanced(basis_RD.T, right_ERM)
         return SharedLeftFactors(left_DR.cpu(), right_ERM.cpu())
+
+    def _reader(self, expert: int, basis_RD: torch.Tensor) -> torch.Tensor:
+        """What reads the expert's coefficients of the basis, [R, D]."""
+        return reader(_inner(self._metric, self._side, self._kind, expert), basis_RD).to(basis_RD.dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file has to keep so that `loaded` can slice again."""
@@ -92,8 +99,8 @@ def _outer(metric: LayerMetric, side: Side, kind: Metric, expert: int) -> torch.
     return metric.read_by(side, kind, expert) if side == "input" else metric.written_by(side, kind, expert)
 
 
-def _shared_basis(metric: LayerMetric, side: Side, kind: Metric, ranks: int) -> Projection:
-    """The basis that all experts share: the rows are those of V, or the columns of P.
+def _shared_basis(metric: LayerMetric, side: Side, kind: Metric) -> tuple[FullGram, Projection]:
+    """The basis of the whole space that all experts share (rows of V, or columns of P), and the Gram that it is orthonormal in.
 
     Expert e would have its own from the inner product I_e and from what it carries, O_e. One basis needs one pair, so Σ_e I_e ⊗ O_e is
     taken as the product of its two marginals, which it is where all I_e or all O_e are alike; the refit puts right what that leaves out.
@@ -106,18 +113,22 @@ def _shared_basis(metric: LayerMetric, side: Side, kind: Metric, ranks: int) -> 
         pooled_DD += outer_DD.trace() * inner_DD
         summed_DD += inner_DD.trace() * outer_DD
     total = summed_DD.trace().clamp(min=torch.finfo(torch.float64).tiny)
-    return best_projection(FullGram(ridged(pooled_DD / total, GRAM_RIDGE)), summed_DD, ranks)
+    pooled = FullGram(ridged(pooled_DD / total, GRAM_RIDGE))
+    return pooled, best_projection(pooled, summed_DD, hidden)
 
 
-def _refitted_losses(metric: LayerMetric, side: Side, kind: Metric, basis_RD: torch.Tensor) -> torch.Tensor:
-    """Loss at every rank, [R+1], in the output metric, after every expert's own refit in the method's metric."""
-    loss_R = torch.zeros(len(basis_RD) + 1, dtype=torch.float64, device=metric.device)
+def _refitted_losses(metric: LayerMetric, side: Side, kind: Metric, basis_DD: torch.Tensor, dual_DD: torch.Tensor) -> torch.Tensor:
+    """Loss at every rank, [D+1], in the output metric, after every expert's own refit in the method's metric.
+
+    The basis is that of the whole space, so that in the output metric nothing is lost beyond it: every loss is a sum of gains, where
+    total less gains would be a difference of large numbers.
+    """
+    loss_R = torch.zeros(len(basis_DD) + 1, dtype=torch.float64, device=metric.device)
     for expert in range(metric.layer.experts):
         inner, outer_DD = _inner(metric, side, "output", expert), _outer(metric, side, "output", expert)
         if kind == "output":
-            gain_R = fit_gains(basis_RD, inner, outer_DD)
-            loss_R += tail_losses(gain_R, float((inner.full() * outer_DD).sum() - gain_R.sum()))
+            loss_R += tail_losses(fit_gains(basis_DD, dual_DD, inner, outer_DD))
         else:
-            read_RD, fitted_RD = orthonormal(_inner(metric, side, kind, expert), basis_RD)
-            loss_R += projection_losses(read_RD, fitted_RD, inner, outer_DD)
+            read_DD, fitted_DD = orthonormal(_inner(metric, side, kind, expert), basis_DD.double())
+            loss_R += projection_losses(read_DD, fitted_DD, inner, outer_DD)
     return loss_R

@@ -6,7 +6,7 @@ tr L ΔW G ΔWᵀ with the inner products that are given (see `metrics`).
 
 import torch
 
-from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, symmetric
+from moesvd_core.decomposition.grams import RootedGram, symmetric_product
 
 
 def tail_losses(gain_R: torch.Tensor, rest: float = 0.0) -> torch.Tensor:
@@ -41,17 +41,5 @@ def projection_losses(read_RS: torch.Tensor, basis_RS: torch.Tensor, inner: Root
     carried_RS = read_RS @ outer_SS
     seen_RS = inner.times(basis_RS)
     total = float((inner.full() * outer_SS).sum())
-    return pair_losses(total, (carried_RS * seen_RS).sum(1), (carried_RS @ read_RS.T) * (seen_RS @ basis_RS.T))
-
-
-def fit_gains(basis_RS: torch.Tensor, inner: Gram, outer_SS: torch.Tensor) -> torch.Tensor:
-    """What each further row of a given V recovers when W is fitted to V by least squares at every rank, [R].
-
-    With V made orthonormal in G from the top (Cholesky: nested, so one factor serves every rank), the fit is W G Vᵀ V and the gain of a
-    row v is v G Wᵀ L W G vᵀ.
-    """
-    seen_RS = inner.times(basis_RS)
-    lower_RR = cholesky(symmetric(seen_RS @ basis_RS.T))
-    seen_RS = torch.linalg.solve_triangular(lower_RR, seen_RS, upper=False)
-    gain_R: torch.Tensor = ((seen_RS @ outer_SS) * seen_RS).sum(1)
-    return gain_R
+    square_RR = symmetric_product(carried_RS, read_RS.T) * symmetric_product(seen_RS, basis_RS.T)
+    return pair_losses(total, (carried_RS * seen_RS).sum(1), square_RR)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, symmetric
+from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, lower_product, symmetric_product, upper_times
+
+ROUNDING = 1e-6
+"""Largest error of a sum of gains, as a share of it, that single precision is allowed."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,48 @@ def best_projection(inner: RootedGram, outer_SS: torch.Tensor, ranks: int) -> Pr
 
 def orthonormal(inner: Gram, basis_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """V̂ G and V̂ [R, S]: V made orthonormal in G from the top, so that W (V̂ G)ᵀ V̂, cut after any row, is fitted by least squares."""
-    seen_RS = inner.times(basis_RS)
-    lower_RR = cholesky(symmetric(seen_RS @ basis_RS.T))
+    seen_RS, lower_RR = _seen(inner, basis_RS)
     read_RS = torch.linalg.solve_triangular(lower_RR, seen_RS, upper=False)
-    return read_RS, torch.linalg.solve_triangular(lower_RR, basis_RS, upper=False)
+    return read_RS, torch.linalg.solve_triangular(lower_RR, basis_RS.to(lower_RR.dtype), upper=False)
 
 
 def reader(inner: Gram, basis_RS: torch.Tensor) -> torch.Tensor:
     """(V G Vᵀ)^{-1} V G [R, S]: reads the coefficients of the rows of V off a vector, by least squares in G; its transpose fits W to V."""
-    seen_RS = inner.times(basis_RS)
-    reader_RS: torch.Tensor = torch.cholesky_solve(seen_RS, cholesky(symmetric(seen_RS @ basis_RS.T)))
+    seen_RS, lower_RR = _seen(inner, basis_RS)
+    reader_RS: torch.Tensor = torch.cholesky_solve(seen_RS, lower_RR)
     return reader_RS
+
+
+def fit_gains(basis_SS: torch.Tensor, dual_SS: torch.Tensor, inner: RootedGram, outer_SS: torch.Tensor) -> torch.Tensor:
+    """What each further row of a given V recovers when W is fitted to the rows up to it by least squares, [S], float64.
+
+    With V̂ = C^{-1} V orthonormal in G from the top (C Cᵀ = V G Vᵀ, nested, so one factor serves every rank), the fit is W G V̂ᵀ V̂ and the
+    gain of a row v̂ is v̂ G Wᵀ L W G v̂ᵀ. V spans the whole space, so V̂ G is Cᵀ V^{-T}, and all gains add up to tr L W G Wᵀ. That tells
+    whether the precision of V was enough; where it was not, all is done in double precision.
+
+    Args:
+        basis_SS: V; orthonormal in a Gram like this one, so that C is well-conditioned.
+        dual_SS: V^{-T}.
+        inner: G.
+        outer_SS: Wᵀ L W.
+    """
+    _, lower_SS = _seen(inner, basis_SS)
+    read_SS = upper_times(lower_SS.T, dual_SS.to(lower_SS.dtype))
+    gain_S = ((read_SS @ outer_SS.to(read_SS.dtype)) * read_SS).sum(1).double()
+    total = float(torch.dot(inner.full().flatten(), outer_SS.double().flatten()))
+    if basis_SS.dtype != torch.float64 and not abs(float(gain_S.sum()) - total) <= ROUNDING * total:
+        return fit_gains(basis_SS.double(), torch.linalg.inv(basis_SS.double()).T, inner, outer_SS)
+    return gain_S
+
+
+def _seen(inner: Gram, basis_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """V G [R, S], and Cholesky's factor of V G Vᵀ [R, R].
+
+    In the precision of V. A V that is orthonormal in a Gram like this one leaves V G Vᵀ well-conditioned, so that single precision will
+    do; where rounding leaves it indefinite all the same, both are made again in double precision.
+    """
+    seen_RS = inner.times(basis_RS)
+    if basis_RS.dtype == torch.float64:
+        return seen_RS, cholesky(symmetric_product(seen_RS, basis_RS.T))
+    lower_RR, failed = torch.linalg.cholesky_ex(lower_product(seen_RS, basis_RS.T))
+    return _seen(inner, basis_RS.double()) if int(failed) else (seen_RS, lower_RR)

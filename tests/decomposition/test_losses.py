@@ -3,7 +3,7 @@
 import torch
 
 from moesvd_core.decomposition.grams import FullGram
-from moesvd_core.decomposition.losses import fit_gains, pair_losses, projection_losses, tail_losses
+from moesvd_core.decomposition.losses import pair_losses, projection_losses, tail_losses
 
 TOKENS = 40
 
@@ -43,16 +43,3 @@ def test_projection_losses_are_those_of_the_projected_matrix() -> None:
     got_R = projection_losses(read_RS, basis_RS, FullGram(gram_MM), weight_NM.T @ left_N.diag() @ weight_NM)
     wanted = [loss(weight_NM - weight_NM @ read_RS[:rank].T @ basis_RS[:rank], left_N, gram_MM) for rank in range(4)]
     torch.testing.assert_close(got_R, torch.tensor(wanted, dtype=torch.float64))
-
-
-def test_fit_gains_are_those_of_least_squares_at_every_rank() -> None:
-    weight_NM, left_N, gram_MM = problem()
-    basis_RS = random(4, 5, seed=8)
-    gain_R = fit_gains(basis_RS, FullGram(gram_MM), weight_NM.T @ left_N.diag() @ weight_NM)
-    half = torch.linalg.cholesky(gram_MM)
-    for rank in range(1, 5):
-        fit = torch.linalg.lstsq((basis_RS[:rank] @ half).T, (weight_NM @ half).T).solution.T
-        left = loss(weight_NM - fit @ basis_RS[:rank], left_N, gram_MM)
-        torch.testing.assert_close(loss(weight_NM, left_N, gram_MM) - float(gain_R[:rank].sum()), left)
-
-

@@ -1,0 +1,65 @@
+"""Fits to given directions against least squares, and what single precision may cost."""
+
+import pytest
+import torch
+
+from moesvd_core.decomposition.grams import FullGram, lower_product, symmetric_product, upper_times
+from moesvd_core.decomposition.projection import fit_gains, reader
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def problem(size: int = 5, decay: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W [7, S]; G [S, S], whose eigenvalues fall by `decay` from one to the next; V [S, S], orthonormal in a Gram near G; V^{-T}."""
+    turn_SS = torch.linalg.qr(random(size, size, seed=1))[0]
+    gram_SS = (turn_SS * decay ** torch.arange(size)) @ turn_SS.T
+    near_SS = gram_SS + 0.1 * (turn_SS * gram_SS.diagonal().min()) @ turn_SS.T
+    basis_SS = torch.linalg.qr(random(size, size, seed=2))[0] @ torch.linalg.inv(torch.linalg.cholesky(near_SS))
+    return random(7, size, seed=3), gram_SS, basis_SS, torch.linalg.inv(basis_SS).T
+
+
+def test_gains_are_those_of_least_squares_at_every_rank() -> None:
+    weight_NM, gram_MM, basis_MM, dual_MM = problem(decay=0.7)
+    gain_M = fit_gains(basis_MM, dual_MM, FullGram(gram_MM), weight_NM.T @ weight_NM)
+    half_MM = torch.linalg.cholesky(gram_MM)
+    total = float((weight_NM @ half_MM).square().sum())
+    for rank in range(1, 6):
+        fit = torch.linalg.lstsq((basis_MM[:rank] @ half_MM).T, (weight_NM @ half_MM).T).solution.T
+        lost = float(((weight_NM - fit @ basis_MM[:rank]) @ half_MM).square().sum())
+        torch.testing.assert_close(total - float(gain_M[:rank].sum()), lost)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5])
+def test_single_precision_costs_next_to_nothing_of_the_total(decay: float) -> None:
+    weight_NM, gram_MM, basis_MM, dual_MM = problem(40, decay)
+    outer_MM = weight_NM.T @ weight_NM
+    exact_M = fit_gains(basis_MM.float().double(), torch.linalg.inv(basis_MM.float().double()).T, FullGram(gram_MM), outer_MM)
+    got_M = fit_gains(basis_MM.float(), dual_MM.float(), FullGram(gram_MM), outer_MM)
+    assert float((got_M.cumsum(0) - exact_M.cumsum(0)).abs().max()) < 2e-6 * float(exact_M.sum())
+
+
+def test_gains_that_do_not_add_up_are_made_again_in_double_precision() -> None:
+    weight_NM, gram_MM, basis_MM, dual_MM = problem(decay=0.7)
+    outer_MM = weight_NM.T @ weight_NM
+    wrong_MM = dual_MM.float() * 1.01  # stands for rounding: the gains of single precision are 2 % too large
+    got_M = fit_gains(basis_MM.float(), wrong_MM, FullGram(gram_MM), outer_MM)
+    torch.testing.assert_close(got_M, fit_gains(basis_MM, dual_MM, FullGram(gram_MM), outer_MM), rtol=1e-5, atol=1e-7)
+
+
+def test_a_gram_that_single_precision_makes_indefinite_is_read_in_double_precision() -> None:
+    gram_MM, basis_RM = torch.eye(3, dtype=torch.float64), torch.tensor([[1.0, 0.0, 0.0], [1.0, 1e-5, 0.0]])
+    read_RM = reader(FullGram(gram_MM), basis_RM)
+    assert read_RM.dtype == torch.float64
+    torch.testing.assert_close(read_RM @ basis_RM.double().T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 600])
+def test_products_in_blocks_are_the_products(size: int) -> None:
+    left_SN = random(size, 20)
+    whole_SS = left_SN @ left_SN.T
+    torch.testing.assert_close(symmetric_product(left_SN, left_SN.T), whole_SS)
+    torch.testing.assert_close(lower_product(left_SN, left_SN.T).tril(), whole_SS.tril())
+    torch.testing.assert_close(upper_times(whole_SS.triu(), left_SN), whole_SS.triu() @ left_SN)
+    assert torch.equal(symmetric_product(left_SN, left_SN.T), symmetric_product(left_SN, left_SN.T).T)
