@@ -16,6 +16,7 @@ from moesvd_core.decomposition.factors import DenseFactors, RightGroup, SharedLe
 from moesvd_core.decomposition.grams import FullGram, RootedGram, ridged
 from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
+from moesvd_core.decomposition.parallel import each_expert
 from moesvd_core.decomposition.projection import Projection, best_projection, fit_gains, orthonormal, reader
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 
@@ -61,8 +62,11 @@ class LatentBasis:
         """V and A_e = W_e G_e Vᵀ (V G_e Vᵀ)^{-1}: the shared basis, refitted to each expert's own tokens."""
         metric, experts = self._metric, range(self._metric.layer.experts)
         left_ENR = basis_RD.new_empty(len(experts), metric.shape("input")[0], len(basis_RD))
-        for expert in experts:
-            torch.matmul(metric.weight("input", expert), self._reader(expert, basis_RD).T, out=left_ENR[expert])
+
+        def fit(expert: int) -> None:
+            left_ENR[expert] = metric.weight("input", expert) @ self._reader(expert, basis_RD).T
+
+        list(each_expert(fit, len(experts), metric.device))
         left_ENR, right_RD = balanced(left_ENR, basis_RD)
         return SharedRightFactors((RightGroup(tuple(experts), right_RD.cpu(), left_ENR.cpu(), tuple((expert,) for expert in experts)),))
 
@@ -70,8 +74,11 @@ class LatentBasis:
         """P and B_e = (Pᵀ L_e P)^{-1} Pᵀ L_e D_e: the shared basis, refitted to what each expert's own tokens do to the loss."""
         metric = self._metric
         right_ERM = basis_RD.new_empty(metric.layer.experts, len(basis_RD), metric.layer.width)
-        for expert, right_RM in enumerate(right_ERM):
-            torch.matmul(self._reader(expert, basis_RD), metric.weight("output", expert), out=right_RM)
+
+        def fit(expert: int) -> None:
+            right_ERM[expert] = self._reader(expert, basis_RD) @ metric.weight("output", expert)
+
+        list(each_expert(fit, metric.layer.experts, metric.device))
         left_DR, right_ERM = balanced(basis_RD.T, right_ERM)
         return SharedLeftFactors(left_DR.cpu(), right_ERM.cpu())
 
@@ -105,11 +112,14 @@ def _shared_basis(metric: LayerMetric, side: Side, kind: Metric) -> tuple[FullGr
     Expert e would have its own from the inner product I_e and from what it carries, O_e. One basis needs one pair, so Σ_e I_e ⊗ O_e is
     taken as the product of its two marginals, which it is where all I_e or all O_e are alike; the refit puts right what that leaves out.
     """
-    hidden, experts = metric.layer.hidden, range(metric.layer.experts)
+    hidden = metric.layer.hidden
     pooled_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=metric.device)
     summed_DD = torch.zeros_like(pooled_DD)
-    for expert in experts:
-        inner_DD, outer_DD = _inner(metric, side, kind, expert).full(), _outer(metric, side, kind, expert)
+
+    def pair(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return _inner(metric, side, kind, expert).full(), _outer(metric, side, kind, expert)
+
+    for inner_DD, outer_DD in each_expert(pair, metric.layer.experts, metric.device):
         pooled_DD += outer_DD.trace() * inner_DD
         summed_DD += inner_DD.trace() * outer_DD
     total = summed_DD.trace().clamp(min=torch.finfo(torch.float64).tiny)
@@ -123,12 +133,15 @@ def _refitted_losses(metric: LayerMetric, side: Side, kind: Metric, basis_DD: to
     The basis is that of the whole space, so that in the output metric nothing is lost beyond it: every loss is a sum of gains, where
     total less gains would be a difference of large numbers.
     """
-    loss_R = torch.zeros(len(basis_DD) + 1, dtype=torch.float64, device=metric.device)
-    for expert in range(metric.layer.experts):
+
+    def losses(expert: int) -> torch.Tensor:
         inner, outer_DD = _inner(metric, side, "output", expert), _outer(metric, side, "output", expert)
         if kind == "output":
-            loss_R += tail_losses(fit_gains(basis_DD, dual_DD, inner, outer_DD))
-        else:
-            read_DD, fitted_DD = orthonormal(_inner(metric, side, kind, expert), basis_DD.double())
-            loss_R += projection_losses(read_DD, fitted_DD, inner, outer_DD)
+            return tail_losses(fit_gains(basis_DD, dual_DD, inner, outer_DD))
+        read_DD, fitted_DD = orthonormal(_inner(metric, side, kind, expert), basis_DD.double())
+        return projection_losses(read_DD, fitted_DD, inner, outer_DD)
+
+    loss_R = torch.zeros(len(basis_DD) + 1, dtype=torch.float64, device=metric.device)
+    for own_R in each_expert(losses, metric.layer.experts, metric.device):
+        loss_R += own_R
     return loss_R

@@ -11,6 +11,7 @@ from moesvd_core.decomposition.curves import break_even, per_expert_curve
 from moesvd_core.decomposition.factors import DenseFactors, PerExpertFactors, SideFactors, balanced
 from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
+from moesvd_core.decomposition.parallel import each_expert
 from moesvd_core.decomposition.projection import best_projection
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 
@@ -37,8 +38,8 @@ class PerExpertBasis:
         """
         rows, columns = metric.shape(side)
         ranks = break_even(rows * columns, rows + columns, min(rows, columns))
-        bases, losses, gains = [], [], []
-        for expert in range(metric.layer.experts):
+
+        def decomposed(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             inner = metric.inner(side, kind, expert)
             found = best_projection(inner, metric.outer(side, kind, expert), ranks)
             if kind == "output":
@@ -46,18 +47,17 @@ class PerExpertBasis:
             else:
                 true_inner, true_outer_SS = metric.inner(side, "output", expert), metric.outer(side, "output", expert)
                 loss_R = projection_losses(inner.times(found.basis_RS), found.basis_RS, true_inner, true_outer_SS)
-            bases.append(found.basis_RS.to(metric.dtype).cpu())
-            losses.append(loss_R * metric.unit)
-            gains.append(found.gain_R)
-        curve = per_expert_curve(metric, side, torch.stack(losses), torch.stack(gains))
-        return cls(metric, side, kind, torch.stack(bases), curve)
+            return found.basis_RS.to(metric.dtype).cpu(), loss_R * metric.unit, found.gain_R
+
+        bases, losses, gains = zip(*each_expert(decomposed, metric.layer.experts, metric.device), strict=True)
+        return cls(metric, side, kind, torch.stack(bases), per_expert_curve(metric, side, torch.stack(losses), torch.stack(gains)))
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
         """Factors at one rank an expert; DENSE keeps the original matrix, 0 drops it."""
         stored = self._metric.stored(self._side)
         if all(rank == DENSE for rank in ranks):
             return DenseFactors(stored)
-        pairs = [self._pair(expert, max(rank, 0)) for expert, rank in enumerate(ranks)]
+        pairs = list(each_expert(lambda expert: self._pair(expert, max(ranks[expert], 0)), len(ranks), self._metric.device))
         dense = {expert: stored[expert] for expert, rank in enumerate(ranks) if rank == DENSE}
         return PerExpertFactors(tuple(ranks), tuple(left for left, _ in pairs), tuple(right for _, right in pairs), dense)
 
