@@ -76,7 +76,7 @@ class MeasuredCurvature(Curvature):
         self._weighted_input_gram_EDD = _present(statistics.weighted_input_gram_EDD)
 
     def of_output(self, expert: int) -> RootedGram:
-        own_DD = self._own(self._gradient_gram_EDD, expert) + self._lent * self._mean_gradient_gram
+        own_DD = self._own(self._gradient_gram_EDD, expert).add_(self._mean_gradient_gram, alpha=self._lent)
         weight_square = self._weight_square_E[expert] + self._lent * self._weight_square_E.mean()
         return FullGram(ridged(own_DD / _positive(weight_square), GRADIENT_RIDGE))
 
@@ -89,11 +89,12 @@ class MeasuredCurvature(Curvature):
         return FullGram(ridged((self._own(self._row_gram_ENN, expert) + lent_N.diag()) / total, ROW_RIDGE))
 
     def input_gram(self, expert: int) -> torch.Tensor:
-        own_DD = self._own(self._weighted_input_gram_EDD, expert) + self._lent * self._mean_input_gram
-        return ridged(own_DD * self._to_all_tokens, GRAM_RIDGE)
+        own_DD = self._own(self._weighted_input_gram_EDD, expert).add_(self._mean_input_gram, alpha=self._lent)
+        return ridged(own_DD.mul_(self._to_all_tokens), GRAM_RIDGE)
 
     def _own(self, sum_E: torch.Tensor, expert: int) -> torch.Tensor:
-        return sum_E[expert].to(self._device, torch.float64)
+        """The expert's own sum, a copy in double precision."""
+        return sum_E[expert].to(self._device, torch.float64, copy=True)
 
     @cached_property
     def _mean_gradient_gram(self) -> torch.Tensor:

@@ -139,8 +139,13 @@ def symmetric(matrix_SS: torch.Tensor) -> torch.Tensor:
 
 def symmetric_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
     """left @ right [S, S], which the caller knows to be symmetric: what is above the diagonal is mirrored, not multiplied."""
-    lower_SS = lower_product(left_SN, right_NS).tril_()
-    return lower_SS + lower_SS.tril(-1).T
+    product_SS = lower_product(left_SN, right_NS)
+    for start in range(0, len(product_SS), BLOCK):
+        end = start + BLOCK
+        block_SS = product_SS[start:end, start:end].tril_()
+        block_SS += block_SS.tril(-1).T
+        product_SS[start:end, end:] = product_SS[end:, start:end].T
+    return product_SS
 
 
 def lower_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
@@ -165,7 +170,9 @@ def upper_times(upper_SS: torch.Tensor, right_SN: torch.Tensor) -> torch.Tensor:
 def ridged(gram_SS: torch.Tensor, share: float) -> torch.Tensor:
     """The Gram matrix plus `share` of its mean diagonal on every diagonal entry (1 where all of it is zero)."""
     mean = float(gram_SS.diagonal().mean())
-    return gram_SS + (share * mean if mean > 0 else 1.0) * torch.eye(gram_SS.shape[0], dtype=gram_SS.dtype, device=gram_SS.device)
+    ridged_SS = gram_SS.clone()
+    ridged_SS.diagonal().add_(share * mean if mean > 0 else 1.0)
+    return ridged_SS
 
 
 def least_squares(weight_NM: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ class LatentBasis:
         left_ENR = basis_RD.new_empty(len(experts), metric.shape("input")[0], len(basis_RD))
 
         def fit(expert: int) -> None:
-            left_ENR[expert] = metric.weight("input", expert) @ self._reader(expert, basis_RD).T
+            torch.matmul(metric.weight("input", expert), self._reader(expert, basis_RD).T, out=left_ENR[expert])
 
         list(each_expert(fit, len(experts), metric.device))
         left_ENR, right_RD = balanced(left_ENR, basis_RD)
@@ -76,7 +76,7 @@ class LatentBasis:
         right_ERM = basis_RD.new_empty(metric.layer.experts, len(basis_RD), metric.layer.width)
 
         def fit(expert: int) -> None:
-            right_ERM[expert] = self._reader(expert, basis_RD) @ metric.weight("output", expert)
+            torch.matmul(self._reader(expert, basis_RD), metric.weight("output", expert), out=right_ERM[expert])
 
         list(each_expert(fit, metric.layer.experts, metric.device))
         left_DR, right_ERM = balanced(basis_RD.T, right_ERM)

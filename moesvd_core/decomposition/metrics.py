@@ -187,8 +187,8 @@ class LayerMetric:
 
     def _input_gram(self, expert: int) -> torch.Tensor:
         """C_e + n0·C̄, ridged: an expert with few tokens leans on what an average token looks like."""
-        own_DD = self.statistics.input_gram_EDD[expert].to(self.device, torch.float64)
-        return ridged(own_DD + self.pseudo_tokens * self._pooled_gram, GRAM_RIDGE)
+        own_DD = self.statistics.input_gram_EDD[expert].to(self.device, torch.float64, copy=True)
+        return ridged(own_DD.add_(self._pooled_gram, alpha=self.pseudo_tokens), GRAM_RIDGE)
 
     @cached_property
     def _pooled_gram(self) -> torch.Tensor:
@@ -198,8 +198,8 @@ class LayerMetric:
     def _output_gram(self, expert: int) -> torch.Tensor:
         """O_e + h̄·n0·W Wᵀ: the same shrinkage as of H_e, seen through W."""
         weight_DM = self.weight("output", expert)
-        own_DD = self.statistics.output_gram_EDD[expert].to(self.device, torch.float64)
-        return symmetric(own_DD + self._isotropic(expert) * symmetric_product(weight_DM, weight_DM.T).double())
+        own_DD = symmetric(self.statistics.output_gram_EDD[expert].to(self.device, torch.float64))
+        return own_DD.add_(symmetric_product(weight_DM, weight_DM.T), alpha=self._isotropic(expert))
 
     def _intermediate_gram(self, expert: int) -> Gram:
         """H_e + h̄·n0·1. Neurons have no common order across experts: the pooled Gram to lean on is isotropic.
