@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const KEYS = ["run", "layer", "method", "ratio"];
+  const KEYS = ["run", "layer", "method", "ratio", "flops_ratio"];
 
   // -- light and dark --------------------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@
     return table;
   }
 
+  const nameOf = (method, saved) => (saved ? `${method}, ${saved} % fewer operations` : method);
   const at = (table, place, layer) => place * table.layers.length + layer;
   const keptOf = (table, place, layer) => table.stored[at(table, place, layer)] / table.original_layer[layer];
 
@@ -330,6 +331,8 @@
       this.tables = new Map();
       this.run = null;
       this.method = "";
+      this.saved = 0; // percent of the operations that every plan saves at least
+      this.planning = false;
       this.percent = 40;
       this.chosen = -1;
       this.pin = null;
@@ -341,7 +344,12 @@
     }
 
     get table() {
-      return this.tables.get(this.method);
+      return this.tables.get(this.name);
+    }
+
+    /* What the plans are made by: the method, and what is saved of the operations. */
+    get name() {
+      return nameOf(this.method, this.saved);
     }
 
     get place() {
@@ -368,9 +376,9 @@
       if (data.table) {
         const table = fitted(await unpack(data.table), data.law);
         if (turn !== this.turn) return; // another method was chosen meanwhile
-        this.tables.set(data.method, table);
+        this.tables.set(nameOf(data.method, data.flops), table);
       }
-      this.method = data.method;
+      Object.assign(this, { method: data.method, saved: data.flops, bound: data, planning: false });
       this.empty = data.empty;
       if (this.table && data.layer !== null) this.chosen = this.table.layers.indexOf(data.layer);
       this.glide();
@@ -439,8 +447,8 @@
 
     /* The pinned plan, where it can be compared with the one shown: its table and place. */
     pinned() {
-      const table = this.pin && this.tables.get(this.pin.method);
-      return table && (this.pin.method !== this.method || this.pin.place !== this.place) ? [table, this.pin.place] : null;
+      const table = this.pin && this.tables.get(this.pin.name);
+      return table && (this.pin.name !== this.name || this.pin.place !== this.place) ? [table, this.pin.place] : null;
     }
 
     paintControl(table, place) {
@@ -460,21 +468,38 @@
       write("size", bytes(totals("bytes")));
       write("loss", nats(loss));
       write("active", count(totals("active_parameters")));
+      write("operations", count(totals("flops")));
+      this.paintBound(totals("ratio"), table.asked[place] / 100);
       const pinned = this.pinned();
       if (pinned) {
         const other = name => pinned[0].totals[name][pinned[1]];
         write("size-remark", `${signed(totals("bytes") - other("bytes"), bytes)} against the pinned plan`);
         write("loss-remark", `${signed(loss - other("predicted_loss"), nats)} against the pinned plan`);
         write("active-remark", `${signed(totals("active_parameters") - other("active_parameters"), count)} against the pinned plan`);
+        write("operations-remark", `${signed(totals("flops") - other("flops"), count)} against the pinned plan`);
       } else {
         write("size-remark", `of ${bytes(before("bytes"))}, on disk and in memory`);
         write("loss-remark", table.law ? `nats a token, fitted to ${table.law.points} measured plans, ± ${share(table.law.error, 0)}`
           : "nats a token, from calibration alone");
         write("active-remark", `of ${count(before("active_parameters"))} parameters a token`);
+        write("operations-remark", `of ${count(before("flops"))} a token, ${share(1 - totals("flops") / before("flops"))} saved`);
       }
       const unpin = this.part("control", "unpin");
       unpin.hidden = !this.pin;
-      write("pin-text", this.pin ? `Pinned: ${this.pin.method} at ${this.pin.percent} %` : "");
+      write("pin-text", this.pin ? `Pinned: ${this.pin.name} at ${this.pin.percent} %` : "");
+    }
+
+    /* The second slider: what its plans save of the operations at least, where the method weighs them. */
+    paintBound(reached, asked) {
+      const slider = this.part("control", "flops"), { weighs, weighing, flopsMost: most } = this.bound;
+      const value = slider.matches(":active") || this.planning || this.held ? slider.value : String(this.saved);
+      Object.assign(slider, { disabled: !weighs, max: String(Math.max(most, 1)), value });
+      slider.setAttribute("aria-valuetext", Number(value) ? `${value} percent saved at least` : "no bound");
+      slider.style.setProperty("--reached", `${most ? (100 * value) / most : 0}%`);
+      set(this.part("control", "saved"), !weighs ? "–" : Number(value) ? `${value} %` : "any");
+      const more = this.saved && reached - asked > 0.005 ? `; they alone remove ${share(reached)} of the parameters` : "";
+      const within = `0 to ${most} %, in steps of 1 %${more}`;
+      set(this.part("control", "flops-reach"), this.planning ? "Planning every ratio anew …" : weighs ? within : `${this.method} does not weigh operations: ${weighing} do`);
     }
 
     /* What the colours say: shares kept, or changes of it up to `most`. */
@@ -503,8 +528,8 @@
       box.classList.toggle("compared", open);
       const differing = table.layers.filter((_, index) => seen[index] && this.paintRow(body.rows[index], table, place, index, pinned)).length;
       const title = open
-        ? `${differing} of ${table.layers.length} layers differ from ${this.pin.method} at ${this.pin.percent} % (below, grey)`
-        : `Layers, ${this.method} at ${table.asked[place]} %`;
+        ? `${differing} of ${table.layers.length} layers differ from ${this.pin.name} at ${this.pin.percent} % (below, grey)`
+        : `Layers, ${this.name} at ${table.asked[place]} %`;
       set(this.part("map", "layers-title"), title);
     }
 
@@ -542,7 +567,7 @@
       const pinned = this.pinned(), { bytes: sizes, predicted_loss: losses } = table.totals;
       [...(this.part("map", "rows")?.rows ?? [])].forEach((row, index) => this.paintRow(row, table, place, index, pinned));
       const words = `${table.asked[place]} % removed: ${bytes(sizes[place])}, predicted loss ${nats(losses[place])} nats a token`;
-      this.part("map", "experts")?.setAttribute("aria-label", `Expert map by ${this.method}, ${words}. The table of layers says the same.`);
+      this.part("map", "experts")?.setAttribute("aria-label", `Expert map by ${this.name}, ${words}. The table of layers says the same.`);
       set(this.part("control", "said"), words);
       this.mark();
     }
@@ -577,15 +602,26 @@
     let waiting = 0;
     const released = () => {
       clearTimeout(waiting);
-      if (stage.table) trigger("release", { percent: stage.table.asked[stage.place], method: stage.method });
+      stage.held = false;
+      if (!stage.table) return;
+      const flops = Number(stage.part("control", "flops").value);
+      stage.planning = stage.bound.weighs && flops !== stage.saved;
+      stage.ask();
+      trigger("release", { percent: stage.table.asked[stage.place], flops });
     };
     stage.released = released;
     const part = event => event.target.closest("[data-part]")?.dataset.part;
     let pointing = false;
-    element.addEventListener("pointerdown", event => part(event) === "slider" && (pointing = true));
-    element.addEventListener("input", event => part(event) === "slider" && stage.table && stage.choose(Number(event.target.value)));
+    const sliding = event => ["slider", "flops"].includes(part(event));
+    element.addEventListener("pointerdown", event => sliding(event) && (pointing = true));
+    element.addEventListener("input", event => {
+      if (!stage.table || !sliding(event)) return;
+      if (part(event) === "slider") return stage.choose(Number(event.target.value));
+      stage.held = true;
+      stage.ask();
+    });
     element.addEventListener("change", event => {
-      if (part(event) !== "slider") return;
+      if (!sliding(event)) return;
       clearTimeout(waiting);
       if (pointing) released();
       else waiting = setTimeout(released, SETTLE);
@@ -594,7 +630,7 @@
     element.addEventListener("click", event => {
       const name = part(event);
       if (!stage.table || (name !== "pin" && name !== "unpin")) return;
-      stage.pin = name === "pin" ? { method: stage.method, place: stage.place, percent: stage.table.asked[stage.place] } : null;
+      stage.pin = name === "pin" ? { name: stage.name, place: stage.place, percent: stage.table.asked[stage.place] } : null;
       stage.ask();
     });
     const receive = () => props.value && stage.receive(JSON.parse(props.value));
@@ -653,11 +689,11 @@
   function save(event, stage) {
     const asked = event.target.closest("button[data-save]")?.dataset.save, table = stage.table;
     if (!asked || !table) return;
-    const place = stage.place, name = `${stage.method}-${table.asked[place]}`;
+    const made = stage.saved ? `${stage.method}-flops-${stage.saved}` : stage.method, place = stage.place, name = `${made}-${table.asked[place]}`;
     const tables = {
       experts: () => [`experts-${name}`, ["layer", "expert", "kept", "share of tokens"], expertRows(table, stage.cells())],
       layers: () => [`layers-${name}`, ["layer", "gate and up", "down", "kept", "predicted loss, nats a token", "reason"], layerRows(stage, table, place)],
-      retained: () => [`retained-${stage.method}`, ["ratio, %", ...table.layers.map(layer => `layer ${layer}`)], retainedRows(table)],
+      retained: () => [`retained-${made}`, ["ratio, %", ...table.layers.map(layer => `layer ${layer}`)], retainedRows(table)],
     };
     window.explorer.save(...tables[asked]());
   }

@@ -22,7 +22,7 @@ from pages.components.places import DEMO_MODEL
 from pages.components.recipe_controls import RecipeControls, recipe_of
 from pages.components.rounds import CHOICES, Round, drawn
 from pages.components.session import ViewState
-from pages.components.text import empty, notice
+from pages.components.text import empty, notice, recipe_name
 from pages.components.vote_parts import votes_html
 
 DEMO_PROMPTS = (
@@ -84,7 +84,7 @@ def build(context: Context) -> None:
                 votes = gr.HTML("", elem_id="votes", min_height=160)
 
         page.view(_prompts(context), picks, fields=("run",))
-        page.view(lambda state: _measured(context, state), [measured], fields=("run", "method", "ratio"))
+        page.view(lambda state: _measured(context, state), [measured], fields=("run", "method", "ratio", "flops_ratio"))
         page.view(lambda state: _votes(context, state), [votes], fields=("run",))
         for pick in picks:
             pick.click(lambda text: text, pick, prompt, **_PRIVATE)
@@ -122,11 +122,12 @@ def _ask(context: Context) -> Callable[..., Any]:
         run = context.require_run(state)
         yield None, notice("Loading the model."), gr.skip(), gr.skip(), *_closed()
         live = context.live.of(run)
-        model = live.apply(live.plan(recipe_of(state)))
+        recipe = recipe_of(state)
+        model = live.apply(live.plan(recipe))
         warm_up([live.original, model], live.tokenizer, prompt, sampling)
         weights = weight_bytes(live.original), weight_bytes(model)
         left = drawn() if blind else "original"
-        now = Round(run.identity.id, state.method, state.ratio, prompt, sampling, left, blind, weights)
+        now = Round(run.identity.id, recipe_name(recipe), recipe.ratio, prompt, sampling, left, blind, weights)
         last = 0.0
         for original, compressed in side_by_side([live.original, model], live.tokenizer, prompt, sampling):
             now = now.reached(original, compressed, live.tokenizer)

@@ -13,10 +13,11 @@ from moesvd_core.checkpoint.hub import check_request, push
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import CheckpointError, InputError
 from moesvd_core.planning import Recipe
+from moesvd_core.runs.bounded import plan_at_once
 from moesvd_core.runs.command_line import compress_command, export_command
 from moesvd_core.runs.exports import ExportFolder, export_name, list_exports, open_export
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import known_plan, reach
+from moesvd_core.runs.known import reach
 from moesvd_core.runs.pushes import Pushes
 from pages.components import export_parts as parts
 from pages.components import jobs
@@ -74,7 +75,7 @@ def build(context: Context) -> None:
         watch = gr.Timer(PUSH_SECONDS, active=False)
 
         page.view(lambda state: METHODS[state.method].compensate, [fit], fields=("method",))
-        page.view(_preview(context), [summary, twin, write], fields=("run", "method", "ratio"), controls=[form, dtype, fit])
+        page.view(_preview(context), [summary, twin, write], fields=("run", "method", "ratio", "flops_ratio"), controls=[form, dtype, fit])
         page.view(_listed(context), [chosen], fields=("run",))
         write.click(page.changes(_write(context)), [page.state, form, dtype, fit], page.wake, **_PRIVATE)
         details = [files, about, card, pushed, watch]
@@ -110,7 +111,7 @@ def _preview(context: Context) -> Callable[..., Any]:
             reason = f"{state.method} reaches {share(most)} on this model, {share(state.ratio)} is asked for: choose less."
             return notice(reason, "error"), "", gr.Button(interactive=False)
         free = shutil.disk_usage(run.path).free
-        plan = known_plan(run, recipe)
+        plan = plan_at_once(run, recipe)
         shown = parts.summary_html(run, plan, recipe, name=name, form=form, dtype=number, facts=facts, free=free)
         return shown, parts.twin_html(run, recipe, name=name, form=form, dtype=number), gr.Button(interactive=True)
 

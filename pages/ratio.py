@@ -9,6 +9,7 @@ from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import InputError
 from moesvd_core.live import fits, is_calibrated
 from moesvd_core.planning import Recipe
+from moesvd_core.runs.bounded import has_curves
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import reach
 from moesvd_core.runs.workbench import Text
@@ -18,7 +19,7 @@ from pages.components import ratio_stage as stage
 from pages.components.context import Context
 from pages.components.page import Page
 from pages.components.session import ViewState
-from pages.components.text import escape
+from pages.components.text import escape, recipe_name
 
 TEXT = Text(windows=32)
 """What plans are measured on while a person waits: enough to tell plans apart, since original and compressed read the same tokens."""
@@ -51,10 +52,10 @@ def build(context: Context) -> None:
             measure = gr.Button("Measure this plan", elem_id="ratio-measure", min_width=180, scale=0)
         jobs.Panel(page)
 
-        page.view(_method_shown(context), [method, about, plan], fields=("run", "method"))
-        page.view(lambda state: stage.drawing(context.open(state), state, TEXT.dataset), [control], fields=("run", "method"))
-        page.view(_measured(context), [measured, measure], fields=("run", "method", "ratio"))
-        page.view(_curve(context), [curve], fields=("run", "method"))
+        page.view(_method_shown(context), [method, about, plan], fields=("run", "method", "flops_ratio"))
+        page.view(lambda state: stage.drawing(context.open(state), state, TEXT.dataset), [control], fields=("run", "method", "flops_ratio"))
+        page.view(_measured(context), [measured, measure], fields=("run", "method", "ratio", "flops_ratio"))
+        page.view(_curve(context), [curve], fields=("run", "method", "flops_ratio"))
         method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_QUIET)
         control.release(page.changes(_released), page.state, page.state, **_QUIET)
         expert_map.select(page.changes(_layer_chosen), page.state, page.state, **_QUIET)
@@ -64,11 +65,14 @@ def build(context: Context) -> None:
 
 
 def _released(event: gr.EventData, state: ViewState) -> ViewState:
-    """The view at the ratio where the slider was let go."""
-    percent = event.percent
+    """The view at the ratio, and with the operations saved, where the sliders were let go."""
+    percent, saved = event.percent, event.flops
     if not isinstance(percent, int) or not 0 <= percent <= _LARGEST:
         raise InputError(f"ratio must be a whole percent in [0, {_LARGEST}], got {percent!r}")
-    return state.but(ratio=percent / 100)
+    if not isinstance(saved, int) or not 0 <= saved < 100:
+        raise InputError(f"operations saved must be a whole percent in [0, 100), got {saved!r}")
+    fewer = saved / 100 if saved and METHODS[state.method].bounds_flops else None
+    return state.but(ratio=percent / 100, flops_ratio=fewer)
 
 
 def _layer_chosen(event: gr.EventData, state: ViewState) -> ViewState:
@@ -87,7 +91,8 @@ def _method_shown(context: Context) -> Callable[[ViewState], Any]:
         names = [(name if name in planned or not planned else f"{name} (not planned yet)", name) for name in METHODS]
         chosen = METHODS[state.method]
         text = f'<p class="ratio-about">{escape(chosen.description)} <span>Source: {escape(chosen.reference)}</span></p>'
-        return gr.Dropdown(choices=names, value=state.method), text, gr.Button(interactive=bool(planned) and state.method not in planned)
+        missing = state.method not in planned or (state.flops_ratio is not None and not has_curves(run, state.method))
+        return gr.Dropdown(choices=names, value=state.method), text, gr.Button(interactive=bool(planned) and missing)
 
     return shown
 
@@ -104,7 +109,7 @@ def _measured(context: Context) -> Callable[[ViewState], Any]:
         if not own:
             words = f"Not measured yet. The run belongs to {run.identity.owner}, who alone adds to it."
         elif at_once:
-            words = f"Measuring {recipe.method} at {100 * recipe.ratio:.0f} % …"
+            words = f"Measuring {recipe_name(recipe)} at {100 * recipe.ratio:.0f} % …"
         else:
             words = "Not measured yet. A job of the run can do it: press “Measure this plan” below, once no other is at work."
         by_job = own and not (at_once or figures.is_measured(run, recipe, TEXT) or context.client.status(run).busy)
@@ -118,7 +123,7 @@ def _curve(context: Context) -> Callable[[ViewState], str]:
         run = context.open(state)
         if run is None:
             return figure.nothing("No run is chosen", "Choose a model on the Model page and analyse it.")
-        return figures.curve(run, state.method, TEXT)
+        return figures.curve(run, state.method, TEXT, stage.flops_within(run, state))
 
     return drawn
 
@@ -133,7 +138,7 @@ def _measure_at_once(context: Context) -> Callable[[ViewState], Any]:
         if not context.client.owns(run) or not answers_at_once(context, run):
             return gr.skip(), gr.skip()
         context.live.of(run).measure(recipe, TEXT)
-        return figures.measured_html(run, recipe, TEXT, ""), figures.curve(run, state.method, TEXT)
+        return figures.measured_html(run, recipe, TEXT, ""), figures.curve(run, state.method, TEXT, recipe.flops_ratio)
 
     return measure
 
@@ -163,7 +168,10 @@ def _measure(context: Context) -> Callable[[ViewState], Any]:
 def recipe_of(run: RunFolder, state: ViewState) -> Recipe | None:
     """What the view asks for, at most as far as its method reaches; None where the method was not planned."""
     most = reach(run, state.method)
-    return None if most is None else Recipe(method=state.method, ratio=min(round(state.ratio, 4), int(100 * most) / 100))
+    if most is None:
+        return None
+    ratio = min(round(state.ratio, 4), int(100 * most) / 100)
+    return Recipe(method=state.method, ratio=ratio, flops_ratio=stage.flops_within(run, state))
 
 
 def answers_at_once(context: Context, run: RunFolder) -> bool:

@@ -11,7 +11,9 @@ from tiny_curves import model_curves, shape_of
 
 from moesvd_core import atomic
 from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.curve_files import save_curves
 from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.pipeline import decomposition_key, single_structures
 from moesvd_core.planning import ModelShape, Plan, Recipe, max_ratio, plans
 from moesvd_core.runs.folder import Identity, RunFolder
 from moesvd_core.runs.workbench import Text, plan_key
@@ -40,6 +42,17 @@ def planned_run(
     atomic.write_json(run.station("evaluations") / "sensitivity.json", {"layers": [], "experts": rows, "correlations": []})
     atomic.write_json(run.station("evaluations") / f"original--{Text().key}.json", figures(Text(), NLL))
     return run
+
+
+def add_curves(run: RunFolder, method: str) -> None:
+    """The curves that the plans of a run of the usual size came from."""
+    curves = model_curves(3, 4, 64, 32, structures=METHODS[method].structures)
+    for single in single_structures(METHODS[method]):
+        folder = run.path / "curves" / decomposition_key(single)
+        folder.mkdir(parents=True)
+        for layer in range(3):
+            its = [curve for curve in curves if (curve.layer, curve.structure) == (layer, single.structures[0])]
+            save_curves(folder / f"layer-{layer:03d}.safetensors", its)
 
 
 def plan_table(method: str, layers: int, experts: int, hidden: int, width: int) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def model_curves(
                 gain_R = np.arange(1, hidden + 1) ** -rng.uniform(0.2, 1.0)
                 loss_R = np.append(gain_R[::-1].cumsum()[::-1], 0.0) / gain_R.sum() * loss_ER[:, 0].sum()
                 sharers = experts if structure == "latent" else max(1, experts // 4)
-                curves.append(curve([loss_R], **where, rank_cost=hidden + sharers * own, dense_cost=experts * rows * columns))
+                costs = {"rank_cost": hidden + sharers * own, "dense_cost": experts * rows * columns, "load": active / experts}
+                curves.append(curve([loss_R], **where, **costs))
     return curves
 
 

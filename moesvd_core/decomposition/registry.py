@@ -65,6 +65,11 @@ class Method:
         return self.reference != OURS
 
     @property
+    def bounds_flops(self) -> bool:
+        """Whether its plans can also be asked to save operations (`Recipe.flops_ratio`)."""
+        return self.allocation == "greedy"
+
+    @property
     def low_rank(self) -> bool:
         """Whether everything it has on offer are matrices of lower rank."""
         return set(self.structures) <= set(FACTORED)

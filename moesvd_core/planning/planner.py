@@ -162,7 +162,8 @@ def _most_flops(layers: Sequence[LayerCurves], shape: ModelShape, recipe: Recipe
     total = shape.active_parameters - shape.embedding_parameters
     if recipe.flops_ratio * total > dense:
         bound = floor(1e4 * dense / total) / 1e4
-        raise InputError(f"flops_ratio must be in [0, {bound:g}] on this model, whose experts do no more, got {recipe.flops_ratio:g}")
+        asked = f"got {recipe.flops_ratio:g}: ask for less"
+        raise InputError(f"flops_ratio must be in [0, {bound:g}] on this model, whose experts do no more, {asked}")
     return dense - recipe.flops_ratio * total
 
 

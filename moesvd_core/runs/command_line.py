@@ -10,7 +10,7 @@ from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import Identity
 
-_CHOICES = ("metric", "structure", "allocation", "block", "budget", "flops_ratio")
+_CHOICES = ("metric", "structure", "allocation", "block", "budget")
 _WORDS = {"dataset": "--dataset", "samples": "--samples", "length": "--length", "seed": "--seed", "dtype": "--dtype"}
 """Settings of a calibration that have a word on the command line."""
 
@@ -55,9 +55,10 @@ def compress_command(
 def _recipe(recipe: Recipe, file: str) -> list[str]:
     usual = Recipe()
     named = [] if all(getattr(recipe, name) == getattr(usual, name) for name in _CHOICES) else ["--recipe", file]
+    fewer = [] if recipe.flops_ratio is None else ["--flops-ratio", f"{recipe.flops_ratio:g}"]
     usually = METHODS[recipe.method].compensate
     fitted = [] if recipe.compensate == usually else ["--no-compensate" if usually else "--compensate"]
-    return [*named, "--method", recipe.method, "--ratio", f"{recipe.ratio:g}", *fitted]
+    return [*named, "--method", recipe.method, "--ratio", f"{recipe.ratio:g}", *fewer, *fitted]
 
 
 def _calibration(settings: Mapping[str, Any]) -> list[str] | None:

@@ -46,10 +46,12 @@ def summary_html(
     else:
         kept = ("Parameters", count(plan.parameters), f"{share(plan.ratio)} removed of {count(plan.original_parameters)}")
     active = count(plan.active_parameters) if plan and form == "factored" else count(facts["active_parameters"])
+    computed = [("Operations a token", count(plan.flops), f"the original does {count(plan.original_flops)}")] if plan else []
     bars = [("Original", int(facts["bytes"]), ""), ("This export", needed, about)]
     pairs = [
         kept,
         ("Active a token", active, f"the original has {count(facts['active_parameters'])}"),
+        *(computed if form == "factored" else []),
         _quality(run, recipe, plan),
     ]
     notes = [notice(f"It will be written to exports/{name} of this run; {size(free)} are free there.")]

@@ -55,12 +55,19 @@ def worker(status: RunStatus | None) -> str:
     return ", ".join(parts)
 
 
+def _ratio(state: ViewState) -> str:
+    if not state.run:
+        return "–"
+    fewer = "" if state.flops_ratio is None else f", {share(state.flops_ratio, 0)} of operations"
+    return f"{share(state.ratio, 0)}{fewer}"
+
+
 def _strip(context: Context, state: ViewState, status: RunStatus | None) -> str:
     model = "–" if status is None else context.model_name(status.model) or "–"
     kind = "none" if status is None else status.state
     return (
         f'<dl class="strip"><div><dt>Model</dt><dd>{escape(model)}</dd></div><div><dt>Run</dt><dd>{escape(state.run or "–")}</dd></div>'
-        f"<div><dt>Ratio</dt><dd>{escape(share(state.ratio, 0) if state.run else '–')}</dd></div>"
+        f"<div><dt>Ratio</dt><dd>{escape(_ratio(state))}</dd></div>"
         f'<div><dt>Worker</dt><dd class="worker {escape(kind)}">{escape(worker(status))}</dd></div>'
         f"{_DEMO if context.settings.public_demo else ''}</dl>"
     )

@@ -28,7 +28,7 @@ from pages.components.session import ViewState, read_query
 from pages.components.visitor import remembered
 
 TICK_SECONDS = 2.0
-FIELDS = ("run", "layer", "method", "ratio")
+FIELDS = ("run", "layer", "method", "ratio", "flops_ratio")
 """Of `ViewState`: what a view may depend on."""
 Draw = Callable[..., Any]
 """state, values of the view's controls -> the value of one output, or a tuple with one value an output."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import DENSE, SIDES, Structure
+from moesvd_core.runs.bounded import bounded_table
 from moesvd_core.runs.folder import RunFolder
 
 STATES = ("dense", *get_args(Structure))
@@ -28,7 +29,7 @@ WHOLE = 255
 """Byte of a cell that is kept as it was. 0 is a cell of which nothing is kept; nothing in between has either."""
 DENSE_RANK = 65535
 """Rank of a slot that stays the original matrix."""
-_TOTALS = ("ratio", "bytes", "parameters", "active_parameters", "predicted_loss")
+_TOTALS = ("ratio", "bytes", "parameters", "active_parameters", "flops", "predicted_loss")
 _Row = Mapping[str, Any]
 
 
@@ -37,32 +38,37 @@ def planned(run: RunFolder) -> list[str]:
     return [name for name in METHODS if _file(run, name).exists()]
 
 
-def read(run: RunFolder, method: str) -> str | None:
+def read(run: RunFolder, method: str, flops_ratio: float | None = None) -> str | None:
     """The packed table of a method as text, None where the run holds no plans of it; packed once for each version of the file.
 
+    Args:
+        flops_ratio: share of the operations that each plan saves at least; such plans are made here, from the run's curves.
+
     Raises:
-        RunError: a file of the run is damaged.
+        InputError: more operations than the experts do, or a method that does not weigh them.
+        RunError: a file of the run is damaged or missing.
     """
-    file = _file(run, method)
-    if not file.exists() or not (run.path / "source.json").exists():
-        return None
-    return _table(str(run.path), method, file.stat().st_mtime_ns).text
+    made = _made(run, method, flops_ratio)
+    return None if made is None else made.text
 
 
-def totals(run: RunFolder, method: str) -> dict[str, list[float]] | None:
-    """What the plans of a method come to, one value a ratio: ratio, bytes, parameters, active_parameters, predicted_loss."""
-    file = _file(run, method)
-    if not file.exists() or not (run.path / "source.json").exists():
-        return None
-    return _table(str(run.path), method, file.stat().st_mtime_ns).totals
+def totals(run: RunFolder, method: str, flops_ratio: float | None = None) -> dict[str, list[float]] | None:
+    """What the plans of a method come to, one value a ratio: ratio, bytes, parameters, active_parameters, flops, predicted_loss."""
+    made = _made(run, method, flops_ratio)
+    return None if made is None else made.totals
 
 
-def layer_losses(run: RunFolder, method: str) -> list[list[float]]:
+def layer_losses(run: RunFolder, method: str, flops_ratio: float | None = None) -> list[list[float]]:
     """Predicted loss of every layer that each of a method's plans changes, nats a token; no plans where there are none of it."""
+    made = _made(run, method, flops_ratio)
+    return [] if made is None else made.losses
+
+
+def _made(run: RunFolder, method: str, flops_ratio: float | None) -> "_Table | None":
     file = _file(run, method)
     if not file.exists() or not (run.path / "source.json").exists():
-        return []
-    return _table(str(run.path), method, file.stat().st_mtime_ns).losses
+        return None
+    return _table(str(run.path), method, flops_ratio, file.stat().st_mtime_ns)
 
 
 class _Table:
@@ -73,10 +79,11 @@ class _Table:
 
 
 @functools.lru_cache(maxsize=32)  # what is kept is small: about a quarter of a megabyte for 60 layers of 128 experts
-def _table(path: str, method: str, changed: int) -> _Table:
+def _table(path: str, method: str, flops_ratio: float | None, changed: int) -> _Table:
     """The table of the file as it was at the time `changed`."""
     run = RunFolder.open(Path(path))
-    source, table = run.read_json("source.json"), run.read_json("plans", f"all-{method}.json")
+    source = run.read_json("source.json")
+    table = run.read_json("plans", f"all-{method}.json") if flops_ratio is None else bounded_table(run, method, flops_ratio)
     layers = [ExpertLayer(**layer) for layer in source["facts"]["expert_layers"]]
     scores = run.read_json("evaluations", "sensitivity.json") or {"experts": []}
     packed = pack(table, layers, scores["experts"])
@@ -101,7 +108,7 @@ def pack(table: _Row, layers: Sequence[ExpertLayer], scores: Sequence[_Row]) -> 
         "max_ratio": table["max_ratio"],
         "asked": [round(100 * plan["asked_ratio"]) for plan in plans],
         "totals": {name: [plan[name] for plan in plans] for name in _TOTALS},
-        "original": {name: first[f"original_{name}"] for name in ("bytes", "parameters", "active_parameters")},
+        "original": {name: first[f"original_{name}"] for name in ("bytes", "parameters", "active_parameters", "flops")},
         "layers": [row["layer"] for row in first["layers"]],
         "experts": [layer.experts for layer in layers],
         "original_layer": [row["original_parameters"] for row in first["layers"]],

@@ -1,6 +1,7 @@
 """What a smaller model costs, over all methods: predicted by their plans, and measured; and the figures of one measured plan."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import exp, isfinite
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,14 @@ def original_nll(run: RunFolder, text: Text) -> float | None:
     return float(max(known, key=lambda row: row["tokens"])["nll"]) if known else None
 
 
-def curve(run: RunFolder, method: str, text: Text) -> str:
-    """Quality against size of all planned methods as the value of a figure; the view's method on top.
+def curve(run: RunFolder, method: str, text: Text, flops_ratio: float | None = None) -> str:
+    """Quality against size of all planned methods as the value of a figure; the view's method, with its bound on operations, on top.
 
     Points are the original's perplexity times what was measured on the very same tokens for each plan, so that points measured on few
     windows and on many stand beside each other.
+
+    Args:
+        flops_ratio: of the view; plans with another bound on operations are left out.
 
     Raises:
         RunError: a file of the run is damaged.
@@ -56,26 +60,31 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
         return figure.nothing("Nothing to compare yet", "The curve of every planned method appears here once the original is measured.")
     points: dict[str, list[Measured]] = {}
     for row in {row.recipe: row for row in on_dataset(run, text)}.values():
-        points.setdefault(row.recipe.method if row.recipe else "", []).append(row)
-    ordered = sorted(names, key=lambda name: name == method)
-    totals = {name: found for name in ordered if (found := plan_table.totals(run, name)) is not None}
+        if row.recipe and row.recipe.flops_ratio in (None, flops_ratio if row.recipe.method == method else None):
+            points.setdefault(_line(row.recipe), []).append(row)
+    lines = {_line(recipe): recipe for recipe in (Recipe(method=name) for name in sorted(names, key=lambda name: name == method))}
+    top = Recipe(method=method, flops_ratio=flops_ratio)
+    if method in names:
+        lines[_line(top)] = top
+    made = {name: plan_table.totals(run, line.method, line.flops_ratio) for name, line in lines.items()}
+    totals = {name: found for name, found in made.items() if found is not None}
     whole = max(total["bytes"][0] for total in totals.values())
     unit, word = next((each for each in _UNITS if whole >= each[0]), (1.0, "B"))
-    laws = loss_laws(run, totals, text.dataset)
-    predicted = {name: _predicted(run, name, laws.get(name)) for name in totals}
+    laws = loss_laws(run, names, text.dataset)
+    predicted = {name: _predicted(run, lines[name], laws.get(lines[name].method)) for name in totals}
     drawn = go.Figure(layout={"meta": unit, "hovermode": "closest"})
     for name, total in totals.items():
-        look = mark(name)
+        look = mark(lines[name].method)
         hover = f"{name}, predicted: %{{y:.4g}} at %{{x:.3g}}<extra></extra>"
         drawn.add_scatter(
             x=[value / unit for value in total["bytes"]], y=[_perplexity(base + loss) for loss in predicted[name]],
-            name=name, mode="lines", line={"color": look.color, "dash": look.dash, "width": 3 if name == method else 1.5},
-            opacity=1 if name == method else 0.75, legendgroup=name, hovertemplate=hover,
+            name=name, mode="lines", line={"color": look.color, "dash": look.dash, "width": 3 if name == _line(top) else 1.5},
+            opacity=1 if name == _line(top) else 0.75, legendgroup=name, hovertemplate=hover,
         )
-    for name, rows in sorted(points.items(), key=lambda pair: pair[0] == method):
+    for name, rows in sorted(points.items(), key=lambda pair: pair[0] == _line(top)):
         for compensated in (False, True):
             same = [row for row in rows if row.recipe and row.recipe.compensate is compensated]
-            _add_measured(drawn, name, same, base, unit, name == method, compensated)
+            _add_measured(drawn, name, same, base, unit, name == _line(top), compensated)
     look = {"color": ORIGINAL.color, "symbol": ORIGINAL.symbol, "size": 11}
     hover = "original: %{y:.4g}<extra></extra>"
     drawn.add_scatter(x=[whole / unit], y=[exp(base)], name="original", mode="markers", marker=look, hovertemplate=hover)
@@ -92,9 +101,14 @@ def curve(run: RunFolder, method: str, text: Text) -> str:
     return figure.drawing(drawn, _table(totals, predicted, points, base), caption, "quality-by-size")
 
 
-def _predicted(run: RunFolder, method: str, law: LossLaw | None) -> list[float]:
+def _line(recipe: Recipe) -> str:
+    """Name of the line that a recipe's plans lie on."""
+    return recipe_name(replace(recipe, compensate=False))
+
+
+def _predicted(run: RunFolder, line: Recipe, law: LossLaw | None) -> list[float]:
     """What each plan of a method is predicted to lose: by the law that measured plans tell, else as it was planned."""
-    return [sum(losses) if law is None else law.loss(losses) for losses in plan_table.layer_losses(run, method)]
+    return [sum(losses) if law is None else law.loss(losses) for losses in plan_table.layer_losses(run, line.method, line.flops_ratio)]
 
 
 def _fit_text(method: str, law: LossLaw | None) -> str:
@@ -136,16 +150,16 @@ def _within(error: float | None) -> str:
 
 
 def _add_measured(
-    drawn: go.Figure, method: str, rows: Sequence[Measured], base: float, unit: float, chosen: bool, compensated: bool
+    drawn: go.Figure, line: str, rows: Sequence[Measured], base: float, unit: float, chosen: bool, compensated: bool
 ) -> None:
-    """Points of one method; those that were compensated are drawn open."""
+    """Points of one line; those that were compensated are drawn open."""
     if not rows or rows[0].recipe is None:
         return
-    look, name = mark(method), recipe_name(rows[0].recipe)
+    look, name = mark(rows[0].recipe.method), recipe_name(rows[0].recipe)
     symbol = f"{look.symbol.removesuffix('-open')}-open" if compensated else look.symbol
     drawn.add_scatter(
         x=[row.bytes / unit for row in rows], y=[exp(base + row.figures["delta_nll"]) for row in rows], name=name, mode="markers",
-        marker={"color": look.color, "symbol": symbol, "size": 11 if chosen else 8}, legendgroup=method, showlegend=False,
+        marker={"color": look.color, "symbol": symbol, "size": 11 if chosen else 8}, legendgroup=line, showlegend=False,
         hovertemplate=f"{name}, measured: %{{y:.4g}} at %{{x:.3g}}<extra></extra>",
     )
 
@@ -165,6 +179,7 @@ def _table(
             figures, better = measured.get(round(ratio, 6), {}), fitted.get(round(ratio, 6), {})
             rows.append({
                 "method": name, "ratio": ratio, "bytes": total["bytes"][place],
+                "parameters": total["parameters"][place], "operations a token": total["flops"][place],
                 "predicted perplexity": _perplexity(base + predicted[name][place]),
                 "measured perplexity": exp(base + figures["delta_nll"]) if figures else None,
                 "loss added, nats": figures.get("delta_nll"), "KL, nats": figures.get("kl_mean"), "windows": figures.get("windows"),

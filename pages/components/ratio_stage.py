@@ -7,10 +7,14 @@ import json
 
 import gradio as gr
 
+from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.errors import RunError
+from moesvd_core.runs.bounded import most_flops_ratio
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import loss_laws
 from pages.components import plan_table
 from pages.components.assets import mount
+from pages.components.handler import warn
 from pages.components.session import ViewState
 
 _EMPTY = '<div class="empty" data-part="empty"><p class="empty-title"></p><p></p></div>'
@@ -20,13 +24,19 @@ _CONTROL = f"""
 <div class="stage-slider"><label for="ratio-slider">Removed, of all the model's parameters</label>
 <output class="stage-percent" for="ratio-slider" data-part="percent">–</output>
 <input type="range" id="ratio-slider" min="0" max="80" step="1" value="40" data-part="slider">
-<p class="stage-reach"><span data-part="reach"></span></p></div>
+<p class="stage-reach"><span data-part="reach"></span></p>
+<label for="flops-slider">Saved at least, of all operations a token</label>
+<output class="stage-saved" for="flops-slider" data-part="saved">–</output>
+<input type="range" id="flops-slider" min="0" max="80" step="1" value="0" data-part="flops">
+<p class="stage-reach"><span data-part="flops-reach"></span></p></div>
 <dl class="stage-figures" aria-label="The compressed model">
 {"".join(_FIGURE.format(title=title, name=name) for title, name in (
-    ("Size", "size"), ("Predicted loss", "loss"), ("Active parameters", "active")))}</dl>
+    ("Size", "size"), ("Predicted loss", "loss"), ("Active parameters", "active"),
+    ("Operations", "operations")))}</dl>
 <div class="stage-pin"><button type="button" class="quiet" data-part="pin">Pin this plan</button>
 <span data-part="pin-text"></span><button type="button" class="quiet" data-part="unpin" hidden>Unpin</button></div>
 <p class="unseen" aria-live="polite" data-part="said"></p></div></section>"""
+_WEIGHING = ", ".join(name for name, method in METHODS.items() if method.bounds_flops)
 _TITLES = ("Layer", "Gate and up", "Down", "Kept", "Predicted loss, nats", "Why")
 _NUMBERS = ("Kept", "Predicted loss, nats")
 _COLUMNS = "".join(f'<th scope="col"{" class=number" if title in _NUMBERS else ""}>{title}</th>' for title in _TITLES)
@@ -62,8 +72,8 @@ _RETAINED = f"""
 
 
 def control() -> gr.HTML:
-    """Slider and figures. Its `.release` says {"percent", "method"} once the hand lets go; its value is that of `drawing`."""
-    return _part("control", _CONTROL, 168)
+    """Slider and figures. Its `.release` says {"percent", "flops"} once the hand lets go of either; its value is that of `drawing`."""
+    return _part("control", _CONTROL, 262)
 
 
 def expert_map() -> gr.HTML:
@@ -85,17 +95,45 @@ def drawing(run: RunFolder | None, state: ViewState, dataset: str = "sotu") -> s
     Raises:
         RunError: a file of the run is damaged.
     """
-    table = None if run is None else plan_table.read(run, state.method)
-    if run is None:
+    table, most, problem = None, 0.0, None
+    if run is not None:
+        _say_what_is_beyond(run, state)
+        most = most_flops_ratio(run, state.method)
+        try:
+            table = plan_table.read(run, state.method, flops_within(run, state))
+        except RunError as error:
+            if state.flops_ratio is None:
+                raise
+            problem = str(error)
+    if problem is not None:
+        empty = (f"No plans by {state.method} with fewer operations yet", problem)
+    elif run is None:
         empty = ("No run is chosen", "Choose a model on the Model page and analyse it: its plans appear here.")
     elif plan_table.planned(run):
         hint = "Press “Plan this method” below: the model is decomposed that way, and every ratio planned."
         empty = (f"No plans by {state.method} yet", hint)
     else:
         empty = ("This run has no plans yet", "They are made at the end of its analysis; the Model page says how far that is.")
-    view = {"run": state.run, "method": state.method, "percent": round(100 * state.ratio), "layer": state.layer}
+    flops = 0.0 if run is None else flops_within(run, state) or 0.0
+    bound = {"flops": round(100 * flops), "flopsMost": int(100 * most), "weighs": METHODS[state.method].bounds_flops, "weighing": _WEIGHING}
+    view = {"run": state.run, "method": state.method, "percent": round(100 * state.ratio), "layer": state.layer, **bound}
     law = None if run is None or table is None else loss_laws(run, [state.method], dataset).get(state.method)
     return json.dumps({**view, "table": table, "law": None if law is None else vars(law), "empty": empty}, separators=(",", ":"))
+
+
+def _say_what_is_beyond(run: RunFolder, state: ViewState) -> None:
+    """An address may ask for more than there is to save."""
+    most = int(100 * most_flops_ratio(run, state.method))
+    if most and state.flops_ratio is not None and state.flops_ratio > most / 100:
+        asked = f"{state.method} saves at most {most} % of the operations of this model, whose experts do no more"
+        warn(f"flops_ratio must be in [0, {most / 100:g}], got {state.flops_ratio:g}: {asked}. The most is shown.")
+
+
+def flops_within(run: RunFolder, state: ViewState) -> float | None:
+    """The share of operations that a view asks to save, at most as much as can be on this model; None for no bound."""
+    if state.flops_ratio is None:
+        return None
+    return min(round(state.flops_ratio, 4), int(100 * most_flops_ratio(run, state.method)) / 100) or None
 
 
 def _part(name: str, template: str, height: int) -> gr.HTML:

@@ -1,4 +1,4 @@
-"""Method and ratio to be chosen where a page needs no more than that; they are the view's own, so other pages follow."""
+"""Method, ratio and operations to be chosen where a page needs no more than that; they are the view's own, so other pages follow."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import gradio as gr
 
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
+from moesvd_core.runs.bounded import most_flops_ratio
 from moesvd_core.runs.known import analysed, reach
 from pages.components.page import Page
 from pages.components.session import ViewState
@@ -24,10 +25,13 @@ class RecipeControls:
         with gr.Row():
             method = gr.Dropdown(list(METHODS), value=ViewState.method, label="Method", elem_id="recipe-method", min_width=160)
             ratio = gr.Slider(0, _HIGHEST, 40, step=1, label="Ratio, %", elem_id="recipe-ratio", min_width=220)
-        page.view(self._values, [method, ratio], fields=("run", "method", "ratio"))
+            fewer = gr.Slider(0, _HIGHEST, 0, step=1, label="Operations saved, %", elem_id="recipe-flops", min_width=220)
+        page.view(self._values, [method, ratio, fewer], fields=("run", "method", "ratio", "flops_ratio"))
         method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_EVENT)
         dragged = page.changes(lambda state, percent: state.but(ratio=percent / 100))
         ratio.input(dragged, [page.state, ratio], page.state, trigger_mode="always_last", **_EVENT)
+        bounded = page.changes(lambda state, percent: state.but(flops_ratio=percent / 100 or None))
+        fewer.input(bounded, [page.state, fewer], page.state, trigger_mode="always_last", **_EVENT)
 
     def _values(self, state: ViewState) -> tuple[Any, ...]:
         """The view's method and ratio; methods that were analysed come first, and the slider ends where the method does."""
@@ -36,9 +40,14 @@ class RecipeControls:
         choices = [(name, name) for name in ready] + [(f"{name} (not analysed yet)", name) for name in METHODS if name not in ready]
         most = None if run is None else reach(run, state.method)
         percent = _HIGHEST if most is None else max(1, int(100 * most))
-        return gr.Dropdown(choices=choices, value=state.method), gr.Slider(maximum=percent, value=min(percent, round(100 * state.ratio, 2)))
+        weighs = METHODS[state.method].bounds_flops
+        bound = _HIGHEST if run is None or most is None or not weighs else max(1, int(100 * most_flops_ratio(run, state.method)))
+        return (
+            gr.Dropdown(choices=choices, value=state.method), gr.Slider(maximum=percent, value=min(percent, round(100 * state.ratio, 2))),
+            gr.Slider(maximum=bound, value=min(bound, round(100 * (state.flops_ratio or 0.0), 2)), visible=weighs),
+        )
 
 
 def recipe_of(state: ViewState) -> Recipe:
     """What a view asks for."""
-    return Recipe(method=state.method, ratio=state.ratio)
+    return Recipe(method=state.method, ratio=state.ratio, flops_ratio=state.flops_ratio)

@@ -1,4 +1,4 @@
-"""What a person looks at: run, layer, method, ratio. It lives in the address, so that a view can be shared and survives a reload."""
+"""What a person looks at: run, layer, method, ratio, operations. It lives in the address: a view can be shared and survives a reload."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,12 +19,14 @@ class ViewState:
         layer: index of a decoder layer, None for none chosen.
         method: name in `METHODS`.
         ratio: share of the whole model's parameters that is removed, in [0, 1).
+        flops_ratio: share of the operations a token that is saved at least, None for no such bound; of methods that weigh operations.
     """
 
     run: str = ""
     layer: int | None = None
     method: str = "auto"
     ratio: float = 0.4
+    flops_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.run and not is_run_id(self.run):
@@ -35,25 +37,35 @@ class ViewState:
             raise InputError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if not 0 <= self.ratio < 1:  # also refuses NaN
             raise InputError(f"ratio must be in [0, 1), got {self.ratio}")
+        if self.flops_ratio is None:
+            return
+        if not 0 < self.flops_ratio < 1:
+            raise InputError(f"flops_ratio must be in (0, 1), or left out for no bound on operations, got {self.flops_ratio}")
+        if not METHODS[self.method].bounds_flops:
+            weighing = ", ".join(name for name, method in METHODS.items() if method.bounds_flops)
+            raise InputError(f"flops_ratio needs a method that weighs operations ({weighing}), got {self.method}: choose one of them")
 
     def but(self, **changes: Any) -> "ViewState":
-        """The same view with some fields changed; another run forgets the layer.
+        """The same view with some fields changed; another run forgets the layer, and operations are bounded where the method weighs them.
 
         Raises:
             InputError: a value out of bounds.
         """
         if changes.get("run", self.run) != self.run:
             changes = {"layer": None, **changes}
+        if "method" in changes and changes["method"] in METHODS and not METHODS[changes["method"]].bounds_flops:
+            changes = {"flops_ratio": None, **changes}
         return replace(self, **changes)
 
     @property
     def query(self) -> str:
         """The view as the query of an address, "" for a view that shows no run."""
-        fields = {"run": self.run, "layer": self.layer, "method": self.method, "ratio": f"{self.ratio:g}"}
+        fewer = None if self.flops_ratio is None else f"{self.flops_ratio:g}"
+        fields = {"run": self.run, "layer": self.layer, "method": self.method, "ratio": f"{self.ratio:g}", "flops_ratio": fewer}
         return urlencode({name: value for name, value in fields.items() if value not in ("", None)}) if self.run else ""
 
 
-_FIELDS: Mapping[str, Callable[[str], Any]] = {"run": str, "layer": int, "method": str, "ratio": float}
+_FIELDS: Mapping[str, Callable[[str], Any]] = {"run": str, "layer": int, "method": str, "ratio": float, "flops_ratio": float}
 
 
 def read_query(query: Mapping[str, str]) -> tuple[ViewState, list[str]]:

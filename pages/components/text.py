@@ -13,8 +13,9 @@ def escape(text: object) -> str:
 
 
 def recipe_name(recipe: Recipe) -> str:
-    """What was made of a model: the method, and whether it was compensated."""
-    return f"{recipe.method}, compensated" if recipe.compensate else recipe.method
+    """What was made of a model: the method, how many operations it was to save, and whether it was compensated."""
+    fewer = [] if recipe.flops_ratio is None else [f"{share(recipe.flops_ratio, 0)} fewer operations"]
+    return ", ".join([recipe.method, *fewer, *(["compensated"] if recipe.compensate else [])])
 
 
 def count(value: float) -> str:

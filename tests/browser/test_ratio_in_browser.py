@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from planned_run import RUN, measured, planned_run
+from planned_run import RUN, add_curves, measured, planned_run
 from playwright.sync_api import Page, expect
 from runs.tiny_runs import TEXT, do, tiny_run
 
 from moesvd_core.planning import Recipe
+from moesvd_core.runs.bounded import bounded_table
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import loss_laws
 from pages.components.text import size
@@ -32,6 +33,7 @@ FILLED = """(selector) => {
 def run(runs: Path) -> RunFolder:
     """With plans by two methods, and measured points of one; its model is not there."""
     made = planned_run(runs)
+    add_curves(made, "auto")
     for percent, added in ((10, 0.01), (40, 0.04), (60, 0.2)):
         measured(made, Recipe(ratio=percent / 100), added)
     return made
@@ -90,6 +92,36 @@ def test_dragging_shows_every_plan_and_asks_nobody(ratio: Open, run: RunFolder) 
     page.mouse.up()
     page.wait_for_function(f"location.search.includes('ratio=0.{place:02d}'.replace(/0$/, ''))")
     expect(page.locator(".strip")).to_contain_text(f"{place} %")
+
+
+def test_operations_are_bounded_by_plans_that_are_sent_once(ratio: Open, run: RunFolder) -> None:
+    page = ratio(f"run={RUN}&ratio=0.2")
+    saved, operations = page.locator("#flops-slider"), page.locator('[data-part="operations"]')
+    expect(page.locator('[data-part="saved"]')).to_have_text("any")
+    free = operations.inner_text()
+    saved.focus()
+    for _ in range(30):
+        saved.press("ArrowRight")
+    page.wait_for_function("location.search.includes('flops_ratio=0.3')")
+    title = page.locator('[data-part="layers-title"]')
+    expect(title).to_contain_text("auto, 30 % fewer operations at 20 %", timeout=10_000)
+    expect(page.locator(".strip")).to_contain_text("20 %, 30 % of operations")
+    assert operations.inner_text() != free
+    plans = bounded_table(run, "auto", 0.3)["plans"]
+    assert drag(page, 0.5) == []
+    place = int(page.locator(PERCENT).inner_text().removesuffix(" %"))
+    expect(page.locator('[data-part="size"]')).to_have_text(size(plans[place]["bytes"]))
+    page.mouse.up()
+    page.wait_for_function("location.search.includes('flops_ratio=0.3') && !location.search.includes('ratio=0.2&')")
+    page.reload()
+    expect(page.locator('[data-part="saved"]')).to_have_text("30 %", timeout=30_000)
+    expect(title).to_contain_text(f"fewer operations at {place} %")
+
+
+def test_methods_that_do_not_weigh_operations_say_which_do(ratio: Open) -> None:
+    page = ratio(f"run={RUN}&method=svd&ratio=0.2")
+    expect(page.locator("#flops-slider")).to_be_disabled()
+    expect(page.locator('[data-part="flops-reach"]')).to_have_text("svd does not weigh operations: auto, fisher, latent do")
 
 
 def test_the_keyboard_moves_the_slider_and_the_address_follows(ratio: Open) -> None:

@@ -83,6 +83,18 @@ def test_the_preview_is_the_plan_s_size_before_anything_is_written(context: Cont
     assert button.interactive
 
 
+def test_fewer_operations_go_into_size_name_and_commands(context: Context) -> None:
+    plain, saving = preview(context, state()), preview(context, state(flops_ratio=0.3))
+    assert plain[0] != saving[0]
+    assert "Operations a token" in saving[0]
+    assert "not made yet" not in saving[0]
+    assert "model-mixtral-auto-20-factored-flops-30-compensated" in saving[0]
+    assert "--flops-ratio 0.3" in saving[1]
+    assert "flops_ratio: 0.3" in saving[1]
+    with pytest.raises(InputError, match=r"flops_ratio must be in \[0, 0\.\d+\] on this model"):
+        preview(context, state(flops_ratio=0.99))
+
+
 def test_a_plan_that_was_not_made_is_said_to_be_about(context: Context) -> None:
     shown, _, button = preview(context, state(method="latent"))
     assert "about" in shown

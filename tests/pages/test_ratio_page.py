@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from planned_run import NLL, RUN, measured, planned_run
+from planned_run import NLL, RUN, add_curves, measured, planned_run
 from runs.run_helpers import new_run
 from runs.tiny_runs import TEXT, do, tiny_run
 
@@ -84,10 +84,44 @@ def test_an_empty_stage_says_what_to_do(run: RunFolder, context: Context) -> Non
 
 
 def test_letting_go_of_the_slider_changes_the_view() -> None:
-    assert ratio._released(SimpleNamespace(percent=31), STATE).ratio == 0.31
+    assert ratio._released(SimpleNamespace(percent=31, flops=0), STATE) == STATE.but(ratio=0.31)
+    assert ratio._released(SimpleNamespace(percent=31, flops=25), STATE) == STATE.but(ratio=0.31, flops_ratio=0.25)
+    svd = STATE.but(method="svd")
+    assert ratio._released(SimpleNamespace(percent=31, flops=25), svd).flops_ratio is None  # another method was chosen meanwhile
     for wrong in (81, -1, "31", 3.5, None):
         with pytest.raises(InputError, match=r"whole percent in \[0, 80\]"):
-            ratio._released(SimpleNamespace(percent=wrong), STATE)
+            ratio._released(SimpleNamespace(percent=wrong, flops=0), STATE)
+    for wrong in (100, -1, "31", 3.5, None):
+        with pytest.raises(InputError, match=r"operations saved must be a whole percent in \[0, 100\)"):
+            ratio._released(SimpleNamespace(percent=31, flops=wrong), STATE)
+
+
+def test_a_bound_on_operations_brings_plans_of_its_own(run: RunFolder) -> None:
+    add_curves(run, "auto")
+    free, tight = (json.loads(ratio_stage.drawing(run, STATE.but(flops_ratio=share))) for share in (None, 0.2))
+    assert (free["flops"], tight["flops"], free["flopsMost"]) == (0, 20, tight["flopsMost"])
+    assert free["table"] != tight["table"]
+    assert not json.loads(ratio_stage.drawing(run, STATE.but(method="svd")))["weighs"]
+    assert ratio.recipe_of(run, STATE.but(flops_ratio=0.2)) == Recipe(ratio=0.4, flops_ratio=0.2)
+
+
+def test_more_operations_than_experts_do_are_the_most(run: RunFolder) -> None:
+    add_curves(run, "auto")
+    most = json.loads(ratio_stage.drawing(run, STATE))["flopsMost"]
+    with pytest.warns(UserWarning, match=rf"flops_ratio must be in \[0, {most / 100:g}\], got 0.99"):
+        data = json.loads(ratio_stage.drawing(run, STATE.but(flops_ratio=0.99)))
+    assert data["flops"] == most
+    assert ratio.recipe_of(run, STATE.but(flops_ratio=0.99)) == Recipe(ratio=0.4, flops_ratio=most / 100)
+
+
+def test_a_bound_on_operations_without_curves_says_how_to_have_them(context: Context, run: RunFolder) -> None:
+    state = STATE.but(flops_ratio=0.2)
+    data = json.loads(ratio_stage.drawing(run, state))
+    assert data["table"] is None
+    assert "layer-000.safetensors is missing: plan auto again" in data["empty"][1]
+    assert ratio._method_shown(context)(state)[2].interactive
+    add_curves(run, "auto")
+    assert not ratio._method_shown(context)(state)[2].interactive
 
 
 def test_a_layer_can_be_lit_and_put_out() -> None:
@@ -201,6 +235,22 @@ def test_predictions_are_scaled_to_what_was_measured(run: RunFolder) -> None:
     assert "fitted to 3 measured plans (auto: off by 0 % in the median)" in data["caption"]
     line = next(trace for trace in data["figure"]["data"] if trace["mode"] == "lines" and trace["name"] == "auto")
     assert line["y"][points[0]] == pytest.approx(exp(NLL + 3 * table[points[0]]["predicted_loss"]))
+
+
+def test_a_bound_on_operations_has_a_line_and_points_of_its_own(run: RunFolder) -> None:
+    add_curves(run, "auto")
+    name = "auto, 20 % fewer operations"
+    measured(run, Recipe(ratio=0.2), 0.01)
+    measured(run, Recipe(ratio=0.2, flops_ratio=0.2), 0.02)
+    data = json.loads(ratio_figures.curve(run, "auto", Text(), 0.2))
+    assert [trace["name"] for trace in data["figure"]["data"] if trace["mode"] == "lines"] == ["svd", "auto", name]
+    points = {trace["name"]: trace["y"] for trace in data["figure"]["data"] if trace["mode"] == "markers"}
+    assert (points["auto"], points[name]) == (pytest.approx([exp(NLL + 0.01)]), pytest.approx([exp(NLL + 0.02)]))
+    rows = [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
+    saved = [row["operations a token"] for row in rows if row["method"] == name]
+    assert max(saved) <= 0.8 * max(row["operations a token"] for row in rows if row["method"] == "auto")
+    assert name not in [trace["name"] for trace in drawn(run)["figure"]["data"]]  # nor is its point among those of auto
+    assert {trace["name"]: trace["y"] for trace in drawn(run)["figure"]["data"] if trace["mode"] == "markers"}["auto"] == points["auto"]
 
 
 def test_before_the_original_is_measured_there_is_no_curve(run: RunFolder) -> None:

@@ -30,6 +30,11 @@ def test_export_says_everything_in_words() -> None:
     assert {name: given[name] for name in expected} == expected
 
 
+def test_a_bound_on_operations_has_a_word() -> None:
+    given = understood(export_command("demo-1", Recipe(flops_ratio=0.25), output="out", form="factored"))
+    assert (given["flops_ratio"], given["recipe"]) == (0.25, None)
+
+
 def test_a_recipe_with_choices_of_its_own_is_read_from_its_file() -> None:
     assert understood(export_command("demo-1", Recipe(block=16), output="out", form="factored"))["recipe"] == "recipe.yaml"
 
