@@ -1,6 +1,7 @@
 """Curves on disk: planning then needs neither weights nor statistics, and takes milliseconds.
 
-One safetensors file a layer and decomposition holds the arrays of its curves, with what is not an array in the metadata.
+One safetensors file a layer and decomposition holds the arrays of its curves, with what is not an array in the metadata, and a
+digest of both.
 """
 
 import json
@@ -10,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from moesvd_core.atomic import replacing
-from moesvd_core.errors import RunError
+from moesvd_core.errors import MoesvdError, RunError
 from moesvd_core.planning import SideCurve
+from moesvd_core.tensor_files import MADE_AGAIN, load_tensors, save_tensors
 
 FORMAT = "moesvd-curves-1"
 
@@ -25,6 +25,7 @@ def save_curves(path: Path, curves: Sequence[SideCurve]) -> None:
     """Write curves to `path`, whole or not at all.
 
     Raises:
+        ResourceError: the disk is full.
         OSError: the file cannot be written.
     """
     tensors: dict[str, NDArray[Any]] = {}
@@ -33,8 +34,8 @@ def save_curves(path: Path, curves: Sequence[SideCurve]) -> None:
         values = {item.name: getattr(curve, item.name) for item in fields(curve)}
         tensors |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in values.items() if isinstance(value, np.ndarray)}
         facts.append({name: value for name, value in values.items() if not isinstance(value, np.ndarray)})
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT, "curves": json.dumps(facts)})
+    written = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    save_tensors(path, written, {"format": FORMAT, "curves": json.dumps(facts)})
 
 
 def load_curves(path: Path) -> list[SideCurve] | None:
@@ -45,13 +46,12 @@ def load_curves(path: Path) -> list[SideCurve] | None:
     """
     if not path.exists():
         return None
+    tensors, facts = load_tensors(path, error_type=RunError, fix=MADE_AGAIN, undigested=True)
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     try:
-        with safe_open(path, "numpy") as file:
-            facts = json.loads(file.metadata()["curves"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
         return [
             SideCurve(**fact, **{name.partition(".")[2]: array for name, array in arrays.items() if name.startswith(f"{number}.")})
-            for number, fact in enumerate(facts)
+            for number, fact in enumerate(json.loads(facts["curves"]))
         ]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({type(error).__name__}: {error}): delete it, it will be made again") from error
+    except (ValueError, KeyError, TypeError, MoesvdError) as error:
+        raise RunError(f"{path} is damaged ({type(error).__name__}: {error}): {MADE_AGAIN}") from error

@@ -25,7 +25,6 @@ from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import DecoderStream, LayerCall, LayerStream
 from moesvd_core.calibration.states import DiskStates, MemoryStates
 from moesvd_core.calibration.statistics import Statistics
-from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
 from moesvd_core.checkpoint.apply import replaced_experts
 from moesvd_core.compensation import Compensation, batches_of
 from moesvd_core.curve_files import load_curves, save_curves
@@ -38,6 +37,7 @@ from moesvd_core.errors import InputError, RunError, StatisticsError
 from moesvd_core.planning import LayerPlan, ModelShape, Plan, Recipe, SideCurve, SidePlan, Structure, layer_plans, max_ratio, plans
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.sensitivity import LayerSensitivity, scores, sensitivities
+from moesvd_core.tensor_files import MADE_AGAIN, load_tensors, save_tensors
 
 Cache = MutableMapping[tuple[str, int], Decomposition]
 """Decompositions by key (`decomposition_key`) and layer."""
@@ -275,7 +275,9 @@ class Pipeline:
         file = self._fitted_file(plan, index)
         if file is None:
             return self.compensated.get((compensation_key(plan), index))
-        return with_fitted(planned, load_tensors(file)[0]) if planned is not None and file.exists() else None
+        if planned is None or not file.exists():
+            return None
+        return with_fitted(planned, load_tensors(file, error_type=RunError, fix=MADE_AGAIN)[0])
 
     def _keep_fitted(self, plan: Plan, index: int, factors: LayerFactors) -> None:
         file = self._fitted_file(plan, index)

@@ -1,13 +1,18 @@
 """Curves come back from disk as they were, and damage is told."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from moesvd_core.curve_files import load_curves, save_curves
 from moesvd_core.errors import RunError
 from moesvd_core.planning import SideCurve
+
+DEMO = Path(__file__).parents[1] / "assets" / "demo-run"
 
 
 def curve(layer: int) -> SideCurve:
@@ -24,6 +29,28 @@ def test_curves_come_back_as_they_were(tmp_path: Path) -> None:
         assert (mine.layer, mine.side, mine.structure) == (theirs.layer, theirs.side, theirs.structure)
         for name in ("loss_SR", "gain_SR", "rank_cost_S", "dense_cost_S", "load_S", "rank_flops_S", "dense_flops_S"):
             np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
+
+
+def test_a_flipped_bit_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_curves(file, [curve(3)])
+    data = file.read_bytes()
+    file.write_bytes(data[:-7] + bytes([data[-7] ^ 4]) + data[-6:])
+    with pytest.raises(RunError, match=r"a\.safetensors is damaged \(its content does not match its digest\): delete it"):
+        load_curves(file)
+
+
+def test_files_of_an_earlier_version_have_no_digest_and_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_curves(file, [curve(3)])
+    with safe_open(file, "pt") as stored:
+        facts = json.loads(stored.metadata()["moesvd"])["facts"]
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    save_file(tensors, file, facts)
+    loaded = load_curves(file)
+    assert loaded is not None
+    np.testing.assert_array_equal(loaded[0].loss_SR, curve(3).loss_SR)
+    assert load_curves(next(DEMO.glob("curves/*/layer-000.safetensors")))  # the shipped run is of one
 
 
 def test_no_file_is_no_curve_and_a_damaged_one_is_told(tmp_path: Path) -> None:

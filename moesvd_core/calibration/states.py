@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from moesvd_core.atomic import sync
-from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
+from moesvd_core.tensor_files import load_tensors, save_tensors
 
 _TENSOR = "state"
 

@@ -17,8 +17,8 @@ from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import DecoderStream
 from moesvd_core.atomic import write_json
 from moesvd_core.calibration.settings import Calibration
-from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
 from moesvd_core.errors import StatisticsError
+from moesvd_core.tensor_files import load_tensors, save_tensors
 
 SUMMARY = "statistics.json"
 """File that makes a folder of statistics complete; written last."""

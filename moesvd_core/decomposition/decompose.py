@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
-from moesvd_core.atomic import replacing
 from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.decomposition.base_delta import BaseDeltaBasis
 from moesvd_core.decomposition.factors import DenseFactors, LayerFactors, SideFactors
@@ -26,6 +23,7 @@ from moesvd_core.decomposition.registry import Method
 from moesvd_core.decomposition.shared_v import SharedVBasis
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.planning import COUPLED, DENSE, SIDES, LayerPlan, Side, SideCurve, SidePlan, Structure
+from moesvd_core.tensor_files import MADE_AGAIN, load_tensors, save_tensors
 
 FORMAT = "moesvd-decomposition-1"
 """Version of the file of `Decomposition.save`."""
@@ -101,18 +99,18 @@ class Decomposition:
         return basis.factors(plan.ranks)
 
     def save(self, path: Path) -> None:
-        """Keep the eigendecompositions in a safetensors file, whole or not at all, so that another plan is a slice away.
+        """Keep the eigendecompositions in a safetensors file with a digest, whole or not at all, so that another plan is a slice away.
 
         Raises:
+            ResourceError: the disk is full.
             OSError: the file cannot be written.
         """
         tensors = {
-            f"{side}.{structure}.{name}": tensor.contiguous()
+            f"{side}.{structure}.{name}": tensor
             for (side, structure), basis in self._bases.items()
             for name, tensor in basis.tensors().items()
         }
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"format": FORMAT, **_identity(self._metric.layer, self.method)})
+        save_tensors(path, tensors, {"format": FORMAT, **_identity(self._metric.layer, self.method)})
 
 
 def decompose(
@@ -151,15 +149,10 @@ def load(
         RunError: the file is missing, damaged, or of another layer or method.
     """
     metric = LayerMetric(weights, layer, statistics, device, shrink=method.shrink)
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"{path} is missing or damaged ({error}): delete it, it will be made again") from error
+    tensors, facts = load_tensors(path, error_type=RunError, fix=MADE_AGAIN, undigested=True)
     expected = {"format": FORMAT, **_identity(layer, method)}
-    if metadata != expected:
-        raise RunError(f"{path.name} holds {metadata}, wanted {expected}; decompose layer {layer.index} again")
+    if facts != expected:
+        raise RunError(f"{path.name} holds {facts}, wanted {expected}; decompose layer {layer.index} again")
     try:
         keys = [(side, structure) for side in SIDES for structure in method.structures]
         bases = {each: _loaded(metric, *each, method, tensors) for each in keys}

@@ -14,9 +14,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moesvd_core.architectures.streaming import DecoderStream, MemoryStream
-from moesvd_core.calibration.tensor_files import load_tensors, save_tensors
 from moesvd_core.errors import InputError, StatisticsError
 from moesvd_core.progress import Progress, Report, silent
+from moesvd_core.tensor_files import load_tensors, save_tensors
 
 BATCH_TOKENS = 4096
 """Tokens that go through a layer at once unless the caller says otherwise: enough to keep a GPU busy, little beside the weights."""

@@ -177,7 +177,7 @@ def test_says_how_much_a_full_disk_lacks(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(ResourceError, match=r"disk is full: .* needs [\d,]+ bytes, [\d,]+ are free"):
-        patch.setattr("moesvd_core.calibration.tensor_files.save_file", full)
+        patch.setattr("moesvd_core.tensor_files.save_file", full)
         run(tmp_path)
     assert_same(run(tmp_path), run(None))
 

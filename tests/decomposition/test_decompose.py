@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_layer import INDEX, TinyLayer, tiny_layer
 
 from moesvd_core.decomposition.decompose import Decomposition, decompose, load
@@ -14,6 +13,7 @@ from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS, method
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.planning import COUPLED, DENSE, LayerPlan, SidePlan
+from moesvd_core.tensor_files import load_tensors, save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,28 @@ def test_a_damaged_file_is_an_error_that_names_it(tiny: TinyLayer, tmp_path: Pat
     path = tmp_path / "layer.safetensors"
     decomposed(tiny, "svd").save(path)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(RunError, match=r"layer\.safetensors is missing or damaged"):
+    with pytest.raises(RunError, match=r"layer\.safetensors is (missing|damaged)"):
         load(path, tiny.weights, tiny.layer, tiny.statistics, method("svd"))
+
+
+def test_a_flipped_bit_is_an_error_that_names_the_file(tiny: TinyLayer, tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    decomposed(tiny, "svd").save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-7] + bytes([data[-7] ^ 4]) + data[-6:])
+    with pytest.raises(RunError, match=r"layer\.safetensors is damaged \(its content does not match its digest\): delete it"):
+        load(path, tiny.weights, tiny.layer, tiny.statistics, method("svd"))
+
+
+def test_a_file_of_an_earlier_version_has_no_digest_and_is_read(tiny: TinyLayer, tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    made = decomposed(tiny, "svd")
+    made.save(path)
+    tensors, facts = load_tensors(path)
+    save_file(tensors, path, facts)
+    again = load(path, tiny.weights, tiny.layer, tiny.statistics, method("svd"))
+    for mine, theirs in zip(made.curves, again.curves, strict=True):
+        np.testing.assert_array_equal(mine.loss_SR, theirs.loss_SR)
 
 
 def test_a_missing_file_is_an_error_that_names_it(tiny: TinyLayer, tmp_path: Path) -> None:
@@ -113,8 +133,7 @@ def test_a_file_of_another_method_is_refused(tiny: TinyLayer, tmp_path: Path) ->
 def test_a_file_without_all_its_tensors_is_refused(tiny: TinyLayer, tmp_path: Path) -> None:
     path = tmp_path / "layer.safetensors"
     decomposed(tiny, "svd").save(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith("basis")}, path, metadata)
+    tensors, facts = load_tensors(path)
+    save_tensors(path, {name: tensor for name, tensor in tensors.items() if not name.endswith("basis")}, facts)
     with pytest.raises(RunError, match="lacks 'basis'"):
         load(path, tiny.weights, tiny.layer, tiny.statistics, method("svd"))

@@ -75,6 +75,27 @@ def test_one_bit_of_the_statistics_is_missed(finished: RunFolder, tmp_path: Path
     assert f"{file} is damaged" in job.error
 
 
+@pytest.mark.parametrize("pattern", ["curves/*/layer*", "factors/output-*/layer*", "factors/compensated-*/layer*"])
+def test_one_bit_of_what_follows_from_statistics_is_missed_and_made_again(pattern: str, finished: RunFolder, tmp_path: Path) -> None:
+    run = RunFolder.open(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    recipe = {**RECIPE, "compensate": True}
+    assert do(run, "export", recipe=recipe, output=str(tmp_path / "before")).state == "finished"
+    intact = {file: file.read_bytes() for file in run.path.glob(pattern)}
+    for file, content in intact.items():
+        file.write_bytes(content[:-7] + bytes([content[-7] ^ 4]) + content[-6:])
+    job = do(run, "export", recipe=recipe, output=str(tmp_path / "after"))
+    assert (job.state, job.error_kind) == ("failed", "RunError")
+    assert "is damaged (its content does not match its digest)" in job.error
+    assert not (tmp_path / "after").exists()
+    bad = next(file for file in intact if str(file) in job.error)
+    for file in set(intact) - {bad}:
+        file.write_bytes(intact[file])
+    advised(job.error, run)
+    assert do(run, "export", recipe=recipe, output=str(tmp_path / "after")).state == "finished"
+    assert bad.exists()
+    assert contents(tmp_path / "after") == contents(tmp_path / "before")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"id": 1}'])
 def test_a_damaged_name_plate_is_an_error(content: str, finished: RunFolder, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished.path, tmp_path / "run"))

@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moesvd_core.atomic import is_disk_full, replacing
-from moesvd_core.errors import ResourceError, StatisticsError
+from moesvd_core.errors import MoesvdError, ResourceError, StatisticsError
 
 _KEY = "moesvd"
 _FIX = "remove the folder of statistics and calibrate again"
+MADE_AGAIN = "delete it, it will be made again"
+"""What to do about a damaged file that follows from statistics and weights."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
@@ -42,23 +44,33 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping
         raise
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path, *, error_type: type[MoesvdError] = StatisticsError, fix: str = _FIX, undigested: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and facts of a file that `save_tensors` wrote, in memory of their own.
 
+    Args:
+        error_type: of what is raised.
+        fix: what to do about a bad file, for its message.
+        undigested: also take a file of an earlier version, which has no digest: its metadata are the facts.
+
     Raises:
-        StatisticsError: missing or damaged; names the file.
+        StatisticsError (or `error_type`): missing or damaged; names the file.
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})[_KEY])
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        facts, digest = metadata["facts"], metadata["digest"]
+        if undigested and _KEY not in metadata:
+            return tensors, metadata
+        signed = json.loads(metadata[_KEY])
+        facts, digest = signed["facts"], signed["digest"]
     except FileNotFoundError as error:
-        raise StatisticsError(f"{path} is missing: {_FIX}") from error
+        raise error_type(f"{path} is missing: {fix}") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise StatisticsError(f"{path} is damaged ({type(error).__name__}: {error}): {_FIX}") from error
+        raise error_type(f"{path} is damaged ({type(error).__name__}: {error}): {fix}") from error
     if digest != _digest(tensors, facts):
-        raise StatisticsError(f"{path} is damaged (its content does not match its digest): {_FIX}")
+        raise error_type(f"{path} is damaged (its content does not match its digest): {fix}")
     return tensors, facts
 
 
