@@ -56,9 +56,9 @@ def restrict(block: nn.Module, experts: int, kept: Sequence[int], active: int) -
     router: Any = router_of(block)
     if len(kept) < active:
         raise UnsupportedModelError(f"at least {active} experts must be kept, as many as answer each token, got {len(kept)}")
-    groups = next((int(getattr(router, name)) for name in _GROUPS if getattr(router, name, None)), 1)
+    groups, chosen = router_groups(router)
     if groups > 1:
-        _check_groups(router, groups, experts, kept, active)
+        _check_groups(router, groups, chosen, experts, kept, active)
     router.kept_experts, router.counted_experts, router.by_groups = tuple(kept), experts, groups > 1
     router.kept_tables = {}
     router.forward = MethodType(_forward, router)
@@ -71,17 +71,40 @@ def release(block: nn.Module) -> None:
         router.__dict__.pop(name, None)
 
 
-def _check_groups(router: nn.Module, groups: int, experts: int, kept: Sequence[int], active: int) -> None:
-    """The router takes the best few groups by their two best experts each, and then the best experts in them: enough must be left."""
-    if not isinstance(getattr(router, _CORRECTION, None), torch.Tensor):
+def router_groups(router: nn.Module | None) -> tuple[int, int]:
+    """Groups of neighbouring experts that a router looks for first, and how many it takes; (1, 1) where it does not.
+
+    It takes 0 where it scores them in a way that cannot rule an expert out: then no expert may go.
+    """
+    groups = next((int(getattr(router, name)) for name in _GROUPS if getattr(router, name, None)), 1)
+    if groups == 1:
+        return 1, 1
+    return groups, int(getattr(router, "topk_group", 0)) if isinstance(getattr(router, _CORRECTION, None), torch.Tensor) else 0
+
+
+def left_in_groups(kept: Sequence[int], experts: int, groups: int) -> list[int]:
+    """How many of each group's experts are kept, fewest first."""
+    return sorted(sum(1 for expert in kept if expert * groups // experts == group) for group in range(groups))
+
+
+def enough_left(kept: Sequence[int], experts: int, groups: int, chosen: int, active: int) -> bool:
+    """Whether a router finds as many experts as answer each token, whichever groups it takes.
+
+    It takes the best few groups by their two best experts each, and then the best experts in them.
+    """
+    usable = [count for count in left_in_groups(kept, experts, groups) if count >= 2] if groups > 1 else [len(kept)]
+    return 0 < chosen <= len(usable) and sum(usable[:chosen]) >= active
+
+
+def _check_groups(router: nn.Module, groups: int, chosen: int, experts: int, kept: Sequence[int], active: int) -> None:
+    """Enough must be left in every choice of groups."""
+    if not chosen:
         raise UnsupportedModelError(
             f"{type(router).__name__} chooses among {groups} groups of experts by scores that cannot be ruled out: "
             "prune neurons or use factors instead"
         )
-    left = sorted(sum(1 for expert in kept if expert * groups // experts == group) for group in range(groups))
-    chosen: int = router.topk_group  # type: ignore[assignment]
-    usable = [count for count in left if count >= 2]
-    if len(usable) < chosen or sum(usable[:chosen]) < active:
+    if not enough_left(kept, experts, groups, chosen, active):
+        left = left_in_groups(kept, experts, groups)
         raise UnsupportedModelError(
             f"{chosen} of {groups} groups of experts must always have {active} experts left, got {left} a group: choose a smaller ratio"
         )

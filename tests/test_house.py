@@ -17,12 +17,17 @@ FOUNDATION = {"moesvd_core.errors", "moesvd_core.progress", "moesvd_core.atomic"
 """What any room may import: errors, progress, safe writing."""
 
 STATIONS = {
-    "moesvd_core.architectures": ("moesvd_core.experts.gate_of",),  # one gate for reading and running; exports copy experts.py whole
-    "moesvd_core.calibration": ("moesvd_core.architectures",),
+    # One gate, and one rule of groups, for reading and for running; exports copy the modules of running whole.
+    "moesvd_core.architectures": ("moesvd_core.experts.gate_of", "moesvd_core.kept_router.router_groups"),
+    "moesvd_core.calibration": ("moesvd_core.architectures", "moesvd_core.tensor_files"),
     "moesvd_core.sensitivity": ("moesvd_core.calibration",),
     "moesvd_core.similarity": (),
     "moesvd_core.planning": (),
-    "moesvd_core.decomposition": ("moesvd_core.architectures.layout", "moesvd_core.calibration.statistics", "moesvd_core.planning"),
+    "moesvd_core.tensor_files": (),
+    "moesvd_core.decomposition": (
+        "moesvd_core.architectures.layout", "moesvd_core.calibration.statistics", "moesvd_core.planning", "moesvd_core.tensor_files",
+        "moesvd_core.kept_router.enough_left",  # one rule for planning and running
+    ),
     "moesvd_core.grouped": (),
     "moesvd_core.experts": ("moesvd_core.grouped",),
     "moesvd_core.rival_sides": ("moesvd_core.experts", "moesvd_core.grouped"),
@@ -31,7 +36,7 @@ STATIONS = {
         "moesvd_core.architectures", "moesvd_core.decomposition.factors", "moesvd_core.experts", "moesvd_core.grouped",
         "moesvd_core.rival_sides", "moesvd_core.kept_router",
     ),
-    "moesvd_core.evaluation": ("moesvd_core.architectures", "moesvd_core.calibration.text", "moesvd_core.calibration.tensor_files"),
+    "moesvd_core.evaluation": ("moesvd_core.architectures", "moesvd_core.calibration.text", "moesvd_core.tensor_files"),
 }
 """The stations that a model passes, and what each may import beside the foundation and itself: a model flows in one direction. Whatever
 is not a station (runs, the command line, the public surface) may use them all, and no station uses it."""

@@ -1,5 +1,6 @@
 """Finding a model's decoder layers and the routed experts in them; works on models without weights (meta device) too."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from moesvd_core.architectures.families import Family, family_of, text_config
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.errors import UnsupportedModelError
+from moesvd_core.kept_router import router_groups
 
 EXPERT_LAYER = "expert_layer"
 """Attribute under which a module that replaces an experts module keeps the fields of its `ExpertLayer`: its own tensors no longer tell."""
@@ -48,7 +50,9 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     for index, decoder_layer in enumerate(layers):
         module = submodule(decoder_layer, family.experts)
         if module is not None:
-            found.append(_layer(module, index, f"{prefix}.{index}.{family.experts}", family, _active(config, family, index)))
+            layer = _layer(module, index, f"{prefix}.{index}.{family.experts}", family, _active(config, family, index))
+            groups, chosen = router_groups(submodule(decoder_layer, family.router))
+            found.append(replace(layer, groups=groups, chosen_groups=chosen))
     if not found:
         raise UnsupportedModelError(
             f"none of the {len(layers)} layers of this '{text_config(config).model_type}' model has routed experts: it is dense"

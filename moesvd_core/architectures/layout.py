@@ -30,6 +30,8 @@ class ExpertLayer:
         biased: both projections carry a bias, which is always kept.
         routing: "weights" — the module is called with (hidden_TD, index_Tk, weight_Tk);
             "scaled-inputs" — llama4: called with hidden states of all experts one below the other, multiplied by the router's scores.
+        groups: of neighbouring experts, of which the router takes the best few first and experts only from those; 1 where it does not.
+        chosen_groups: how many it takes; 0 where it scores them in a way that cannot rule an expert out, so that none may go.
     """
 
     index: int
@@ -42,6 +44,8 @@ class ExpertLayer:
     transposed: bool = False
     biased: bool = False
     routing: Literal["weights", "scaled-inputs"] = "weights"
+    groups: int = 1
+    chosen_groups: int = 1
 
     @property
     def input_rows(self) -> int:

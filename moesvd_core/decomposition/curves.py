@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.decomposition.metrics import LayerMetric
+from moesvd_core.kept_router import enough_left
 from moesvd_core.planning import Side, SideCurve, Structure
 
 
@@ -136,6 +138,8 @@ def merged_curve(metric: LayerMetric, side: Side, loss_R: torch.Tensor, gain_R: 
 def kept_curve(metric: LayerMetric, side: Side, loss_E: torch.Tensor, score_E: torch.Tensor) -> SideCurve:
     """A slot an expert, which is there or not; a token is answered by as many experts as before, so at least those stay.
 
+    Where the router looks for groups of experts first, as many stay as leave it enough in every group that it may take.
+
     Args:
         loss_E: what dropping each expert loses, output metric.
         score_E: what the method keeps experts by; the same for both sides.
@@ -150,8 +154,20 @@ def kept_curve(metric: LayerMetric, side: Side, loss_E: torch.Tensor, score_E: t
         flops=[0.0] * experts,
         dense_flops=[load * rows * columns for load in metric.frequencies],
         fixed_flops=active,
-        least=max(metric.layer.active, 2),  # routers that look for the best groups of experts ask each for two
+        least=_fewest_kept(metric.layer, score_E),
     )
+
+
+def _fewest_kept(layer: ExpertLayer, score_E: torch.Tensor) -> int:
+    """The fewest experts, best first, from which on every number of them leaves the router enough; one more than there are if none does.
+
+    One more expert is not always better: a group that had too few to be taken becomes one that may be taken, and has little else.
+    """
+    order = np.argsort(-score_E.double().cpu().numpy(), kind="stable").tolist()  # that of `SideCurve.slot_ranks`
+    fewest = layer.experts + 1
+    while fewest > layer.active and enough_left(order[: fewest - 1], layer.experts, layer.groups, layer.chosen_groups, layer.active):
+        fewest -= 1
+    return fewest
 
 
 def _curve(

@@ -119,7 +119,8 @@ def _parameters_to_remove(recipe: Recipe, parameters: int, largest: int) -> int:
         return largest  # asked for the largest, give or take the last bit
     if removed > largest:
         bound = floor(1e4 * largest / parameters) / 1e4
-        raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on this model, got {recipe.ratio:g}: choose a smaller ratio")
+        fix = "choose a smaller ratio" if bound else "it can leave nothing out of this one, choose another method"
+        raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on this model, got {recipe.ratio:g}: {fix}")
     return removed
 
 
