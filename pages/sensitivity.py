@@ -69,9 +69,9 @@ def _detail() -> tuple[gr.Radio, gr.HTML, list[gr.HTML]]:
             below = figure.box("Spectrum of down: what every rank loses", height=380, elem_id="layer-curves-output")
     with gr.Row(elem_classes="columns"):
         with gr.Column(min_width=300):
-            loads = figure.box("Expert loads", height=340, elem_id="layer-loads")
+            loads = figure.box("Expert loads", height=380, elem_id="layer-loads")
         with gr.Column(min_width=300):
-            kept = figure.box("What each method keeps, by ratio", height=340, clicks=True, elem_id="layer-kept")
+            kept = figure.box("What each method keeps, by ratio", height=380, clicks=True, elem_id="layer-kept")
     table = gr.HTML("", elem_id="layer-plans", min_height=240)
     return by, kept, [title, above, below, loads, kept, table]
 

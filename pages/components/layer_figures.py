@@ -50,8 +50,8 @@ def loss_curves(curves: Mapping[tuple[str, ...], Sequence[SideCurve]], side: Sid
             continue
         style = mark(names[0])
         drawn.add_scatter(
-            x=shown["kept" if by == "share" else "rank"], y=shown["loss"], name=name, mode="lines", customdata=shown[["rank", "kept"]],
-            line={"color": style.color, "dash": style.dash, "width": 2},
+            x=shown["kept" if by == "share" else "rank"], y=shown["loss"], name=name, legendgroup=name, mode="lines",
+            customdata=shown[["rank", "kept"]], line={"color": style.color, "dash": style.dash, "width": 2},
             hovertemplate=f"{name}, {curve.structure}<br>rank %{{customdata[0]}}, %{{customdata[1]:.1%}} kept"
             "<br>%{y:.4g} mnat a token<extra></extra>",
         )
@@ -107,7 +107,7 @@ def kept_lines(plans: Plans, layer: int, ratio: float, method: str) -> str:
         frames.append(own)
         style = mark(name)
         drawn.add_scatter(
-            x=own["ratio"], y=own["kept"], name=name, mode="lines+markers", customdata=own["loss"],
+            x=own["ratio"], y=own["kept"], name=name, legendgroup=name, mode="lines+markers", customdata=own["loss"],
             line={"color": style.color, "dash": style.dash, "width": 3 if name == method else 2},
             marker={"size": 7, "symbol": style.symbol, "maxdisplayed": 12},
             hovertemplate=f"{name} at ratio %{{x:.0%}}<br>%{{y:.1%}} of layer {layer} kept<br>"
