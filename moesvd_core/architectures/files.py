@@ -5,9 +5,11 @@ fit together is a `CheckpointError` that names the file and the tensor. Tensors 
 would count as this process's memory long after the layer they belong to was dropped.
 """
 
+import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,15 @@ class ModelFiles:
             for start in range(0, tensor.shape[0], rows):
                 stop = min(start + rows, tensor.shape[0])
                 target[start:stop].copy_(self._read(tensor, start, stop, finite=True))
+
+    def announce(self, keys: Sequence[str]) -> None:
+        """Ask the system to fetch tensors into its own cache, where it can be asked; returns at once, and takes no memory of the process.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        for tensor in map(self._stored, keys):
+            _announce(tensor)
 
     def _read(self, tensor: StoredTensor, start: int, stop: int | None, finite: bool) -> torch.Tensor:
         shape = tensor.shape if stop is None else (stop - start, *tensor.shape[1:])
@@ -326,6 +337,13 @@ def _homes(folder: Path) -> list[Path]:
     """Where files of the folder may really lie: in it, or among the blobs of its repository in the hub's cache."""
     blobs = folder.parent.parent / "blobs"
     return [folder, blobs] if folder.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink() else [folder]
+
+
+def _announce(tensor: StoredTensor) -> None:
+    """Have the bytes of a tensor fetched; what cannot be fetched now is reported when it is read."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), tensor.file.open("rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), tensor.start, tensor.stop - tensor.start, os.POSIX_FADV_WILLNEED)
 
 
 def _fill(tensor: StoredTensor, start: int, bytes_B: torch.Tensor) -> None:

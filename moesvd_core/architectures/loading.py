@@ -104,6 +104,10 @@ class WeightLoader:
                 self._place(name, value)
                 del value
 
+    def announce(self, layer: int) -> None:
+        """Have the system fetch a layer's tensors while something else is computed; no layer of that number: nothing to do."""
+        self._files.announce([key for target in self._targets.get(layer, ()) for key in target.keys])
+
     def free(self, layer: int) -> None:
         """Give back what `load` took for a layer."""
         for target in self._targets[layer]:

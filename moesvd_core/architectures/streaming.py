@@ -162,6 +162,7 @@ class LayerStream(_Decoder):
         self._loader = WeightLoader(model, self.files, decoder_layers(model)[0], self.device, quantizer)
         self.unused = tuple(self._loader.unused)
         self._holders = [0] * len(self.layers)
+        self._last = -1
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -178,6 +179,9 @@ class LayerStream(_Decoder):
             if self._holders[index] == 1:
                 return_freed_memory()  # what the last layer's work left behind
                 self._loader.load(index)
+                # Passes go up or down the layers: the next one is read from the disk while this one is worked on.
+                self._loader.announce(index + (1 if index >= self._last else -1))
+                self._last = index
             yield self.layers[index]
         finally:
             self._holders[index] -= 1

@@ -1,6 +1,7 @@
 """A decoder run layer by layer gives what the whole model gives, in the memory of one layer, and reports every damaged tensor."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.find import expert_layers
+from moesvd_core.architectures.headers import read_header
 from moesvd_core.architectures.loading import WeightLoader
 from moesvd_core.architectures.streaming import DecoderStream, LayerStream, MemoryStream
 from moesvd_core.errors import CheckpointError, InputError, MoesvdError, UnsupportedModelError
@@ -467,3 +469,18 @@ def test_a_folder_that_was_opened_before_is_not_checked_again(folder: Path, monk
     files = ModelFiles.open(folder)
     monkeypatch.setattr(ModelFiles, "open", None)
     assert LayerStream(files).files is files
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system that cannot be asked to read ahead")
+def test_the_next_layer_is_fetched_while_one_is_worked_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, length)))
+    stream = LayerStream(folder)
+    stored = read_header(folder / "model.safetensors").items()
+    layers = [
+        sorted((tensor.start, tensor.stop - tensor.start) for key, tensor in stored if f"layers.{index}." in key) for index in range(LAYERS)
+    ]
+    for index, following in ((0, 1), (1, 2), (2, None), (2, None), (1, 0), (0, None)):  # up, and down again
+        asked.clear()
+        with stream.layer(index), stream.layer(index):
+            assert sorted(asked) == ([] if following is None else layers[following])
