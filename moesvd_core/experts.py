@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 
-from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_graph, in_turns
+from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_graph, in_turns, pack, times
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -89,6 +89,7 @@ class Side(nn.Module):
         super().__init__()
         self.reads_tokens = reads_tokens
         self._tables: dict[str, torch.Tensor] = {}
+        self._packed: dict[str, list[torch.Tensor]] = {}
 
     def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """Multiply by every pair's own matrix."""
@@ -112,14 +113,43 @@ class Side(nn.Module):
         """Every expert's matrix, multiplied out [E, N, C]."""
         raise NotImplementedError
 
-    def table(self, name: str, device: torch.device, make: Callable[[], list[Any]]) -> torch.Tensor:
-        """A constant of the structure on the device of the data, made once.
+    def own(self, x_PC: torch.Tensor, name: str, pairs: Pairs) -> torch.Tensor:
+        """Every pair's row times its expert's matrix of a parameter [E, N, C], giving [P, N]."""
+        weight_ENC = self.get_parameter(name)
+        if pairs.runs is None:
+            return grouped_linear(x_PC, weight_ENC, pairs.end_E)
+        return in_turns(x_PC.to(weight_ENC.dtype), pairs.runs, lambda expert: ((self.matrix(name, expert),),), weight_ENC.shape[1])
 
-        Not a buffer: those that are not saved come back from a checkpoint uninitialised, and those that are would be cast and offloaded.
-        """
-        if name not in self._tables or self._tables[name].device != device:
-            self._tables[name] = torch.tensor(make(), device=device)
-        return self._tables[name]
+    def shared(self, x_PC: torch.Tensor, name: str) -> torch.Tensor:
+        """Rows times the one matrix of a parameter [N, C]."""
+        return times(x_PC.to(self.get_parameter(name).dtype), self.matrix(name))
+
+    def matrix(self, name: str, place: int | None = None) -> torch.Tensor:
+        """A parameter's matrix, or the one of its place, as the kernels are to read it."""
+        if name in self._packed:
+            return self._packed[name][place or 0]
+        weight = self.get_parameter(name)
+        return weight if place is None else weight[place]
+
+    def pack(self) -> None:
+        """See `FactoredExperts.pack`."""
+        for name, weight in self.named_parameters():
+            if weight.numel() > 0 and name not in self._packed:
+                matrices = self.filled_up(name, weight.detach().view(-1, *weight.shape[-2:]))
+                self._packed[name] = [pack(matrix_NC) for matrix_NC in matrices]
+                self.register_parameter(name, nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad))
+
+    def unpack(self) -> None:
+        """Take the parameters out of what `pack` made of them."""
+        for name, packed in self._packed.items():
+            weight = self.get_parameter(name)
+            plain = torch.stack([matrix_NC.to_dense()[: weight.shape[-2], : weight.shape[-1]] for matrix_NC in packed])
+            self.register_parameter(name, nn.Parameter(plain.view(weight.shape), weight.requires_grad))
+        self._packed.clear()
+
+    def filled_up(self, name: str, weight_GNC: torch.Tensor) -> torch.Tensor:
+        """A parameter's matrices as they are packed, where some zeros save kernels."""
+        return weight_GNC
 
 
 class DenseSide(Side):
@@ -130,7 +160,7 @@ class DenseSide(Side):
         self.weight = nn.Parameter(torch.empty(experts, rows, columns, **kind))
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        return pairs.multiply(x_PC, self.weight)
+        return self.own(x_PC, "weight", pairs)
 
     def matrices(self) -> torch.Tensor:
         return self.weight
@@ -161,13 +191,13 @@ class PerExpertSide(Side):
         self._parts = [[(members.index(e), names) for members, names in self._products if e in members] for e in range(len(ranks))]
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        if len(self._products) == 1 and len(self._products[0][0]) == len(self.ranks):  # one rank for all: the pairs stand as needed
-            for name in self._products[0][1]:
-                x_PC = pairs.multiply(x_PC, getattr(self, name))
-            return x_PC
         x_PC = x_PC.to(next((own.dtype for own in self.parameters()), x_PC.dtype))
         if pairs.runs is not None:
             return in_turns(x_PC, pairs.runs, self._chains, self.rows)
+        if len(self._products) == 1 and len(self._products[0][0]) == len(self.ranks):  # one rank for all: the pairs stand as needed
+            for name in self._products[0][1]:
+                x_PC = self.own(x_PC, name, pairs)
+            return x_PC
         several = any(len(parts) > 1 for parts in self._parts)  # parts of one matrix are added up
         exact = torch.promote_types(x_PC.dtype, torch.float32) if several else x_PC.dtype
         y_PN = torch.zeros(len(x_PC), self.rows, dtype=exact, device=x_PC.device)
@@ -180,8 +210,16 @@ class PerExpertSide(Side):
             y_PN.index_add_(0, runs.row_Q, y_QC.to(exact))
         return y_PN.to(x_PC.dtype)
 
+    def filled_up(self, name: str, weight_GNC: torch.Tensor) -> torch.Tensor:
+        """Ranks up to the next multiple of 32: each is a kernel of its own, and a packed matrix is filled up in any case."""
+        if name == "dense":
+            return weight_GNC
+        side = name.startswith("right")
+        missing = -weight_GNC.shape[1 if side else 2] % 32
+        return pad(weight_GNC, (0, 0, 0, missing) if side else (0, missing))
+
     def _chains(self, expert: int) -> list[list[torch.Tensor]]:
-        return [[getattr(self, name)[place] for name in names] for place, names in self._parts[expert]]
+        return [[self.matrix(name, place) for name in names] for place, names in self._parts[expert]]
 
     def matrices(self) -> torch.Tensor:
         example = next(self.parameters(), torch.empty(0))
@@ -219,11 +257,11 @@ class SharedRightSide(Side):
         }
 
     def narrow(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return self._times_right(0, x_TC) if self._once else x_TC
+        return self.shared(x_TC, "right_0") if self._once else x_TC
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         if len(self.groups) == 1 and not self._once:
-            x_PC = self._times_right(0, x_PC)
+            x_PC = self.shared(x_PC, "right_0")
         if pairs.runs is not None:
             return in_turns(x_PC.to(self.get_parameter("left_0").dtype), pairs.runs, self._chains, self.rows)
         if len(self.groups) == 1:
@@ -247,13 +285,8 @@ class SharedRightSide(Side):
 
     def _chains(self, expert: int) -> list[list[torch.Tensor]]:
         g, used = self._uses[expert]
-        left_KNR = getattr(self, f"left_{g}")
-        first = [] if len(self.groups) == 1 else [getattr(self, f"right_{g}")]
-        return [[*first, left_KNR[place]] for place in used]
-
-    def _times_right(self, g: int, x_PC: torch.Tensor) -> torch.Tensor:
-        right_RC = getattr(self, f"right_{g}")
-        return linear(x_PC.to(right_RC.dtype), right_RC)
+        first = [] if len(self.groups) == 1 else [self.matrix(f"right_{g}")]
+        return [[*first, self.matrix(f"left_{g}", place)] for place in used]
 
     def _expand(self, g: int, z_QR: torch.Tensor, expert_Q: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """`Σ U_s z` over the U's of each row's expert [Q, N]; zero for rows whose expert is of another group."""
@@ -285,10 +318,10 @@ class SharedLeftSide(Side):
         self.left = nn.Parameter(torch.empty(rows, rank, **kind))
 
     def widen(self, y_TN: torch.Tensor) -> torch.Tensor:
-        return linear(y_TN.to(self.left.dtype), self.left)
+        return self.shared(y_TN, "left")
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        return pairs.multiply(x_PC, self.right)
+        return self.own(x_PC, "right", pairs)
 
     def matrices(self) -> torch.Tensor:
         return self.left @ self.right

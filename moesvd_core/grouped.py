@@ -12,7 +12,10 @@ arranged by group, G groups; N rows and C columns of one matrix.
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn.functional import linear
 from transformers.integrations.moe import _grouped_linear
+
+_packed_linear = torch.ops.mkldnn._linear_pointwise
 
 
 def grouped_linear(x_PC: torch.Tensor, weight_GNC: torch.Tensor, end_G: torch.Tensor) -> torch.Tensor:
@@ -51,23 +54,72 @@ Chains = Callable[[int], Sequence[Sequence[torch.Tensor]]]
 
 
 def in_turns(x_PC: torch.Tensor, runs: Sequence[Run], chains: Chains, rows: int) -> torch.Tensor:
-    """Take each run of rows through its expert's matrices, [P, rows]; writes into one tensor, so that no gradient can be taken."""
+    """Take each run of rows through its expert's matrices, [P, rows]; writes into one tensor, so that no gradient can be taken.
+
+    A CPU's kernels are compiled for each number of rows, which takes longer than most products. So a run takes a few of its neighbours'
+    rows along, up to a number that comes up often; what they give is written over, or left out.
+    """
+    if len(runs) == 1:
+        return _added(chains(runs[0][0]), x_PC, rows)
     y_PN = x_PC.new_empty(len(x_PC), rows)
     for expert, start, end in runs:
         own = chains(expert)
-        if len(own) == 1:
-            _through(own[0], x_PC[start:end], y_PN[start:end])
+        first, last = _window(start, end, len(x_PC))
+        if len(own) == 1 and first == start and not is_packed(own[0][-1]):  # the runs that follow write over what is too much
+            torch.mm(_through(own[0][:-1], x_PC[first:last]), own[0][-1].T, out=y_PN[first:last])
         else:
-            parts = [_through(chain, x_PC[start:end]) for chain in own]
-            y_PN[start:end] = torch.stack(parts).sum(0) if parts else 0
+            y_PN[start:end] = _added(own, x_PC[first:last], rows)[start - first : end - first]
     return y_PN
 
 
-def _through(chain: Sequence[torch.Tensor], x_QC: torch.Tensor, out_QN: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows times each of the matrices, the last product into `out_QN`."""
-    for weight_NC in chain[:-1]:
-        x_QC = torch.mm(x_QC, weight_NC.T)
-    return torch.mm(x_QC, chain[-1].T, out=out_QN)
+def _window(start: int, end: int, rows: int) -> tuple[int, int]:
+    """The run's rows and neighbours, so that there are at most four different counts between one power of two and the next."""
+    count = end - start
+    step = max(1, 1 << ((count - 1).bit_length() - 3)) if count > 8 else 1
+    first = max(0, min(start, rows - -(-count // step) * step))
+    return first, min(rows, first + -(-count // step) * step)
+
+
+def _added(chains: Sequence[Sequence[torch.Tensor]], x_QC: torch.Tensor, rows: int) -> torch.Tensor:
+    """The sum of what the chains make of rows [Q, rows]."""
+    parts = [_through(chain, x_QC) for chain in chains]
+    if not parts:
+        return x_QC.new_zeros(len(x_QC), rows)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _through(chain: Sequence[torch.Tensor], x_QC: torch.Tensor) -> torch.Tensor:
+    """Rows times each of the matrices."""
+    for weight_NC in chain:
+        x_QC = times(x_QC, weight_NC)
+    return x_QC
+
+
+def times(x_QC: torch.Tensor, weight_NC: torch.Tensor) -> torch.Tensor:
+    """Rows times a matrix [Q, N], which may be packed."""
+    if not is_packed(weight_NC):
+        return linear(x_QC, weight_NC)
+    product: torch.Tensor = _packed_linear(x_QC.contiguous(), weight_NC, None, "none", [], "")
+    return product
+
+
+def is_packed(weight_NC: torch.Tensor) -> bool:
+    """Whether a matrix has been arranged by `pack`."""
+    return weight_NC.is_mkldnn
+
+
+def pack(weight_NC: torch.Tensor) -> torch.Tensor:
+    """The matrix in the order in which a CPU's kernel reads it, exactly; as many bytes, but for filling up blocks of 64 rows.
+
+    A kernel otherwise brings a matrix into this order at every call, which takes as long as all else while there are few rows.
+    """
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NC.contiguous())
+    return packed
+
+
+def packed_bytes(weight_NC: torch.Tensor) -> int:
+    """What a packed matrix takes."""
+    return int(torch.ops.mkldnn._nbytes(weight_NC))
 
 
 class Runs:
@@ -114,11 +166,18 @@ class Pairs:
 
     def __init__(self, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None, experts: int) -> None:
         """Take the router's choice: experts, and the weights of their answers (None: every answer counts fully)."""
-        self._shape, self._experts = index_Tk.shape, experts
-        self._weight_Tk1 = None if weight_Tk is None else weight_Tk[..., None]
-        self.expert_P, self._order_P = torch.sort(index_Tk.reshape(-1), stable=True)
-        self.runs = None if keeps_tail(index_Tk) or torch.is_grad_enabled() else _runs(self.expert_P)
+        self._shape, self._experts, self._weight_Tk = index_Tk.shape, experts, weight_Tk
+        self._order_P: torch.Tensor | None = None
         self._end_E: torch.Tensor | None = None
+        self.expert_P = index_Tk.reshape(-1)
+        self.runs: list[Run] | None = None
+        open_loop = not (keeps_tail(index_Tk) or torch.is_grad_enabled())
+        if open_loop and len(index_Tk) == 1:  # one token: every pair is a run, in whatever order
+            self.runs = [(expert, place, place + 1) for place, expert in enumerate(self.expert_P.tolist())]
+            return
+        self.expert_P, self._order_P = torch.sort(self.expert_P, stable=True)
+        if open_loop:
+            self.runs = _runs(self.expert_P)
 
     @property
     def end_E(self) -> torch.Tensor:  # noqa: N802 - a tensor, named by its shape
@@ -128,20 +187,20 @@ class Pairs:
             self._end_E = torch.searchsorted(self.expert_P, ids_E, right=True).to(torch.int32)
         return self._end_E
 
-    def multiply(self, x_PC: torch.Tensor, weight_ENC: torch.Tensor) -> torch.Tensor:
-        """Every pair's row times its expert's matrix [P, N]."""
-        if self.runs is None:
-            return grouped_linear(x_PC, weight_ENC, self.end_E)
-        return in_turns(x_PC.to(weight_ENC.dtype), self.runs, lambda expert: ((weight_ENC[expert],),), weight_ENC.shape[1])
-
     def spread(self, x_TC: torch.Tensor) -> torch.Tensor:
         """Each token's row for each of its pairs [P, C]."""
+        if self._order_P is None:
+            return x_TC.expand(len(self.expert_P), -1)
         return x_TC[self._order_P // self._shape[1]]
 
     def combine(self, y_PN: torch.Tensor) -> torch.Tensor:
         """Each token's weighted sum of its experts' answers [T, N], always added in the order of the router's choice."""
-        chosen_TkN = torch.empty_like(y_PN).index_copy_(0, self._order_P, y_PN).view(*self._shape, y_PN.shape[1])
-        return (chosen_TkN if self._weight_Tk1 is None else chosen_TkN * self._weight_Tk1).sum(1)
+        if self._order_P is None and self._weight_Tk is not None:
+            exact = torch.promote_types(y_PN.dtype, self._weight_Tk.dtype)
+            return torch.mm(self._weight_Tk.to(exact), y_PN.to(exact))
+        chosen_PN = y_PN if self._order_P is None else torch.empty_like(y_PN).index_copy_(0, self._order_P, y_PN)
+        chosen_TkN = chosen_PN.view(*self._shape, y_PN.shape[1])
+        return (chosen_TkN if self._weight_Tk is None else chosen_TkN * self._weight_Tk[..., None]).sum(1)
 
 
 def _runs(expert_P: torch.Tensor) -> list[Run]:

@@ -30,11 +30,11 @@ class BaseDeltaSide(Side):
 
     def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         if self.reads_tokens:
-            return pairs.spread(x.to(self.base.dtype) @ self.base.T) + self.multiply(pairs.spread(x), pairs)
-        return pairs.combine(x).to(self.base.dtype) @ self.base.T + pairs.combine(self.multiply(x, pairs))
+            return pairs.spread(self.shared(x, "base")) + self.multiply(pairs.spread(x), pairs)
+        return self.shared(pairs.combine(x), "base") + pairs.combine(self.multiply(x, pairs))
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        return pairs.multiply(pairs.multiply(x_PC, self.right), self.left)
+        return self.own(self.own(x_PC, "right", pairs), "left", pairs)
 
     def matrices(self) -> torch.Tensor:
         return self.base + self.left @ self.right
