@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moesvd_core.api import calibrate, compress, evaluate, export, inspect, load_model, plan
     from moesvd_core.calibration.settings import Calibration
     from moesvd_core.calibration.statistics import Statistics
+    from moesvd_core.checkpoint.apply import pack, unpack
     from moesvd_core.evaluation.perplexity import Evaluation
     from moesvd_core.planning import Plan, Recipe
 
@@ -31,12 +32,13 @@ _HOME = {
     "Plan": "moesvd_core.planning",
     "Recipe": "moesvd_core.planning",
     "Statistics": "moesvd_core.calibration.statistics",
+    **dict.fromkeys(("pack", "unpack"), "moesvd_core.checkpoint.apply"),
     **dict.fromkeys(("calibrate", "compress", "evaluate", "export", "inspect", "load_model", "plan"), "moesvd_core.api"),
 }
 
 __all__ = [
     "Calibration", "Evaluation", "Plan", "Recipe", "Statistics",
-    "calibrate", "compress", "evaluate", "export", "inspect", "load_model", "plan",
+    "calibrate", "compress", "evaluate", "export", "inspect", "load_model", "pack", "plan", "unpack",
 ]
 __version__ = "0.1.0"
 

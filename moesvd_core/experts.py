@@ -1,7 +1,7 @@
 """The module that takes the place of `experts` in an unmodified transformers block, and computes with factors instead of matrices.
 
 An export carries a copy of this file, so that a checkpoint loads where nothing of this project is installed: it must import nothing of ours
-but `grouped.py`.
+but `grouped.py` and `sides.py`.
 
 Shapes: T tokens, k active experts a token, P pairs of a token and one of its experts (see `grouped.py`), E experts, d hidden size, m expert
 width, n input rows, G members of a group, R rank, N rows and C columns of one expert's matrix.
@@ -22,15 +22,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
-from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_graph, in_turns, pack, times
+from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_graph, in_turns, keeps_tail
+from moesvd_core.sides import Side, places, segments
+
+SMALL_EXPERT = 1 << 20
+"""Parameters of an expert up to which packing brings nothing."""
+PRODUCT_COST = 4_000_000
+"""Multiplications that a CPU does in the time of calling one more product."""
+
+READING_COST = 13
+"""The same for reading one more number of a matrix."""
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
-
-DISTINCT_RANKS = 8
-"""Up to so many different ranks a side, experts of equal rank are computed together; beyond, ranks are split into powers of two."""
-
 
 def gate_of(module: nn.Module, rows: str) -> Gate:
     """The family's own step from `input matrix · x` [P, n] to hidden neurons [P, m], without keeping the module's weights alive.
@@ -60,96 +65,12 @@ def _activation(module: nn.Module) -> Gate:
     return activation
 
 
-def segments(ranks: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """Cut ragged ranks into slabs that a grouped product can take without padding: (width, experts that have it), widest first.
-
-    Few different ranks: one slab for each. Many: every rank is a sum of powers of two, and slab i holds the experts whose rank has bit i,
-    so that 128 experts of ranks up to 2047 need eleven slabs and store not one number more than their ranks say.
-    """
-    distinct = sorted({rank for rank in ranks if rank > 0}, reverse=True)
-    if len(distinct) <= DISTINCT_RANKS:
-        return [(rank, tuple(e for e, own in enumerate(ranks) if own == rank)) for rank in distinct]
-    widths = [1 << bit for bit in reversed(range(distinct[0].bit_length()))]
-    slabs = [(width, tuple(e for e, own in enumerate(ranks) if own > 0 and own & width)) for width in widths]
-    return [(width, members) for width, members in slabs if members]
-
-
-def places(members: Sequence[int], experts: int) -> list[int]:
-    """Where each of the experts stands among the members; their number for those that are none."""
-    return [members.index(expert) if expert in members else len(members) for expert in range(experts)]
-
-
-class Side(nn.Module):
-    """One side of a layer's experts. On the input side it maps tokens to pairs [P, n], on the output side pairs to tokens [T, d].
-
-    What can be done once a token is done before they are spread (`narrow`) or after they are combined (`widen`).
-    """
-
-    def __init__(self, reads_tokens: bool) -> None:
-        super().__init__()
-        self.reads_tokens = reads_tokens
-        self._tables: dict[str, torch.Tensor] = {}
-        self._packed: dict[str, list[torch.Tensor]] = {}
-
-    def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        """Multiply by every pair's own matrix."""
-        if self.reads_tokens:
-            return self.multiply(pairs.spread(self.narrow(x)), pairs)
-        return self.widen(pairs.combine(self.multiply(x, pairs)))
-
-    def narrow(self, x_TC: torch.Tensor) -> torch.Tensor:
-        """What the experts of an input side read of each token."""
-        return x_TC
-
-    def widen(self, y_TN: torch.Tensor) -> torch.Tensor:
-        """Tokens' answers from what the experts of an output side made of them."""
-        return y_TN
-
-    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        """Every pair's own matrix times its row [P, N], but for what `narrow` and `widen` do."""
-        raise NotImplementedError
-
-    def matrices(self) -> torch.Tensor:
-        """Every expert's matrix, multiplied out [E, N, C]."""
-        raise NotImplementedError
-
-    def own(self, x_PC: torch.Tensor, name: str, pairs: Pairs) -> torch.Tensor:
-        """Every pair's row times its expert's matrix of a parameter [E, N, C], giving [P, N]."""
-        weight_ENC = self.get_parameter(name)
-        if pairs.runs is None:
-            return grouped_linear(x_PC, weight_ENC, pairs.end_E)
-        return in_turns(x_PC.to(weight_ENC.dtype), pairs.runs, lambda expert: ((self.matrix(name, expert),),), weight_ENC.shape[1])
-
-    def shared(self, x_PC: torch.Tensor, name: str) -> torch.Tensor:
-        """Rows times the one matrix of a parameter [N, C]."""
-        return times(x_PC.to(self.get_parameter(name).dtype), self.matrix(name))
-
-    def matrix(self, name: str, place: int | None = None) -> torch.Tensor:
-        """A parameter's matrix, or the one of its place, as the kernels are to read it."""
-        if name in self._packed:
-            return self._packed[name][place or 0]
-        weight = self.get_parameter(name)
-        return weight if place is None else weight[place]
-
-    def pack(self) -> None:
-        """See `FactoredExperts.pack`."""
-        for name, weight in self.named_parameters():
-            if weight.numel() > 0 and name not in self._packed:
-                matrices = self.filled_up(name, weight.detach().view(-1, *weight.shape[-2:]))
-                self._packed[name] = [pack(matrix_NC) for matrix_NC in matrices]
-                self.register_parameter(name, nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad))
-
-    def unpack(self) -> None:
-        """Take the parameters out of what `pack` made of them."""
-        for name, packed in self._packed.items():
-            weight = self.get_parameter(name)
-            plain = torch.stack([matrix_NC.to_dense()[: weight.shape[-2], : weight.shape[-1]] for matrix_NC in packed])
-            self.register_parameter(name, nn.Parameter(plain.view(weight.shape), weight.requires_grad))
-        self._packed.clear()
-
-    def filled_up(self, name: str, weight_GNC: torch.Tensor) -> torch.Tensor:
-        """A parameter's matrices as they are packed, where some zeros save kernels."""
-        return weight_GNC
+def every_expert(x: torch.Tensor, weight_ENC: torch.Tensor, reads_tokens: bool) -> torch.Tensor:
+    """Each expert's matrix times each token [T, C], giving [T, E, N]; or times its own row of each token [T, E, C], giving [E, T, N]."""
+    x = x.to(weight_ENC.dtype)
+    if reads_tokens:
+        return linear(x, weight_ENC.flatten(0, 1)).unflatten(1, weight_ENC.shape[:2])
+    return torch.bmm(x.transpose(0, 1), weight_ENC.transpose(1, 2))
 
 
 class DenseSide(Side):
@@ -161,6 +82,9 @@ class DenseSide(Side):
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         return self.own(x_PC, "weight", pairs)
+
+    def all_pairs(self, x: torch.Tensor) -> torch.Tensor | None:
+        return every_expert(x, self.weight, self.reads_tokens)
 
     def matrices(self) -> torch.Tensor:
         return self.weight
@@ -276,6 +200,9 @@ class SharedRightSide(Side):
                 y_PN.index_add_(0, runs.row_Q, y_QN.to(y_PN.dtype))
         return y_PN
 
+    def all_pairs(self, x: torch.Tensor) -> torch.Tensor | None:
+        return every_expert(self.narrow(x), self.get_parameter("left_0"), True) if self.latent and self.reads_tokens else None
+
     def matrices(self) -> torch.Tensor:
         full: dict[int, torch.Tensor] = {}
         for g, group in enumerate(self.groups):
@@ -322,6 +249,9 @@ class SharedLeftSide(Side):
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         return self.own(x_PC, "right", pairs)
+
+    def all_pairs(self, x: torch.Tensor) -> torch.Tensor | None:
+        return every_expert(x, self.right, self.reads_tokens)
 
     def matrices(self) -> torch.Tensor:
         return self.left @ self.right
@@ -372,6 +302,7 @@ class FactoredExperts(nn.Module):
         own_rows = spec["input"].get("size", rows)  # of the rows that the input side stores
         self.input_bias = nn.Parameter(torch.empty(experts, own_rows, **kind)) if layer["biased"] else None
         self.output_bias = nn.Parameter(torch.empty(experts, hidden, **kind)) if layer["biased"] else None
+        self._size = sum(parameter.numel() for parameter in self.parameters())
         # A tripwire without content: where the plug-in is missing, transformers would warn and go on with random experts, but it stops at
         # a shape that does not fit. This shape survives the conversion to one tensor an expert and back.
         self.register_buffer("up_proj" if layer["rows"] == "plain" else "gate_up_proj", torch.zeros(1, 2, 0, **kind))
@@ -392,7 +323,41 @@ class FactoredExperts(nn.Module):
         answer_QD = self._answer(hidden_states[row_Q], expert_Q1, None)
         return torch.zeros_like(hidden_states).index_copy_(0, row_Q, answer_QD)
 
+    def pack(self) -> None:
+        """Arrange the factors, where they are, as a CPU's kernels read them: exact, as many bytes, and faster for few tokens.
+
+        Until `unpack` they answer without gradients only, and cannot be saved, moved or compiled. Layers of small experts are left alone:
+        there calls cost more than bytes.
+
+        Raises:
+            ValueError: the factors are not on a CPU in bfloat16, or its kernels know no such order.
+        """
+        example = next(self.parameters())
+        if example.device.type == "meta" and self.packed:
+            return
+        if example.device.type != "cpu" or example.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise ValueError(f"only bfloat16 on a CPU that computes with it can be packed, got {example.dtype} on {example.device}")
+        if self._size > self.num_experts * SMALL_EXPERT:
+            self.input.pack()
+            self.output.pack()
+
+    def unpack(self) -> None:
+        """Undo `pack`, exactly."""
+        self.input.unpack()
+        self.output.unpack()
+
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        """What `pack` made of the parameters."""
+        return [*self.input.packed, *self.output.packed]
+
     def _answer(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
+        if self.packed and (torch.is_grad_enabled() or in_graph()):
+            raise RuntimeError("packed experts answer without gradients and graphs only: use torch.no_grad(), or unpack() them")
+        if weight_Tk is not None and self._asks_all(index_Tk):
+            answer_TD = self._answer_of_all(hidden_TD, index_Tk, weight_Tk)
+            if answer_TD is not None:
+                return answer_TD.to(hidden_TD.dtype)
         pairs = Pairs(index_Tk, weight_Tk, self.num_experts)
         pre_PN = self.input(hidden_TD, pairs)
         if self.input_bias is not None:
@@ -401,3 +366,27 @@ class FactoredExperts(nn.Module):
         if self.output_bias is not None:
             out_TD = out_TD + pairs.combine(self.output_bias[pairs.expert_P])
         return out_TD.to(hidden_TD.dtype)
+
+    def _asks_all(self, index_Tk: torch.Tensor) -> bool:
+        """Whether a product for all experts at once takes less than one for each of those that are asked."""
+        if self.packed or keeps_tail(index_Tk) or torch.is_grad_enabled() or len(index_Tk) == 0:
+            return False
+        tokens, active = index_Tk.shape
+        asked = min(self.num_experts, tokens * active)  # at most
+        needless = tokens * (self.num_experts - active) + READING_COST * (self.num_experts - asked)
+        return bool(needless * self._size / self.num_experts < 2 * (asked - 1) * PRODUCT_COST)
+
+    def _answer_of_all(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor) -> torch.Tensor | None:
+        """Every expert answers every token, and the router's weights leave out whom it did not ask; None where a side cannot."""
+        pre_TEN = self.input.all_pairs(hidden_TD)
+        if pre_TEN is None:
+            return None
+        if self.input_bias is not None:
+            pre_TEN = pre_TEN + self.input_bias
+        hidden_TEM = self.gate(pre_TEN.flatten(0, 1)).unflatten(0, pre_TEN.shape[:2])
+        y_ETN = self.output.all_pairs(hidden_TEM)
+        if y_ETN is None:
+            return None
+        weight_TE = weight_Tk.new_zeros(len(weight_Tk), self.num_experts).scatter_add_(1, index_Tk, weight_Tk)
+        out_TD = self.output.widen((y_ETN * weight_TE.T[..., None]).sum(0))
+        return out_TD if self.output_bias is None else out_TD + weight_TE @ self.output_bias.to(weight_TE.dtype)

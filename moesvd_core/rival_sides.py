@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesvd_core.experts import STRUCTURES, DenseSide, Side
-from moesvd_core.grouped import Pairs, Runs, grouped_linear
+from moesvd_core.experts import STRUCTURES, DenseSide
+from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_turns
+from moesvd_core.sides import Side
 
 
 class BaseDeltaSide(Side):
@@ -68,6 +69,9 @@ class MergedSide(Side):
         self.weight = nn.Parameter(torch.empty(max(self.groups) + 1, rows, columns, **kind))
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        if pairs.runs is not None:
+            chains = [((self.matrix("weight", group),),) for group in self.groups]
+            return in_turns(x_PC.to(self.weight.dtype), pairs.runs, chains.__getitem__, self.weight.shape[1])
         group_P = self.table("groups", x_PC.device, lambda: self.groups)[pairs.expert_P]
         runs = Runs(group_P, len(self.weight))
         y_QN = grouped_linear(runs.take(x_PC), self.weight, runs.end_G)

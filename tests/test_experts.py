@@ -16,10 +16,11 @@ from moesvd_core import experts, grouped
 from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.checkpoint.apply import compressed, factored_modules, replace_experts
+from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, replace_experts, unpack
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors
-from moesvd_core.experts import make_side, segments
+from moesvd_core.experts import FactoredExperts, make_side
 from moesvd_core.grouped import Runs
+from moesvd_core.sides import segments
 
 torch.set_num_threads(1)
 
@@ -74,6 +75,105 @@ def test_every_structure_equals_its_matrices(input_form: str, output_form: str, 
             assert torch.allclose(factored(*call), dense(*call), atol=2e-5)
         if tokens:
             assert torch.allclose(factored(*call), dense(*call), atol=2e-5), "where gradients are recorded"
+
+
+def rounded_layer(name: str = "mixtral", input_form: str = "latent", output_form: str = "basis") -> FactoredExperts:
+    """A layer's factored experts in bfloat16."""
+    model = TINY[name]()
+    layer = expert_layers(model)[0]
+    factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), input_form, output_form)
+    return replace_experts(model.to(torch.bfloat16), layer, factors)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("cost", [0, 1 << 40], ids=["those asked", "all"])
+def test_few_tokens_get_the_same_answer_from_all_experts_and_from_those_asked(
+    name: str, cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = TINY[name]()
+    layer = expert_layers(model)[0]
+    factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), "latent", "basis")
+    factored = replace_experts(model, layer, factors)
+    asked = []
+    monkeypatch.setattr(experts, "PRODUCT_COST", cost)
+    monkeypatch.setattr(factored, "_answer_of_all", lambda *call: asked.append(1) or FactoredExperts._answer_of_all(factored, *call))
+    call = torch.randn(9, layer.hidden), torch.stack([torch.randperm(layer.experts)[:2] for _ in range(9)]), torch.rand(9, 2)
+    expected = factored(*call)
+    with torch.no_grad():
+        assert torch.allclose(factored(*call), expected, atol=1e-5, rtol=1e-5)
+    assert bool(asked) == (cost > 0)
+
+
+@pytest.mark.parametrize("cost", [0, 1 << 40], ids=["those asked", "all"])
+def test_bfloat16_stays_within_its_rounding_either_way(cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "PRODUCT_COST", cost)
+    rounded = rounded_layer()
+    exact = copy.deepcopy(rounded).float()
+    hidden_TD = torch.randn(10, rounded.expert_layer["hidden"]).bfloat16()
+    index_Tk, weight_Tk = torch.stack([torch.randperm(4)[:2] for _ in range(10)]), torch.rand(10, 2)
+    with torch.no_grad():
+        expected = exact(hidden_TD.float(), index_Tk, weight_Tk)
+        assert (rounded(hidden_TD, index_Tk, weight_Tk).float() - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
+@pytest.mark.parametrize(("input_form", "output_form"), [*product(INPUT_FORMS, ["basis"]), *product(["latent"], OUTPUT_FORMS)])
+def test_packed_factors_give_the_same_answers_and_come_back_as_they_were(
+    input_form: str, output_form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "SMALL_EXPERT", 0)
+    monkeypatch.setattr(experts, "PRODUCT_COST", 0)
+    factored = rounded_layer("mixtral", input_form, output_form)
+    before = {name: tensor.clone() for name, tensor in factored.state_dict().items()}
+    calls = [
+        (torch.randn(tokens, factored.expert_layer["hidden"]).bfloat16(), torch.randint(4, (tokens, 2)), torch.rand(tokens, 2))
+        for tokens in (1, 3, 50)
+    ]
+    with torch.no_grad():
+        expected = [factored(*call) for call in calls]
+        factored.pack()
+        factored.pack()
+        assert all(parameter.device.type == "meta" for parameter in factored.parameters() if parameter.ndim > 1 and parameter.numel())
+        for call, answer in zip(calls, expected, strict=True):
+            assert (factored(*call).float() - answer.float()).norm() <= 1e-2 * answer.float().norm()
+    with pytest.raises(RuntimeError, match="unpack"):
+        factored(*calls[0])
+    factored.unpack()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in factored.state_dict().items())
+    assert factored(*calls[-1]).requires_grad
+
+
+def test_only_bfloat16_can_be_packed_and_small_experts_are_left_alone() -> None:
+    model = TINY["mixtral"]()
+    student = compressed(model, model_factors(model))
+    with pytest.raises(ValueError, match=r"got torch\.float32 on cpu"):
+        pack(student)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
+def test_a_packed_model_generates_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["mixtral"]().to(torch.bfloat16)
+    student = compressed(model, model_factors(model))
+    assert pack(student) == 0
+    monkeypatch.setattr(experts, "SMALL_EXPERT", 0)
+    with torch.no_grad():
+        expected = student(**tiny_batch()).logits
+        assert pack(student) == len(factored_modules(student))
+        assert torch.allclose(student(**tiny_batch()).logits, expected, atol=2e-2)
+        assert student.generate(**tiny_batch(), max_new_tokens=4, do_sample=False).shape[1] == tiny_batch()["input_ids"].shape[1] + 4
+    unpack(student)
+    student(**tiny_batch()).logits.sum().backward()
+
+
+@pytest.mark.parametrize("count", [*range(1, 70), 500])
+def test_a_run_takes_neighbours_along_up_to_a_usual_number(count: int) -> None:
+    first, last = grouped._window(1000 - count, 1000, 1000)
+    assert first <= 1000 - count
+    assert last == 1000
+    assert count <= last - first <= 1.25 * count
+    assert grouped._window(0, count, 1000) == (0, last - first)
+    assert grouped._window(0, count, count) == (0, count)
+    assert len({grouped._window(0, each, 1000)[1] for each in range(33, 65)}) == 4
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])

@@ -77,6 +77,27 @@ def factored_modules(model: nn.Module) -> dict[str, FactoredExperts]:
     return dict(found)
 
 
+def pack(model: nn.Module) -> int:
+    """Arrange the factors of a model on a CPU for faster answers to few tokens (`FactoredExperts.pack`), until `unpack`.
+
+    Returns:
+        In how many layers that was worth it.
+
+    Raises:
+        ValueError: factors that are not in bfloat16 on a CPU that computes with it.
+    """
+    modules = factored_modules(model).values()
+    for module in modules:
+        module.pack()
+    return sum(bool(module.packed) for module in modules)
+
+
+def unpack(model: nn.Module) -> None:
+    """Undo `pack`, exactly: packed factors can neither be trained nor saved, moved or compiled."""
+    for module in factored_modules(model).values():
+        module.unpack()
+
+
 def is_factored(config: Any) -> bool:
     """Whether a configuration (an object, or the content of config.json) is that of a factored checkpoint."""
     settings = config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)

@@ -22,7 +22,8 @@ from moesvd_core.decomposition.factors import (
     SharedRightFactors,
     SideFactors,
 )
-from moesvd_core.experts import FactoredExperts, segments
+from moesvd_core.experts import FactoredExperts
+from moesvd_core.sides import segments
 
 Spec = dict[str, Any]
 

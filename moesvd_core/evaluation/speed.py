@@ -20,8 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from moesvd_core.architectures.find import expert_layers
+from moesvd_core.checkpoint.apply import factored_modules
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.hidden import context_limit
+from moesvd_core.grouped import packed_bytes
 from moesvd_core.progress import Progress, Report, silent
 
 
@@ -102,9 +104,10 @@ def measure_speed(models: Mapping[str, PreTrainedModel], test: SpeedTest | None 
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters and buffers; tied ones once."""
-    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    """Bytes of parameters and buffers, tied ones once, and of what was packed instead of them."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"]
+    packed = sum(packed_bytes(matrix_NC) for module in factored_modules(model).values() for matrix_NC in module.packed)
+    return packed + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _prompt(model: PreTrainedModel, test: SpeedTest) -> torch.Tensor:
@@ -194,6 +197,11 @@ def _grouped_flops(input_shape: torch.Size, weight_shape: torch.Size, *_: Any, *
     return 2 * input_shape[0] * input_shape[1] * weight_shape[-1]
 
 
+def _packed_flops(input_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """Rows [S, a] times a matrix [b, a]."""
+    return 2 * input_shape[0] * input_shape[1] * weight_shape[0]
+
+
 def _attention_flops(query_shape: torch.Size, key_shape: torch.Size, value_shape: torch.Size, *_: Any, **__: Any) -> int:
     """Scores and mix of [B, heads, T, a] queries with [B, heads, S, a] keys and [B, heads, S, b] values."""
     batch, heads, queries, width = query_shape
@@ -205,6 +213,7 @@ def _flops(model: PreTrainedModel, prompt_BT: torch.Tensor) -> int:
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.aten._grouped_mm: _grouped_flops,
         torch.ops.transformers.grouped_mm_fallback: _grouped_flops,
+        torch.ops.mkldnn._linear_pointwise: _packed_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -235,10 +244,10 @@ class _LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if _stored(leaf)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if _stored(leaf):
                 self._add(leaf.untyped_storage(), inputs)
         return result
 
@@ -255,3 +264,8 @@ class _LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size
+
+
+def _stored(leaf: Any) -> bool:
+    """Whether it is a tensor with a storage, which packed matrices have not."""
+    return isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from moesvd_core.architectures.files import resolve_model
 from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration import Calibration, calibrate
-from moesvd_core.checkpoint.apply import compressed
+from moesvd_core.checkpoint.apply import compressed, pack
 from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.synthetic import MixtralSize, write_random_mixtral
@@ -83,6 +83,11 @@ class InferenceBenchmark:
             pipeline = Pipeline(MemoryStream(model), calibrate(MemoryStream(model), tokenizer, self.calibration, report=report))
             plans = self._plans(pipeline, report)
             models = {name: _compressed(model, pipeline, plan) for name, plan in plans.items()}
+            if self.device == "cpu" and model.dtype == torch.bfloat16:
+                for name, plan in tuple(plans.items()):
+                    packed = _compressed(model, pipeline, plan)
+                    if pack(packed):
+                        models[f"{name}, packed"], plans[f"{name}, packed"] = packed, plan
         rows = []
         for batch, prompt in product(self.batches, self.prompts):
             test = replace(self.test, batch=batch, prompt_tokens=prompt)
@@ -98,6 +103,7 @@ class InferenceBenchmark:
             "× original: tokens a second beside the fastest implementation of the original in that cell and phase; experts: counting the "
             "time within the experts alone; of ideal: that times the share of the experts' parameters kept, 1 where speed rises as size "
             "falls",
+            "packed: matrices in the order in which the processor's kernels read them (`moesvd_core.pack`), where experts are large enough",
             "auto: whichever structures lose least with at most that share of the experts' parameters and of their operations",
         ]
 

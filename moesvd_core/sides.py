@@ -1,0 +1,130 @@
+"""What all structures of `experts.py` have in common: one side of a layer's experts, how pairs pass it, and how its matrices are packed.
+
+An export carries a copy of this file, so it must import torch and the other files that are carried only.
+
+Shapes as in `experts.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesvd_core.grouped import Pairs, grouped_linear, in_turns, pack, times
+
+DISTINCT_RANKS = 8
+"""Up to so many different ranks a side, experts of equal rank are computed together; beyond, ranks are split into powers of two."""
+
+
+def segments(ranks: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """Cut ragged ranks into slabs that a grouped product can take without padding: (width, experts that have it), widest first.
+
+    Few different ranks: one slab for each. Many: every rank is a sum of powers of two, and slab i holds the experts whose rank has bit i,
+    so that 128 experts of ranks up to 2047 need eleven slabs and store not one number more than their ranks say.
+    """
+    distinct = sorted({rank for rank in ranks if rank > 0}, reverse=True)
+    if len(distinct) <= DISTINCT_RANKS:
+        return [(rank, tuple(e for e, own in enumerate(ranks) if own == rank)) for rank in distinct]
+    widths = [1 << bit for bit in reversed(range(distinct[0].bit_length()))]
+    slabs = [(width, tuple(e for e, own in enumerate(ranks) if own > 0 and own & width)) for width in widths]
+    return [(width, members) for width, members in slabs if members]
+
+
+def places(members: Sequence[int], experts: int) -> list[int]:
+    """Where each of the experts stands among the members; their number for those that are none."""
+    return [members.index(expert) if expert in members else len(members) for expert in range(experts)]
+
+
+class Side(nn.Module):
+    """One side of a layer's experts. On the input side it maps tokens to pairs [P, n], on the output side pairs to tokens [T, d].
+
+    What can be done once a token is done before they are spread (`narrow`) or after they are combined (`widen`).
+    """
+
+    def __init__(self, reads_tokens: bool) -> None:
+        super().__init__()
+        self.reads_tokens = reads_tokens
+        self._tables: dict[str, torch.Tensor] = {}
+        self._packed: dict[str, list[torch.Tensor]] = {}
+
+    def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Multiply by every pair's own matrix."""
+        if self.reads_tokens:
+            return self.multiply(pairs.spread(self.narrow(x)), pairs)
+        return self.widen(pairs.combine(self.multiply(x, pairs)))
+
+    def narrow(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """What the experts of an input side read of each token."""
+        return x_TC
+
+    def widen(self, y_TN: torch.Tensor) -> torch.Tensor:
+        """Tokens' answers from what the experts of an output side made of them."""
+        return y_TN
+
+    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Every pair's own matrix times its row [P, N], but for what `narrow` and `widen` do."""
+        raise NotImplementedError
+
+    def matrices(self) -> torch.Tensor:
+        """Every expert's matrix, multiplied out [E, N, C]."""
+        raise NotImplementedError
+
+    def all_pairs(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What every expert makes of every token, where that is one product; None where it is not.
+
+        Input side: tokens [T, d] to [T, E, n]. Output side: hidden neurons [T, E, m] to [E, T, N], all but for `widen`.
+        """
+        return None
+
+    def own(self, x_PC: torch.Tensor, name: str, pairs: Pairs) -> torch.Tensor:
+        """Every pair's row times its expert's matrix of a parameter [E, N, C], giving [P, N]."""
+        weight_ENC = self.get_parameter(name)
+        if pairs.runs is None:
+            return grouped_linear(x_PC, weight_ENC, pairs.end_E)
+        return in_turns(x_PC.to(weight_ENC.dtype), pairs.runs, lambda expert: ((self.matrix(name, expert),),), weight_ENC.shape[1])
+
+    def shared(self, x_PC: torch.Tensor, name: str) -> torch.Tensor:
+        """Rows times the one matrix of a parameter [N, C]."""
+        return times(x_PC.to(self.get_parameter(name).dtype), self.matrix(name))
+
+    def matrix(self, name: str, place: int | None = None) -> torch.Tensor:
+        """A parameter's matrix, or the one of its place, as the kernels are to read it."""
+        if name in self._packed:
+            return self._packed[name][place or 0]
+        weight = self.get_parameter(name)
+        return weight if place is None else weight[place]
+
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        """What `pack` made of the parameters."""
+        return [matrix_NC for matrices in self._packed.values() for matrix_NC in matrices]
+
+    def pack(self) -> None:
+        """See `FactoredExperts.pack`."""
+        for name, weight in self.named_parameters():
+            if weight.numel() > 0 and name not in self._packed:
+                matrices = self.filled_up(name, weight.detach().view(-1, *weight.shape[-2:]))
+                self._packed[name] = [pack(matrix_NC) for matrix_NC in matrices]
+                self.register_parameter(name, nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad))
+
+    def unpack(self) -> None:
+        """Take the parameters out of what `pack` made of them."""
+        for name, packed in self._packed.items():
+            weight = self.get_parameter(name)
+            plain = torch.stack([matrix_NC.to_dense()[: weight.shape[-2], : weight.shape[-1]] for matrix_NC in packed])
+            self.register_parameter(name, nn.Parameter(plain.view(weight.shape), weight.requires_grad))
+        self._packed.clear()
+
+    def filled_up(self, name: str, weight_GNC: torch.Tensor) -> torch.Tensor:
+        """A parameter's matrices as they are packed, where some zeros save kernels."""
+        return weight_GNC
+
+    def table(self, name: str, device: torch.device, make: Callable[[], list[Any]]) -> torch.Tensor:
+        """A constant of the structure on the device of the data, made once.
+
+        Not a buffer: those that are not saved come back from a checkpoint uninitialised, and those that are would be cast and offloaded.
+        """
+        if name not in self._tables or self._tables[name].device != device:
+            self._tables[name] = torch.tensor(make(), device=device)
+        return self._tables[name]
