@@ -200,8 +200,6 @@ def _shards(config: MixtralConfig, noise: torch.Generator) -> Iterator[dict[str,
         return torch.empty(*shape, dtype=torch.bfloat16).normal_(std=WEIGHT_STD, generator=noise)
 
     d, m = config.hidden_size, config.intermediate_size
-    fall_D = torch.arange(1, d + 1, dtype=torch.float32) ** -0.25
-    fall_D /= fall_D.square().mean().sqrt()
     ones_D = torch.ones(d, dtype=torch.bfloat16)
     yield {"model.embed_tokens.weight": matrix(config.vocab_size, d), "model.norm.weight": ones_D}
     for layer in range(config.num_hidden_layers):
@@ -211,8 +209,7 @@ def _shards(config: MixtralConfig, noise: torch.Generator) -> Iterator[dict[str,
         tensors[f"{prefix}block_sparse_moe.gate.weight"] = matrix(config.num_local_experts, d)
         for expert in range(config.num_local_experts):
             for name, shape in (("w1", (m, d)), ("w2", (d, m)), ("w3", (m, d))):
-                falling = fall_D[:, None] if name == "w2" else fall_D  # or one side's every basis would outweigh all of the other's
-                tensors[f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"] = matrix(*shape).mul_(falling)
+                tensors[f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"] = matrix(*shape)
         yield tensors
 
 
