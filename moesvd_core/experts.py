@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
-from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_graph, in_turns, keeps_tail
+from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_graph, in_turns, keeps_tail, packed_bytes
 from moesvd_core.sides import Side, places, segments
 
 SMALL_EXPERT = 1 << 20
@@ -69,7 +69,7 @@ def every_expert(x: torch.Tensor, weight_ENC: torch.Tensor, reads_tokens: bool) 
     """Each expert's matrix times each token [T, C], giving [T, E, N]; or times its own row of each token [T, E, C], giving [E, T, N]."""
     x = x.to(weight_ENC.dtype)
     if reads_tokens:
-        return linear(x, weight_ENC.flatten(0, 1)).unflatten(1, weight_ENC.shape[:2])
+        return linear(x, weight_ENC.flatten(0, 1)).view(len(x), *weight_ENC.shape[:2])
     return torch.bmm(x.transpose(0, 1), weight_ENC.transpose(1, 2))
 
 
@@ -351,6 +351,11 @@ class FactoredExperts(nn.Module):
         """What `pack` made of the parameters."""
         return [*self.input.packed, *self.output.packed]
 
+    @property
+    def packed_bytes(self) -> int:
+        """What that takes, blocks filled up."""
+        return sum(packed_bytes(matrix_NC) for matrix_NC in self.packed)
+
     def _answer(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
         if self.packed and (torch.is_grad_enabled() or in_graph()):
             raise RuntimeError("packed experts answer without gradients and graphs only: use torch.no_grad(), or unpack() them")
@@ -369,7 +374,8 @@ class FactoredExperts(nn.Module):
 
     def _asks_all(self, index_Tk: torch.Tensor) -> bool:
         """Whether a product for all experts at once takes less than one for each of those that are asked."""
-        if self.packed or keeps_tail(index_Tk) or torch.is_grad_enabled() or len(index_Tk) == 0:
+        heard = self.output._forward_pre_hooks  # by whoever expects pairs there, as compensation does
+        if self.packed or heard or keeps_tail(index_Tk) or torch.is_grad_enabled() or len(index_Tk) == 0:
             return False
         tokens, active = index_Tk.shape
         asked = min(self.num_experts, tokens * active)  # at most

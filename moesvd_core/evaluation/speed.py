@@ -20,10 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from moesvd_core.architectures.find import expert_layers
-from moesvd_core.checkpoint.apply import factored_modules
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.hidden import context_limit
-from moesvd_core.grouped import packed_bytes
 from moesvd_core.progress import Progress, Report, silent
 
 
@@ -106,7 +104,7 @@ def measure_speed(models: Mapping[str, PreTrainedModel], test: SpeedTest | None 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of parameters and buffers, tied ones once, and of what was packed instead of them."""
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"]
-    packed = sum(packed_bytes(matrix_NC) for module in factored_modules(model).values() for matrix_NC in module.packed)
+    packed: int = sum(getattr(module, "packed_bytes", 0) for module in model.modules())
     return packed + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
