@@ -156,7 +156,7 @@ class Runs:
 
 
 class Pairs:
-    """Which experts answer which tokens, as pairs sorted by expert.
+    """Which experts answer which tokens, as pairs sorted by expert (on CPUs those of a single token stand as the router chose them).
 
     Attributes:
         expert_P: the expert of each pair.

@@ -18,6 +18,7 @@ from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, replace_experts, unpack
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors
+from moesvd_core.evaluation.speed import _flops, weight_bytes
 from moesvd_core.experts import FactoredExperts, make_side
 from moesvd_core.grouped import Runs
 from moesvd_core.sides import segments
@@ -159,7 +160,10 @@ def test_a_packed_model_generates_what_it_did(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(experts, "SMALL_EXPERT", 0)
     with torch.no_grad():
         expected = student(**tiny_batch()).logits
+        plain, operations = weight_bytes(student), _flops(student, tiny_batch()["input_ids"])
         assert pack(student) == len(factored_modules(student))
+        assert plain <= weight_bytes(student)
+        assert operations <= _flops(student, tiny_batch()["input_ids"])
         assert torch.allclose(student(**tiny_batch()).logits, expected, atol=2e-2)
         assert student.generate(**tiny_batch(), max_new_tokens=4, do_sample=False).shape[1] == tiny_batch()["input_ids"].shape[1] + 4
     unpack(student)
