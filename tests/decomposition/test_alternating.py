@@ -1,6 +1,7 @@
 """Bases refined at one rank: they lose less than the nested ones, never more, and end where no small step helps."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,9 +64,9 @@ def test_refined_factors_lose_less_in_their_metric_at_the_same_size(kind: Metric
 def test_no_round_and_no_step_loses_more() -> None:
     pairs = random_pairs()
     by_rounds = [loss(pairs, refined(start(), lambda: iter(pairs), rounds, 3)) for rounds in range(6)]
-    assert all(later < earlier for earlier, later in zip(by_rounds, by_rounds[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(by_rounds))
     by_steps = [loss(pairs, refined(start(), lambda: iter(pairs), 1, steps)) for steps in range(5)]
-    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip([loss(pairs, start()), *by_steps], by_steps, strict=False))
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise([loss(pairs, start()), *by_steps]))
 
 
 def test_in_the_end_no_small_change_of_the_basis_helps() -> None:
