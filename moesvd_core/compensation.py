@@ -3,7 +3,8 @@
 Layers are taken in order. One is run on the original stream and, with its factors, on the compressed one, which all layers before have
 changed already. What the compressed layer's experts should answer is what the original's answered to the same tokens, and in addition a
 share of what the stream is off by then: the experts' sum is what gets added to it. The output factors are fitted to that
-(`decomposition.compensation`), and the compressed stream goes on through the fitted layer. Ranks, parameters and bytes stay what they were.
+(`decomposition.compensation`), shared bases having been refined before (`decomposition.alternating`), and the compressed stream goes on
+through the fitted layer. Ranks, parameters and bytes stay what they were.
 
 Shapes: N windows, L tokens a window, T tokens of a batch, k active experts, D hidden size, N (in names) input rows, M width; lower-case n:
 tokens of one expert.

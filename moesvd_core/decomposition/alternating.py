@@ -23,7 +23,8 @@ from moesvd_core.decomposition.grams import EPSILON, RootedGram, cholesky, ridge
 from moesvd_core.decomposition.projection import reader
 
 ROUNDS = 3
-"""Turns of cores and basis. More gain next to nothing: on the demo model 8 rounds solved exactly take off 5.3 % where 3 take off 5.0 %."""
+"""Turns of cores and basis. Where 40 % of the demo model's experts are kept, 3 take 9.3 and 5.1 % off the losses of input and output sides,
+and 8 take 9.9 and 5.3 %."""
 STEPS = 4
 """Steps of conjugate gradients in each round."""
 
