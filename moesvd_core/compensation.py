@@ -96,8 +96,9 @@ class Compensation:
         """Fit a loaded layer, and move both streams behind it (the last one has nobody to move them for)."""
         done = None if layer is None else self.finished(index)
         factors = self.factors(index) if layer is not None and done is None else done
-        fits = layer is not None and done is None and factors is not None and can_compensate(factors)
-        fit = self._fit(layer, factors) if fits else None
+        fit = None
+        if layer is not None and factors is not None and done is None and can_compensate(factors):
+            fit = self._fit(layer, factors)
         originals = self._all(index, _original) if layer is None or fit is None else self._fitting(layer, fit)
         if not last:
             self.states.put(_original(index + 1), originals)
