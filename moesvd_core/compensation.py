@@ -3,7 +3,8 @@
 Layers are taken in order. One is run on the original stream and, with its factors, on the compressed one, which all layers before have
 changed already. What the compressed layer's experts should answer is what the original's answered to the same tokens, and in addition a
 share of what the stream is off by then: the experts' sum is what gets added to it. The output factors are fitted to that
-(`decomposition.compensation`), and the compressed stream goes on through the fitted layer. Ranks, parameters and bytes stay what they were.
+(`decomposition.compensation`), shared bases having been refined before (`decomposition.alternating`), and the compressed stream goes on
+through the fitted layer. Ranks, parameters and bytes stay what they were.
 
 Shapes: N windows, L tokens a window, T tokens of a batch, k active experts, D hidden size, N (in names) input rows, M width; lower-case n:
 tokens of one expert.
@@ -54,11 +55,11 @@ class Compensation:
         stream: the original model.
         batches: token ids, from `batches_of`.
         statistics: of a layer, by its index.
-        factors: of a layer as planned, None where it stays; asked inside `stream.layer`.
+        factors: of a layer as planned, its shared bases refined; None where it stays; asked inside `stream.layer`.
         kind: the metric that factors minimise.
         states: where both streams wait between layers.
-        finished: fitted factors of a layer that was done before, or None; asked inside `stream.layer`.
-        keep: keeps a layer's fitted factors.
+        finished: factors of a layer that was done before, or None; asked inside `stream.layer`.
+        keep: keeps a layer's factors as they are in the end.
     """
 
     stream: DecoderStream
@@ -93,20 +94,19 @@ class Compensation:
 
     def _layer(self, index: int, layer: ExpertLayer | None, *, last: bool) -> None:
         """Fit a loaded layer, and move both streams behind it (the last one has nobody to move them for)."""
-        factors = None if layer is None else self.factors(index)
+        done = None if layer is None else self.finished(index)
+        factors = self.factors(index) if layer is not None and done is None else done
         fit = None
-        if layer is not None and factors is not None and can_compensate(factors):
-            done = self.finished(index)
-            fit = self._fit(layer, factors) if done is None else None
-            factors = done or factors
+        if layer is not None and factors is not None and done is None and can_compensate(factors):
+            fit = self._fit(layer, factors)
         originals = self._all(index, _original) if layer is None or fit is None else self._fitting(layer, fit)
         if not last:
             self.states.put(_original(index + 1), originals)
         elif fit is not None:
             for _ in originals:
                 pass
-        if fit is not None:
-            factors = fit.factors()
+        if factors is not None and done is None:
+            factors = factors if fit is None else fit.factors()
             self.keep(index, factors)
         if not last:
             with nullcontext() if layer is None or factors is None else replaced_experts(self.stream.model, layer, factors):

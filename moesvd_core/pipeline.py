@@ -28,7 +28,7 @@ from moesvd_core.calibration.statistics import Statistics
 from moesvd_core.checkpoint.apply import replaced_experts
 from moesvd_core.compensation import Compensation, batches_of
 from moesvd_core.curve_files import load_curves, save_curves
-from moesvd_core.decomposition.compensation import FITTED_STRUCTURES, can_compensate, fitted_tensors, with_fitted
+from moesvd_core.decomposition.compensation import fitted_tensors, is_changed, with_fitted
 from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.decompose import load as load_decomposition
 from moesvd_core.decomposition.factors import LayerFactors
@@ -229,7 +229,7 @@ class Pipeline:
             RunError: the plan is to be compensated, and was not yet.
         """
         factors = self._planned_factors(plan, index)
-        if factors is None or not plan.compensate or not can_compensate(factors):
+        if factors is None or not plan.compensate or not _is_changed(plan, index):
             return factors
         fitted = self._fitted_factors(plan, index, factors)
         if fitted is None:
@@ -237,25 +237,26 @@ class Pipeline:
         return fitted
 
     def compensate(self, plan: Plan, report: Report = silent) -> None:
-        """Fit a plan's factors to the compressed stream, where the plan asks for it and that was not done before.
+        """Refine a plan's shared bases and fit its factors to the compressed stream, where it asks for that and it was not done before.
 
         Goes on where it was interrupted when there is a folder.
 
         Raises:
             StatisticsError: the token ids of the calibration were not kept.
         """
-        if not plan.compensate or all(self._is_fitted(plan, layer) for layer in plan.layers):
+        if not plan.compensate or all(self._is_fitted(plan, layer.layer) for layer in plan.layers):
             return
         window_NL = self.statistics.window_NL
         if window_NL is None:
             raise StatisticsError("compensation reads the calibration text again, and these statistics do not hold it: calibrate again")
+        chosen = method(plan.method, self.methods)
         work = None if self.folder is None else self.folder / "work" / f"compensate-{compensation_key(plan)}"
         Compensation(
             stream=self.stream,
             batches=batches_of(window_NL),
             statistics=self.statistics.layers.__getitem__,
-            factors=lambda index: self._planned_factors(plan, index),
-            kind=plan.metric or method(plan.method, self.methods).metric,
+            factors=lambda index: self._planned_factors(plan, index, refined=chosen.alternate),
+            kind=plan.metric or chosen.metric,
             states=MemoryStates() if work is None else DiskStates(work),
             finished=lambda index: self._fitted_factors(plan, index, self._planned_factors(plan, index)),
             keep=lambda index, factors: self._keep_fitted(plan, index, factors),
@@ -263,12 +264,12 @@ class Pipeline:
         if work is not None:
             shutil.rmtree(work)
 
-    def _is_fitted(self, plan: Plan, layer: LayerPlan) -> bool:
+    def _is_fitted(self, plan: Plan, index: int) -> bool:
         """Whether nothing is left to fit in a layer."""
-        if layer.output.structure not in FITTED_STRUCTURES:
+        if not _is_changed(plan, index):
             return True
-        file = self._fitted_file(plan, layer.layer)
-        return (compensation_key(plan), layer.layer) in self.compensated if file is None else file.exists()
+        file = self._fitted_file(plan, index)
+        return (compensation_key(plan), index) in self.compensated if file is None else file.exists()
 
     def _fitted_factors(self, plan: Plan, index: int, planned: LayerFactors | None) -> LayerFactors | None:
         """What `_keep_fitted` kept, in the place of the planned factors; None where there is nothing."""
@@ -280,6 +281,8 @@ class Pipeline:
         return with_fitted(planned, load_tensors(file, error_type=RunError, fix=MADE_AGAIN)[0])
 
     def _keep_fitted(self, plan: Plan, index: int, factors: LayerFactors) -> None:
+        if not _is_changed(plan, index):
+            return
         file = self._fitted_file(plan, index)
         if file is None:
             self.compensated[compensation_key(plan), index] = factors
@@ -292,9 +295,13 @@ class Pipeline:
             return None
         return self.folder / "factors" / f"compensated-{compensation_key(plan)}" / f"layer-{index:03d}.safetensors"
 
-    def _planned_factors(self, plan: Plan, index: int) -> LayerFactors | None:
-        """Slices of the layer's decompositions."""
-        layer_plan = next((layer for layer in plan.layers if layer.layer == index), None)
+    def _planned_factors(self, plan: Plan, index: int, *, refined: bool = False) -> LayerFactors | None:
+        """Slices of the layer's decompositions.
+
+        Args:
+            refined: with shared bases that are refined at their rank; in factors that were fitted they are already.
+        """
+        layer_plan = _layer_plan(plan, index)
         if layer_plan is None or not layer_plan.selected:
             return None
         if index not in self.layers:
@@ -305,7 +312,7 @@ class Pipeline:
         made: LayerFactors | None = None
         for structure in sorted({side.structure for side in sides.values()} - {"dense"}):
             its = {name: side if side.structure == structure else dense for name, side in sides.items()}
-            part = self._decomposition(index, _single(base, structure)).materialise(replace(layer_plan, **its))  # type: ignore[arg-type]
+            part = self._decomposition(index, _single(base, structure)).materialise(replace(layer_plan, **its), refined=refined)  # type: ignore[arg-type]
             names = [name for name, side in sides.items() if side.structure == structure]
             made = part if made is None else replace(made, **{name: getattr(part, name) for name in names})
         return made
@@ -368,8 +375,18 @@ def decomposition_key(single: Method) -> str:
 
 def compensation_key(plan: Plan) -> str:
     """Name under which a plan's fitted factors are kept: what decides them and nothing else."""
-    decided = [plan.method, plan.metric, [(layer.layer, vars(layer.input), vars(layer.output)) for layer in plan.layers]]
+    decided = ["refined bases", plan.method, plan.metric, [(layer.layer, vars(layer.input), vars(layer.output)) for layer in plan.layers]]
     return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]
+
+
+def _layer_plan(plan: Plan, index: int) -> LayerPlan | None:
+    return next((layer for layer in plan.layers if layer.layer == index), None)
+
+
+def _is_changed(plan: Plan, index: int) -> bool:
+    """Whether compensation changes one of the plan's layers."""
+    layer = _layer_plan(plan, index)
+    return layer is not None and layer.selected and is_changed(layer)
 
 
 def _single(method: Method, structure: Structure) -> Method:

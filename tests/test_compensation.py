@@ -1,15 +1,22 @@
 """Compensation on whole models: it mends what earlier layers changed, resumes where it was, and changes nothing that it must not."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import TINY, save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
+from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import DecoderStream, LayerStream
 from moesvd_core.calibration import Calibration, Statistics, calibrate
+from moesvd_core.checkpoint.apply import factored_modules
+from moesvd_core.checkpoint.export import export_streamed
 from moesvd_core.compensation import batches_of
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import RunError, StatisticsError
 from moesvd_core.evaluation.hidden import final_hidden
 from moesvd_core.pipeline import Pipeline
@@ -34,6 +41,13 @@ def calibrated(folder: Path, name: str = "mixtral", samples: int = 40, keep: Pat
     return Pipeline(stream, statistics, keep)
 
 
+def as_they_slide(pipeline: Pipeline) -> Pipeline:
+    """The same with shared bases that are not refined."""
+    return Pipeline(
+        pipeline.stream, pipeline.statistics, methods={name: replace(each, alternate=False) for name, each in METHODS.items()}
+    )
+
+
 def fitted(pipeline: Pipeline, plan: Plan) -> Iterator[tuple[int, torch.Tensor]]:
     """Output matrices of every compressed layer."""
     for index in pipeline.layers:
@@ -51,7 +65,7 @@ def distance(pipeline: Pipeline, plan: Plan, stream: DecoderStream) -> float:
 
 
 def test_what_leaves_the_last_layer_is_closer_to_the_original(tmp_path: Path) -> None:
-    pipeline = calibrated(tmp_path)
+    pipeline = as_they_slide(calibrated(tmp_path))  # what refined bases lessen is the loss, not this distance
     sliced, plan = pipeline.plan(Recipe(method="auto", ratio=0.3)), pipeline.plan(RECIPE)
     assert [layer.as_dict() for layer in sliced.layers] == [layer.as_dict() for layer in plan.layers]
     pipeline.compensate(plan)
@@ -71,9 +85,44 @@ def test_every_family_can_be_compensated(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, original[key]) for key, tensor in pipeline.stream.model.state_dict().items() if key in original)
 
 
-def test_an_interrupted_compensation_goes_on_to_the_same_result(tmp_path: Path) -> None:
+def inputs(pipeline: Pipeline, plan: Plan) -> dict[int, torch.Tensor]:
+    """Input matrices of every compressed layer."""
+    made = {}
+    for index in pipeline.layers:
+        with pipeline.stream.layer(index):
+            factors = pipeline.factors(plan, index)
+            if factors is not None:
+                made[index] = factors.input.reconstruct()
+    return made
+
+
+def test_shared_bases_are_refined_and_exported(tmp_path: Path) -> None:
+    pipeline = calibrated(tmp_path)
+    recipe = Recipe(method="latent", ratio=0.3)
+    sliced, plan = (pipeline.plan(replace(recipe, compensate=fit)) for fit in (False, True))
+    pipeline.compensate(plan)
+    unrefined = as_they_slide(pipeline)
+    unrefined.compensate(plan)
+    before, after = inputs(pipeline, sliced), inputs(pipeline, plan)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[index], after[index]) for index in before)
+    kept = inputs(unrefined, plan)
+    assert all(torch.equal(before[index], kept[index]) for index in before), "without it input sides stay as they are"
+
+    def factors(layer: ExpertLayer) -> LayerFactors | None:
+        return pipeline.factors(plan, layer.index)
+
+    export_streamed(pipeline.stream, factors, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for module in factored_modules(model).values():
+        index = module.expert_layer["index"]
+        torch.testing.assert_close(module.input.matrices(), after[index], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["auto", "latent"])
+def test_an_interrupted_compensation_goes_on_to_the_same_result(method: str, tmp_path: Path) -> None:
     whole = calibrated(tmp_path / "a", keep=tmp_path / "whole")
-    plan = whole.plan(RECIPE)
+    plan = whole.plan(replace(RECIPE, method=method))
     whole.compensate(plan)
     expected = dict(fitted(whole, plan))
 
@@ -93,6 +142,8 @@ def test_an_interrupted_compensation_goes_on_to_the_same_result(tmp_path: Path) 
     found = dict(fitted(pipeline, plan))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[index], expected[index]) for index in found)
+    read, wanted = inputs(pipeline, plan), inputs(whole, plan)
+    assert all(torch.equal(read[index], wanted[index]) for index in wanted)
     assert not list((tmp_path / "stopped" / "work").iterdir())
     again: list[Progress] = []
     pipeline.compensate(plan, again.append)

@@ -20,16 +20,27 @@ from functools import reduce
 
 import torch
 
-from moesvd_core.decomposition.factors import LayerFactors, PerExpertFactors, SharedLeftFactors, SideFactors, balanced
+from moesvd_core.decomposition.factors import (
+    LayerFactors,
+    PerExpertFactors,
+    RightGroup,
+    SharedLeftFactors,
+    SharedRightFactors,
+    SideFactors,
+    balanced,
+)
 from moesvd_core.decomposition.grams import ridged
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.projection import best_projection, reader
-from moesvd_core.planning import DENSE, Metric
+from moesvd_core.planning import DENSE, LayerPlan, Metric
 
-FITTED_STRUCTURES = ("per-expert", "latent")
-"""Structures of an output side whose factors can be fitted anew."""
 RIDGE = 1e-4
 """Ridge on E[h̃ h̃ᵀ], as a share of its mean diagonal."""
+
+
+def is_changed(plan: LayerPlan) -> bool:
+    """Whether compensation changes a layer: fits its output factors anew, or refines a basis of either side (`alternating`)."""
+    return plan.output.structure in ("per-expert", "latent") or plan.input.structure == "latent"
 
 
 def can_compensate(factors: LayerFactors) -> bool:
@@ -39,25 +50,38 @@ def can_compensate(factors: LayerFactors) -> bool:
 
 def fitted_tensors(factors: LayerFactors) -> dict[str, torch.Tensor]:
     """What a file has to keep of fitted factors, so that `with_fitted` can put them into the plan's again."""
-    output = factors.output
+    output, shared = factors.output, _shared_input(factors)
+    kept = {} if shared is None else {"input.left": shared.left_KNR, "input.right": shared.right_RM}
     if isinstance(output, PerExpertFactors):
         named = {"left": output.left, "right": output.right}
-        return {f"{name}.{expert}": tensor for name, tensors in named.items() for expert, tensor in enumerate(tensors)}
-    assert isinstance(output, SharedLeftFactors)  # noqa: S101 - `can_compensate`
-    return {"left": output.left_NR, "right": output.right_ERM}
+        kept |= {f"{name}.{expert}": tensor for name, tensors in named.items() for expert, tensor in enumerate(tensors)}
+    elif isinstance(output, SharedLeftFactors):
+        kept |= {"left": output.left_NR, "right": output.right_ERM}
+    return kept
 
 
 def with_fitted(factors: LayerFactors, tensors: Mapping[str, torch.Tensor]) -> LayerFactors:
-    """A plan's factors with the fitted output side that `fitted_tensors` described.
+    """A plan's factors with the fitted ones that `fitted_tensors` described in their place.
 
     Raises:
         KeyError, ValueError: the tensors are of another plan.
     """
-    output = factors.output
+    output, shared = factors.output, _shared_input(factors)
+    if shared is not None:
+        group = replace(shared, left_KNR=tensors["input.left"], right_RM=tensors["input.right"])
+        factors = replace(factors, input=SharedRightFactors((group,)))
     if isinstance(output, PerExpertFactors):
         left, right = (tuple(tensors[f"{name}.{expert}"] for expert in range(len(output.ranks))) for name in ("left", "right"))
         return replace(factors, output=PerExpertFactors(output.ranks, left, right, output.dense))
-    return replace(factors, output=SharedLeftFactors(tensors["left"], tensors["right"]))
+    if isinstance(output, SharedLeftFactors):
+        return replace(factors, output=SharedLeftFactors(tensors["left"], tensors["right"]))
+    return factors
+
+
+def _shared_input(factors: LayerFactors) -> RightGroup | None:
+    """What an input side stores of which all experts share one basis."""
+    side = factors.input
+    return side.groups[0] if isinstance(side, SharedRightFactors) and len(side.groups) == 1 else None
 
 
 @dataclass

@@ -6,10 +6,11 @@ between them have no common order across experts, so nothing there is. At run ti
 Shapes: E experts, D hidden size, N rows of an input matrix, M width, R rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from moesvd_core.decomposition.alternating import refined
 from moesvd_core.decomposition.curvature import GRAM_RIDGE
 from moesvd_core.decomposition.curves import break_even, latent_curve
 from moesvd_core.decomposition.factors import DenseFactors, RightGroup, SharedLeftFactors, SharedRightFactors, SideFactors, balanced
@@ -53,9 +54,26 @@ class LatentBasis:
     def factors(self, ranks: Sequence[int]) -> SideFactors:
         """Factors at one rank for the layer; DENSE keeps the original matrices."""
         (rank,) = ranks
-        if rank == DENSE:
-            return DenseFactors(self._metric.stored(self._side))
-        basis_RD = self._basis_RD[:rank].to(self._metric.device)
+        return DenseFactors(self._metric.stored(self._side)) if rank == DENSE else self._fitted(self._leading(rank))
+
+    def refined(self, ranks: Sequence[int]) -> SideFactors:
+        """The same with a basis that is the better for being of this rank alone (see `alternating`), in the time of many products."""
+        (rank,) = ranks
+        if rank in (DENSE, 0):
+            return self.factors(ranks)
+
+        def pairs() -> Iterator[tuple[RootedGram, torch.Tensor]]:
+            for expert in range(self._metric.layer.experts):
+                where = (self._metric, self._side, self._kind, expert)
+                yield _inner(*where), _outer(*where)
+
+        return self._fitted(refined(self._leading(rank).double(), pairs).to(self._metric.dtype))
+
+    def _leading(self, rank: int) -> torch.Tensor:
+        return self._basis_RD[:rank].to(self._metric.device)
+
+    def _fitted(self, basis_RD: torch.Tensor) -> SideFactors:
+        """A shared basis, and each expert's own matrices for it."""
         return (self._input_factors if self._side == "input" else self._output_factors)(basis_RD)
 
     def _input_factors(self, basis_RD: torch.Tensor) -> SideFactors:

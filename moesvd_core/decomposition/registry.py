@@ -36,6 +36,7 @@ class Method:
         description: one sentence for a person who has to choose.
         shrink: experts with few tokens lean on the layer's average; without it, each is measured by its own tokens alone.
         compensate: a finished model is compensated unless its recipe says otherwise (see `Recipe.compensate`).
+        alternate: shared bases of a model that is compensated are refined at their ranks before (see `alternating`).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Method:
     description: str
     shrink: bool = True
     compensate: bool = False
+    alternate: bool = True
 
     def __post_init__(self) -> None:
         _check("metric", self.metric, get_args(Metric))

@@ -32,8 +32,9 @@ class Recipe:
             parameters with either.
         flops_ratio: share of the floating-point operations a token to remove at least, beside the ratio (greedy allocation only, which then
             finds the price of an operation by itself); None: as many as the ratio brings.
-        compensate: fit each layer's output factors to what the layers before it have changed, after the ranks are chosen (`compensation`);
-            costs two passes over some of the calibration text for each ratio, and no parameter.
+        compensate: refine the bases that experts share at their ranks, and fit each layer's output factors to what the layers before it
+            have changed, after the ranks are chosen (`compensation`); costs two passes over some of the calibration text for each ratio,
+            and no parameter.
 
     Raises:
         InputError: a value out of its bounds or of a wrong type.

@@ -133,7 +133,7 @@ class Plan:
         predicted_loss: nats a token, second-order; it ranks plans well, its size has to be calibrated on measured ones.
         layers: in the model's order.
         metric: what the factors are to minimise; None: what the method says.
-        compensate: output factors are fitted to the compressed stream; ranks and sizes do not depend on it.
+        compensate: shared bases are refined, output factors fitted to the compressed stream; ranks and sizes do not depend on it.
     """
 
     method: str

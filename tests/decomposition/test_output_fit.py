@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_layer import TinyLayer, tiny_layer
 
-from moesvd_core.decomposition.compensation import OutputFit, can_compensate, fitted_tensors, with_fitted
+from moesvd_core.decomposition.compensation import OutputFit, can_compensate, fitted_tensors, is_changed, with_fitted
 from moesvd_core.decomposition.decompose import decompose
 from moesvd_core.decomposition.factors import DenseFactors, LayerFactors, PerExpertFactors
 from moesvd_core.decomposition.metrics import LayerMetric
@@ -131,6 +131,21 @@ def test_fitted_factors_go_through_a_file(structure: str) -> None:
     made = fit(tiny, planned, wanted(tiny))
     again = with_fitted(planned, fitted_tensors(made))
     assert torch.equal(again.output.reconstruct(), made.output.reconstruct())
+
+
+def test_refined_input_bases_go_through_a_file() -> None:
+    tiny = tiny_layer(tokens=1000)
+    made = decompose(tiny.weights, tiny.layer, tiny.statistics, method("auto"))
+    latent, dense = SidePlan("latent", (3,), 0, 0.0), SidePlan("dense", (DENSE,) * tiny.layer.experts, 0, 0.0)
+    for output in (latent, dense):
+        plan = LayerPlan(tiny.layer.index, True, "", latent, output, 1)
+        planned, refined = (made.materialise(plan, refined=refined) for refined in (False, True))
+        assert is_changed(plan)
+        assert not torch.equal(planned.input.reconstruct(), refined.input.reconstruct())
+        again = with_fitted(planned, fitted_tensors(refined))
+        for side in ("input", "output"):
+            assert torch.equal(getattr(again, side).reconstruct(), getattr(refined, side).reconstruct())
+    assert not is_changed(LayerPlan(tiny.layer.index, True, "", dense, dense, 1))
 
 
 def test_dense_outputs_are_left_alone() -> None:

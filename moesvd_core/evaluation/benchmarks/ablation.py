@@ -71,6 +71,10 @@ VARIANTS = (
         "uniform ranks, per-expert", "greedy allocation", _recipe(structure="per-expert", allocation="uniform"),
         beside="per-expert alone",
     ),
+    Variant(
+        "latent, bases as they slide", "alternating bases", _recipe(structure="latent"), methods=_with(alternate=False),
+        beside="latent alone",
+    ),
     Variant("uniform ranks, latent", "greedy allocation", _recipe(structure="latent", allocation="uniform"), beside="latent alone"),
 )
 
