@@ -22,14 +22,14 @@ import torch
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.decomposition.grams import DiagonalGram, FullGram, RootedGram, ridged, symmetric
+from moesvd_core.decomposition.grams import DiagonalGram, FullGram, RootedGram, ridged, settled, symmetric
 
 GRADIENT_RIDGE = 1e-4
 """Ridge on Γ and ρ, as a share of their mean."""
 ROW_RIDGE = 0.1
 """Ridge on Σ δ δᵀ, as a share of its mean diagonal: a neuron that calibration found idle is not free to be wrong elsewhere."""
 GRAM_RIDGE = 1e-6
-"""Ridge on input Grams, as a share of their mean diagonal."""
+"""Ridge on input Grams, as a share of their mean diagonal, at least."""
 PSEUDO_SHARE = 0.02
 """Pooled tokens lent to every expert, as a share of an average expert's tokens, so that a rare expert is never measured by noise."""
 
@@ -90,7 +90,7 @@ class MeasuredCurvature(Curvature):
 
     def input_gram(self, expert: int) -> torch.Tensor:
         own_DD = self._own(self._weighted_input_gram_EDD, expert).add_(self._mean_input_gram, alpha=self._lent)
-        return ridged(own_DD.mul_(self._to_all_tokens), GRAM_RIDGE)
+        return settled(own_DD.mul_(self._to_all_tokens), GRAM_RIDGE, self._weighted_input_gram_EDD.dtype)
 
     def _own(self, sum_E: torch.Tensor, expert: int) -> torch.Tensor:
         """The expert's own sum, a copy in double precision."""

@@ -9,6 +9,7 @@ symmetric one: it is Cholesky's, which costs a tenth of an eigendecomposition. N
 
 from abc import ABC, abstractmethod
 from functools import cached_property
+from math import sqrt
 
 import torch
 
@@ -173,6 +174,17 @@ def ridged(gram_SS: torch.Tensor, share: float) -> torch.Tensor:
     ridged_SS = gram_SS.clone()
     ridged_SS.diagonal().add_(share * mean if mean > 0 else 1.0)
     return ridged_SS
+
+
+def settled(gram_SS: torch.Tensor, share: float, summed: torch.dtype) -> torch.Tensor:
+    """A Gram ridged at least by what the precision that it was summed up in leaves uncertain, so that it is positive definite.
+
+    Rounding moves every entry by up to ε/2 of itself, which changes eigenvalues by about ε/2 ‖G‖_F / √S. Where one direction outweighs all
+    others that is more than the smallest eigenvalues, and a multiple of their mean does not cover it.
+    """
+    uncertain = 2 * torch.finfo(summed).eps * float(torch.linalg.matrix_norm(gram_SS)) / sqrt(len(gram_SS))
+    mean = float(gram_SS.diagonal().mean())
+    return ridged(gram_SS, max(share, uncertain / mean) if mean > 0 else share)
 
 
 def least_squares(weight_NM: torch.Tensor) -> torch.Tensor:

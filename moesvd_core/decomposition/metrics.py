@@ -27,6 +27,7 @@ from moesvd_core.decomposition.grams import (
     RootedGram,
     least_squares,
     ridged,
+    settled,
     symmetric,
     symmetric_product,
 )
@@ -187,8 +188,9 @@ class LayerMetric:
 
     def _input_gram(self, expert: int) -> torch.Tensor:
         """C_e + n0·C̄, ridged: an expert with few tokens leans on what an average token looks like."""
-        own_DD = self.statistics.input_gram_EDD[expert].to(self.device, torch.float64, copy=True)
-        return ridged(own_DD.add_(self._pooled_gram, alpha=self.pseudo_tokens), GRAM_RIDGE)
+        summed_DD = self.statistics.input_gram_EDD[expert]
+        own_DD = summed_DD.to(self.device, torch.float64, copy=True).add_(self._pooled_gram, alpha=self.pseudo_tokens)
+        return settled(own_DD, GRAM_RIDGE, summed_DD.dtype)
 
     @cached_property
     def _pooled_gram(self) -> torch.Tensor:

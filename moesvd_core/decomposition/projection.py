@@ -4,11 +4,14 @@ Shapes: S size of the space, R ranks.
 """
 
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 
 from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, lower_product, symmetric_product, upper_times
 
+UNCERTAIN = 1e-4
+"""Largest share of a row of V G Vᵀ that rounding may be in single precision: fits then lose less than a millionth more."""
 ROUNDING = 1e-6
 """Largest error of a sum of gains, as a share of it, that single precision is allowed."""
 
@@ -83,11 +86,13 @@ def fit_gains(basis_SS: torch.Tensor, dual_SS: torch.Tensor, inner: RootedGram, 
 def _seen(inner: Gram, basis_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """V G [R, S], and Cholesky's factor of V G Vᵀ [R, R].
 
-    In the precision of V. A V that is orthonormal in a Gram like this one leaves V G Vᵀ well-conditioned, so that single precision will
-    do; where rounding leaves it indefinite all the same, both are made again in double precision.
+    In the precision of V where that is enough, else in double precision. A V that is orthonormal in a Gram like this one leaves V G Vᵀ
+    well-conditioned, but rounding of the products counts by ε/2 ‖v‖² ‖G‖ / √S beside v G vᵀ, and that grows with the spread of G.
     """
     seen_RS = inner.times(basis_RS)
-    if basis_RS.dtype == torch.float64:
+    if basis_RS.dtype == torch.float64 or not len(basis_RS):
         return seen_RS, cholesky(symmetric_product(seen_RS, basis_RS.T))
+    stretch = float((basis_RS.square().sum(1) / (seen_RS * basis_RS).sum(1).clamp(min=torch.finfo(torch.float32).tiny)).max())
+    uncertain = torch.finfo(torch.float32).eps / 2 * stretch * float(inner.diagonal().sum()) / sqrt(basis_RS.shape[1])
     lower_RR, failed = torch.linalg.cholesky_ex(lower_product(seen_RS, basis_RS.T))
-    return _seen(inner, basis_RS.double()) if int(failed) else (seen_RS, lower_RR)
+    return _seen(inner, basis_RS.double()) if int(failed) or uncertain > UNCERTAIN else (seen_RS, lower_RR)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesvd_core.decomposition.grams import DiagonalGram, FullGram, ImpliedGram, cholesky, make_positive_definite, ridged
+from moesvd_core.decomposition.grams import DiagonalGram, FullGram, ImpliedGram, cholesky, make_positive_definite, ridged, settled
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -74,3 +74,15 @@ def test_algorithm_5_shifts_eigenvalues_above_zero_and_symmetrises() -> None:
 def test_algorithm_5_leaves_a_definite_matrix_as_it_is(tolerance: float) -> None:
     matrix = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))
     torch.testing.assert_close(make_positive_definite(matrix, tolerance), matrix)
+
+
+def test_a_direction_that_outweighs_all_others_in_single_precision_leaves_a_gram_positive_definite() -> None:
+    x_TS = random(100, 256) + 1e3 * random(256)
+    rounded_SS = (x_TS.T @ x_TS).float().double()
+    assert torch.linalg.eigvalsh(ridged(rounded_SS, 1e-9))[0] < 0
+    assert torch.linalg.eigvalsh(settled(rounded_SS, 1e-9, torch.float32))[0] > 0
+
+
+def test_a_gram_without_such_a_direction_keeps_its_ridge() -> None:
+    x_TS = random(1000, 256)
+    assert torch.equal(settled(x_TS.T @ x_TS, 1e-6, torch.float32), ridged(x_TS.T @ x_TS, 1e-6))

@@ -111,3 +111,16 @@ def test_a_starved_expert_gets_finite_factors() -> None:
     metric = of(tiny_layer(starved=0))
     for side in SIDES:
         assert LatentBasis.made(metric, side, "output").factors([4]).reconstruct().isfinite().all()
+
+
+def test_few_tokens_with_one_direction_that_outweighs_all_others_are_predicted_as_measured() -> None:
+    tiny = tiny_layer(4, 128, 40, tokens=150)
+    generator = torch.Generator().manual_seed(2)
+    x_ETD = torch.randn(4, 30, 128, generator=generator, dtype=torch.float64) + 1e3 * torch.randn(128, generator=generator)
+    tiny.statistics.weighted_input_gram_EDD = (x_ETD.mT @ x_ETD).float()  # single precision leaves these indefinite
+    tiny.weights.input_END, tiny.weights.output_EDM = tiny.weights.input_END.float(), tiny.weights.output_EDM.float()
+    metric = of(tiny)
+    basis = LatentBasis.made(metric, "input", "output")
+    for rank in (0, 5, 40):
+        wanted = measured_loss(metric, "input", basis.factors([rank]).reconstruct())
+        assert basis.curve.loss_SR[0, rank] == pytest.approx(wanted, rel=1e-4)

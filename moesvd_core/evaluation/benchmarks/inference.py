@@ -112,9 +112,7 @@ class InferenceBenchmark:
         shape = pipeline.shape
         found = {}
         for name, share in product(self.methods, self.kept):
-            evenly = self.model is None and name != "auto"  # random weights: greedy gives all to one side, and the other need not compute
-            ratio = (1 - share) * shape.expert_parameters / shape.parameters
-            recipe = Recipe(name, ratio, allocation="uniform" if evenly else None)
+            recipe = Recipe(name, (1 - share) * shape.expert_parameters / shape.parameters)
             if name == "auto":
                 active = sum(layer.parameters * layer.active / layer.experts for layer in pipeline.layers.values())
                 recipe = replace(recipe, flops_ratio=(1 - share) * active / (shape.active_parameters - shape.embedding_parameters))
