@@ -42,12 +42,15 @@ def faults_of(page: Page, width: int) -> list[str]:
 def unreached(page: Page) -> list[str]:
     """What can be operated and the Tab key does not come to, after a walk through the whole page."""
     page.evaluate(MARK)
-    for _ in range(2):  # the first walk starts where a person was last
+    left: list[str] = []
+    for walk in range(4):  # the first starts where a person was last; what was redrawn in the middle of one gets another
         for _ in range(MOST_KEYS):
             page.keyboard.press("Tab")
             if page.evaluate("document.activeElement === document.body"):
                 break
-    left: list[str] = page.evaluate(UNREACHED)
+        left = page.evaluate(UNREACHED)
+        if walk and not left:
+            break
     return left
 
 

@@ -7,6 +7,7 @@ what matters: between two of them nothing outside the process changes.
 import errno
 import os
 import random
+import re
 import signal
 import warnings
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_runs import RECIPE, TEXT, contents, do, tiny_run
 
 from moesvd_core.runs.client import Client, enqueue
@@ -116,11 +118,14 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(reference: t
 
 
 def test_a_disk_that_is_full_for_tensors_only_fails_with_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        disk_full()
+    def full_for_factors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if "factors" in Path(path).parts:
+            disk_full()
+        save_file(tensors, path, metadata)
 
     run = tiny_run(tmp_path / "run")
-    monkeypatch.setattr("moesvd_core.decomposition.decompose.save_file", full)
+    monkeypatch.setattr("moesvd_core.tensor_files.save_file", full_for_factors)
     job = do(run, "plan", recipe=RECIPE)
     assert (job.state, job.error_kind) == ("failed", "ResourceError")
-    assert "GiB are free now" in job.error
+    assert re.search(r"the disk is full: .*factors.* needs [\d,]+ bytes, [\d,]+ are free; free some", job.error)
+    assert not any((run.path / "factors").rglob("*.safetensors*"))
