@@ -22,7 +22,7 @@ import torch
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.decomposition.grams import DiagonalGram, FullGram, RootedGram, ridged, settled, symmetric
+from moesvd_core.decomposition.grams import DiagonalGram, FullGram, RootedGram, ridged, ridged_, settled_, symmetric
 
 GRADIENT_RIDGE = 1e-4
 """Ridge on Γ and ρ, as a share of their mean."""
@@ -78,7 +78,7 @@ class MeasuredCurvature(Curvature):
     def of_output(self, expert: int) -> RootedGram:
         own_DD = self._own(self._gradient_gram_EDD, expert).add_(self._mean_gradient_gram, alpha=self._lent)
         weight_square = self._weight_square_E[expert] + self._lent * self._weight_square_E.mean()
-        return FullGram(ridged(own_DD / _positive(weight_square), GRADIENT_RIDGE))
+        return FullGram(ridged_(own_DD.div_(_positive(weight_square)), GRADIENT_RIDGE))
 
     def of_rows(self, expert: int) -> RootedGram:
         lent_N = self._lent * self._mean_row_square
@@ -90,7 +90,7 @@ class MeasuredCurvature(Curvature):
 
     def input_gram(self, expert: int) -> torch.Tensor:
         own_DD = self._own(self._weighted_input_gram_EDD, expert).add_(self._mean_input_gram, alpha=self._lent)
-        return settled(own_DD.mul_(self._to_all_tokens), GRAM_RIDGE, self._weighted_input_gram_EDD.dtype)
+        return settled_(own_DD.mul_(self._to_all_tokens), GRAM_RIDGE, self._weighted_input_gram_EDD.dtype)
 
     def _own(self, sum_E: torch.Tensor, expert: int) -> torch.Tensor:
         """The expert's own sum, a copy in double precision."""

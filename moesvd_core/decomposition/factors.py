@@ -279,7 +279,12 @@ def balanced(left_NR: torch.Tensor, right_RM: torch.Tensor) -> tuple[torch.Tenso
         left_NR: [..., N, R]; leading dimensions share one right factor.
         right_RM: [..., R, M]; leading dimensions share one left factor.
     """
+    return balanced_(left_NR.clone(memory_format=torch.contiguous_format), right_RM.clone(memory_format=torch.contiguous_format))
+
+
+def balanced_(left_NR: torch.Tensor, right_RM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`balanced`, in place: all experts' factors of a layer are large."""
     left_R = torch.linalg.vector_norm(left_NR, dim=(*range(left_NR.ndim - 2), -2)) / sqrt(prod(left_NR.shape[:-2]))
     right_R = torch.linalg.vector_norm(right_RM, dim=(*range(right_RM.ndim - 2), -1)) / sqrt(prod(right_RM.shape[:-2]))
     scale_R = torch.where((left_R > 0) & (right_R > 0), (right_R / left_R).sqrt(), 1.0)
-    return (left_NR * scale_R).contiguous(), (right_RM / scale_R[:, None]).contiguous()
+    return left_NR.mul_(scale_R), right_RM.div_(scale_R[:, None])

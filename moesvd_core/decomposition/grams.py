@@ -170,21 +170,25 @@ def upper_times(upper_SS: torch.Tensor, right_SN: torch.Tensor) -> torch.Tensor:
 
 def ridged(gram_SS: torch.Tensor, share: float) -> torch.Tensor:
     """The Gram matrix plus `share` of its mean diagonal on every diagonal entry (1 where all of it is zero)."""
+    return ridged_(gram_SS.clone(), share)
+
+
+def ridged_(gram_SS: torch.Tensor, share: float) -> torch.Tensor:
+    """`ridged`, in place."""
     mean = float(gram_SS.diagonal().mean())
-    ridged_SS = gram_SS.clone()
-    ridged_SS.diagonal().add_(share * mean if mean > 0 else 1.0)
-    return ridged_SS
+    gram_SS.diagonal().add_(share * mean if mean > 0 else 1.0)
+    return gram_SS
 
 
-def settled(gram_SS: torch.Tensor, share: float, summed: torch.dtype) -> torch.Tensor:
-    """A Gram ridged at least by what the precision that it was summed up in leaves uncertain, so that it is positive definite.
+def settled_(gram_SS: torch.Tensor, share: float, summed: torch.dtype) -> torch.Tensor:
+    """A Gram ridged in place, at least by what the precision that it was summed up in leaves uncertain, so that it is positive definite.
 
     Rounding moves every entry by up to ε/2 of itself, which changes eigenvalues by about ε/2 ‖G‖_F / √S. Where one direction outweighs all
     others that is more than the smallest eigenvalues, and a multiple of their mean does not cover it.
     """
-    uncertain = 2 * torch.finfo(summed).eps * float(torch.linalg.matrix_norm(gram_SS)) / sqrt(len(gram_SS))
+    norm = sqrt(float(torch.dot(gram_SS.flatten(), gram_SS.flatten())))
     mean = float(gram_SS.diagonal().mean())
-    return ridged(gram_SS, max(share, uncertain / mean) if mean > 0 else share)
+    return ridged_(gram_SS, max(share, 2 * torch.finfo(summed).eps * norm / sqrt(len(gram_SS)) / mean) if mean > 0 else share)
 
 
 def least_squares(weight_NM: torch.Tensor) -> torch.Tensor:

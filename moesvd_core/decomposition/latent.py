@@ -13,11 +13,11 @@ import torch
 from moesvd_core.decomposition.alternating import refined
 from moesvd_core.decomposition.curvature import GRAM_RIDGE
 from moesvd_core.decomposition.curves import break_even, latent_curve
-from moesvd_core.decomposition.factors import DenseFactors, RightGroup, SharedLeftFactors, SharedRightFactors, SideFactors, balanced
+from moesvd_core.decomposition.factors import DenseFactors, RightGroup, SharedLeftFactors, SharedRightFactors, SideFactors, balanced_
 from moesvd_core.decomposition.grams import FullGram, RootedGram, ridged
 from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
-from moesvd_core.decomposition.parallel import each_expert
+from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.projection import Projection, best_projection, fit_gains, orthonormal, reader
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 
@@ -84,8 +84,8 @@ class LatentBasis:
         def fit(expert: int) -> None:
             torch.matmul(metric.weight("input", expert), self._reader(expert, basis_RD).T, out=left_ENR[expert])
 
-        list(each_expert(fit, len(experts), metric.device))
-        left_ENR, right_RD = balanced(left_ENR, basis_RD)
+        list(in_parallel(fit, len(experts), metric.device))
+        left_ENR, right_RD = balanced_(left_ENR, basis_RD.clone())
         return SharedRightFactors((RightGroup(tuple(experts), right_RD.cpu(), left_ENR.cpu(), tuple((expert,) for expert in experts)),))
 
     def _output_factors(self, basis_RD: torch.Tensor) -> SideFactors:
@@ -96,8 +96,8 @@ class LatentBasis:
         def fit(expert: int) -> None:
             torch.matmul(self._reader(expert, basis_RD), metric.weight("output", expert), out=right_ERM[expert])
 
-        list(each_expert(fit, metric.layer.experts, metric.device))
-        left_DR, right_ERM = balanced(basis_RD.T, right_ERM)
+        list(in_parallel(fit, metric.layer.experts, metric.device))
+        left_DR, right_ERM = balanced_(basis_RD.T.clone(memory_format=torch.contiguous_format), right_ERM)
         return SharedLeftFactors(left_DR.cpu(), right_ERM.cpu())
 
     def _reader(self, expert: int, basis_RD: torch.Tensor) -> torch.Tensor:
@@ -137,9 +137,9 @@ def _shared_basis(metric: LayerMetric, side: Side, kind: Metric) -> tuple[FullGr
     def pair(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         return _inner(metric, side, kind, expert).full(), _outer(metric, side, kind, expert)
 
-    for inner_DD, outer_DD in each_expert(pair, metric.layer.experts, metric.device):
-        pooled_DD += outer_DD.trace() * inner_DD
-        summed_DD += inner_DD.trace() * outer_DD
+    for inner_DD, outer_DD in in_parallel(pair, metric.layer.experts, metric.device):
+        pooled_DD.add_(inner_DD, alpha=float(outer_DD.trace()))
+        summed_DD.add_(outer_DD, alpha=float(inner_DD.trace()))
     total = summed_DD.trace().clamp(min=torch.finfo(torch.float64).tiny)
     pooled = FullGram(ridged(pooled_DD / total, GRAM_RIDGE))
     return pooled, best_projection(pooled, summed_DD, hidden)
@@ -160,6 +160,6 @@ def _refitted_losses(metric: LayerMetric, side: Side, kind: Metric, basis_DD: to
         return projection_losses(read_DD, fitted_DD, inner, outer_DD)
 
     loss_R = torch.zeros(len(basis_DD) + 1, dtype=torch.float64, device=metric.device)
-    for own_R in each_expert(losses, metric.layer.experts, metric.device):
+    for own_R in in_parallel(losses, metric.layer.experts, metric.device):
         loss_R += own_R
     return loss_R

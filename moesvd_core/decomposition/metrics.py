@@ -27,7 +27,7 @@ from moesvd_core.decomposition.grams import (
     RootedGram,
     least_squares,
     ridged,
-    settled,
+    settled_,
     symmetric,
     symmetric_product,
 )
@@ -190,7 +190,7 @@ class LayerMetric:
         """C_e + n0·C̄, ridged: an expert with few tokens leans on what an average token looks like."""
         summed_DD = self.statistics.input_gram_EDD[expert]
         own_DD = summed_DD.to(self.device, torch.float64, copy=True).add_(self._pooled_gram, alpha=self.pseudo_tokens)
-        return settled(own_DD, GRAM_RIDGE, summed_DD.dtype)
+        return settled_(own_DD, GRAM_RIDGE, summed_DD.dtype)
 
     @cached_property
     def _pooled_gram(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Several experts of a layer at a time: an eigendecomposition or a Cholesky factor hardly uses more than one core by itself."""
+"""Several parts of a layer at a time: an eigendecomposition or a Cholesky factor hardly uses more than one core by itself."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -9,22 +9,22 @@ import torch
 
 Result = TypeVar("Result")
 MOST = 4
-"""Experts at a time, each with its matrices of hidden size in double precision."""
+"""Parts at a time, each with its matrices of hidden size in double precision."""
 
 
-def each_expert(work: Callable[[int], Result], experts: int, device: torch.device) -> Iterator[Result]:
-    """`work` of every expert, in their order, so that what is summed up does not depend on which was done first.
+def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device) -> Iterator[Result]:
+    """`work` of every part (expert, side), in their order, so that what is summed up does not depend on which was done first.
 
-    On CPUs several at a time, which share the threads that torch may use; elsewhere one after the other.
+    On CPUs several at a time, which share the threads that torch may use; elsewhere one after the other. Parts of parts share what is left.
 
     Args:
-        work: gets an expert's number. It runs in another thread, so it must not change what experts share.
-        experts: how many.
+        work: gets a part's number. It runs in another thread, so it must not change what parts share.
+        parts: how many.
         device: where `work` computes.
     """
-    workers = min(MOST, experts, torch.get_num_threads()) if device.type == "cpu" else 1
+    workers = min(MOST, parts, torch.get_num_threads()) if device.type == "cpu" else 1
     if workers < 2:
-        yield from map(work, range(experts))
+        yield from map(work, range(parts))
         return
     threads, grad = torch.get_num_threads() // workers, torch.is_grad_enabled()
 
@@ -33,9 +33,9 @@ def each_expert(work: Callable[[int], Result], experts: int, device: torch.devic
         torch.set_grad_enabled(grad)
 
     with ThreadPoolExecutor(workers, initializer=prepare) as pool:
-        pending = deque(pool.submit(work, expert) for expert in range(workers))
-        for expert in range(workers, experts + workers):
+        pending = deque(pool.submit(work, part) for part in range(workers))
+        for part in range(workers, parts + workers):
             result = pending.popleft().result()
-            if expert < experts:
-                pending.append(pool.submit(work, expert))
+            if part < parts:
+                pending.append(pool.submit(work, part))
             yield result

@@ -11,7 +11,7 @@ from moesvd_core.decomposition.curves import break_even, per_expert_curve
 from moesvd_core.decomposition.factors import DenseFactors, PerExpertFactors, SideFactors, balanced
 from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
-from moesvd_core.decomposition.parallel import each_expert
+from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.projection import best_projection
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 
@@ -49,7 +49,7 @@ class PerExpertBasis:
                 loss_R = projection_losses(inner.times(found.basis_RS), found.basis_RS, true_inner, true_outer_SS)
             return found.basis_RS.to(metric.dtype).cpu(), loss_R * metric.unit, found.gain_R
 
-        bases, losses, gains = zip(*each_expert(decomposed, metric.layer.experts, metric.device), strict=True)
+        bases, losses, gains = zip(*in_parallel(decomposed, metric.layer.experts, metric.device), strict=True)
         return cls(metric, side, kind, torch.stack(bases), per_expert_curve(metric, side, torch.stack(losses), torch.stack(gains)))
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
@@ -57,7 +57,7 @@ class PerExpertBasis:
         stored = self._metric.stored(self._side)
         if all(rank == DENSE for rank in ranks):
             return DenseFactors(stored)
-        pairs = list(each_expert(lambda expert: self._pair(expert, max(ranks[expert], 0)), len(ranks), self._metric.device))
+        pairs = list(in_parallel(lambda expert: self._pair(expert, max(ranks[expert], 0)), len(ranks), self._metric.device))
         dense = {expert: stored[expert] for expert, rank in enumerate(ranks) if rank == DENSE}
         return PerExpertFactors(tuple(ranks), tuple(left for left, _ in pairs), tuple(right for _, right in pairs), dense)
 

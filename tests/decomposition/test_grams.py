@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesvd_core.decomposition.grams import DiagonalGram, FullGram, ImpliedGram, cholesky, make_positive_definite, ridged, settled
+from moesvd_core.decomposition.grams import DiagonalGram, FullGram, ImpliedGram, cholesky, make_positive_definite, ridged, settled_
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -80,9 +80,9 @@ def test_a_direction_that_outweighs_all_others_in_single_precision_leaves_a_gram
     x_TS = random(100, 256) + 1e3 * random(256)
     rounded_SS = (x_TS.T @ x_TS).float().double()
     assert torch.linalg.eigvalsh(ridged(rounded_SS, 1e-9))[0] < 0
-    assert torch.linalg.eigvalsh(settled(rounded_SS, 1e-9, torch.float32))[0] > 0
+    assert torch.linalg.eigvalsh(settled_(rounded_SS, 1e-9, torch.float32))[0] > 0
 
 
 def test_a_gram_without_such_a_direction_keeps_its_ridge() -> None:
     x_TS = random(1000, 256)
-    assert torch.equal(settled(x_TS.T @ x_TS, 1e-6, torch.float32), ridged(x_TS.T @ x_TS, 1e-6))
+    assert torch.equal(settled_(x_TS.T @ x_TS, 1e-6, torch.float32), ridged(x_TS.T @ x_TS, 1e-6))

@@ -50,7 +50,7 @@ def test_the_error_of_a_single_token_is_half_the_square_of_what_it_does_to_the_l
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("rows", ["gram", "squares"])
-def test_each_experts_own_tokens_weigh_its_errors(rows: str) -> None:
+def test_in_parallels_own_tokens_weigh_its_errors(rows: str) -> None:
     tiny = tiny_layer()
     if rows == "squares":
         tiny.statistics.row_gram_ENN = None
@@ -79,7 +79,7 @@ def test_a_backward_pass_over_a_part_of_the_text_stands_for_all_of_it(side: Side
 
 
 @pytest.mark.usefixtures("exact")
-def test_without_sums_of_each_expert_output_errors_are_weighed_by_the_layers_gradients() -> None:
+def test_without_sums_of_in_parallel_output_errors_are_weighed_by_the_layers_gradients() -> None:
     tiny = tiny_layer(measured=False)
     metric = made(tiny)
     delta_DM = torch.randn(10, 7, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_without_sums_of_each_expert_output_errors_are_weighed_by_the_layers_gra
 
 
 @pytest.mark.usefixtures("exact")
-def test_without_sums_of_each_expert_input_errors_are_weighed_by_slopes_and_the_layers_gradients() -> None:
+def test_without_sums_of_in_parallel_input_errors_are_weighed_by_slopes_and_the_layers_gradients() -> None:
     tiny = tiny_layer(gated=False, measured=False)
     metric = made(tiny)
     delta_ND = torch.zeros(7, 10, dtype=torch.float64)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moesvd_core.decomposition.parallel import MOST, each_expert
+from moesvd_core.decomposition.parallel import MOST, in_parallel
 
 CPU = torch.device("cpu")
 
@@ -21,13 +21,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.parametrize("experts", [0, 1, 2, 9])
 def test_results_come_in_the_order_of_the_experts(threads: int, experts: int) -> None:
-    assert list(each_expert(lambda expert: expert**2, experts, CPU)) == [expert**2 for expert in range(experts)]
+    assert list(in_parallel(lambda expert: expert**2, experts, CPU)) == [expert**2 for expert in range(experts)]
     assert torch.get_num_threads() == threads
 
 
 def test_no_more_wait_than_work(threads: int) -> None:
     started: list[int] = []
-    results = each_expert(started.append, 20, CPU)
+    results = in_parallel(started.append, 20, CPU)
     next(results)
     assert len(started) <= min(threads, MOST) + 1  # those at work, and the one that takes the place of the first
     results.close()  # type: ignore[attr-defined]
@@ -41,12 +41,12 @@ def test_an_error_reaches_the_caller_and_ends_the_work() -> None:
         return expert
 
     with pytest.raises(ValueError, match="expert 3 is broken"):
-        list(each_expert(fail, 6, CPU))
+        list(in_parallel(fail, 6, CPU))
     assert all(not thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
 
 
 @pytest.mark.usefixtures("threads")
 def test_gradients_are_recorded_just_where_the_caller_does() -> None:
     with torch.no_grad():
-        assert not any(each_expert(lambda expert: torch.is_grad_enabled(), 3, CPU))
-    assert all(each_expert(lambda expert: torch.is_grad_enabled(), 3, CPU))
+        assert not any(in_parallel(lambda expert: torch.is_grad_enabled(), 3, CPU))
+    assert all(in_parallel(lambda expert: torch.is_grad_enabled(), 3, CPU))
