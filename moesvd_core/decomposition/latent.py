@@ -21,6 +21,9 @@ from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.projection import Projection, best_projection, fit_gains, orthonormal, reader
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 
+SMALL = 1 << 24
+"""Entries of inner products that all experts of a layer may keep from finding a basis to measuring it."""
+
 
 class LatentBasis:
     """The shared directions of one side of a layer, best first.
@@ -45,9 +48,10 @@ class LatentBasis:
         rows, columns = metric.shape(side)
         own = metric.layer.experts * (rows if side == "input" else columns)
         ranks = break_even(metric.layer.experts * rows * columns, metric.layer.hidden + own, min(metric.layer.hidden, own))
-        pooled, found = _shared_basis(metric, side, kind)
+        inners: dict[int, RootedGram] = {}
+        pooled, found = _shared_basis(metric, side, kind, inners)
         basis_DD, dual_DD = found.basis_RS.to(metric.dtype), pooled.times(found.basis_RS).to(metric.dtype)
-        loss_R = _refitted_losses(metric, side, kind, basis_DD, dual_DD)[: ranks + 1]
+        loss_R = _refitted_losses(metric, side, kind, basis_DD, dual_DD, inners)[: ranks + 1]
         curve = latent_curve(metric, side, loss_R * metric.unit, found.gain_R[:ranks])
         return cls(metric, side, kind, basis_DD[:ranks].clone().cpu(), curve)
 
@@ -124,18 +128,24 @@ def _outer(metric: LayerMetric, side: Side, kind: Metric, expert: int) -> torch.
     return metric.read_by(side, kind, expert) if side == "input" else metric.written_by(side, kind, expert)
 
 
-def _shared_basis(metric: LayerMetric, side: Side, kind: Metric) -> tuple[FullGram, Projection]:
+def _shared_basis(metric: LayerMetric, side: Side, kind: Metric, inners: dict[int, RootedGram]) -> tuple[FullGram, Projection]:
     """The basis of the whole space that all experts share (rows of V, or columns of P), and the Gram that it is orthonormal in.
 
     Expert e would have its own from the inner product I_e and from what it carries, O_e. One basis needs one pair, so Σ_e I_e ⊗ O_e is
     taken as the product of its two marginals, which it is where all I_e or all O_e are alike; the refit puts right what that leaves out.
+
+    Args:
+        inners: gets the I_e, where all of them together are small.
     """
     hidden = metric.layer.hidden
     pooled_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=metric.device)
     summed_DD = torch.zeros_like(pooled_DD)
 
     def pair(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return _inner(metric, side, kind, expert).full(), _outer(metric, side, kind, expert)
+        inner = _inner(metric, side, kind, expert)
+        if metric.layer.experts * hidden**2 <= SMALL:
+            inners[expert] = inner
+        return inner.full(), _outer(metric, side, kind, expert)
 
     for inner_DD, outer_DD in in_parallel(pair, metric.layer.experts, metric.device):
         pooled_DD.add_(inner_DD, alpha=float(outer_DD.trace()))
@@ -145,7 +155,9 @@ def _shared_basis(metric: LayerMetric, side: Side, kind: Metric) -> tuple[FullGr
     return pooled, best_projection(pooled, summed_DD, hidden)
 
 
-def _refitted_losses(metric: LayerMetric, side: Side, kind: Metric, basis_DD: torch.Tensor, dual_DD: torch.Tensor) -> torch.Tensor:
+def _refitted_losses(
+    metric: LayerMetric, side: Side, kind: Metric, basis_DD: torch.Tensor, dual_DD: torch.Tensor, inners: Mapping[int, RootedGram]
+) -> torch.Tensor:
     """Loss at every rank, [D+1], in the output metric, after every expert's own refit in the method's metric.
 
     The basis is that of the whole space, so that in the output metric nothing is lost beyond it: every loss is a sum of gains, where
@@ -153,11 +165,11 @@ def _refitted_losses(metric: LayerMetric, side: Side, kind: Metric, basis_DD: to
     """
 
     def losses(expert: int) -> torch.Tensor:
-        inner, outer_DD = _inner(metric, side, "output", expert), _outer(metric, side, "output", expert)
+        own, outer_DD = inners.get(expert) or _inner(metric, side, kind, expert), _outer(metric, side, "output", expert)
         if kind == "output":
-            return tail_losses(fit_gains(basis_DD, dual_DD, inner, outer_DD))
-        read_DD, fitted_DD = orthonormal(_inner(metric, side, kind, expert), basis_DD.double())
-        return projection_losses(read_DD, fitted_DD, inner, outer_DD)
+            return tail_losses(fit_gains(basis_DD, dual_DD, own, outer_DD))
+        read_DD, fitted_DD = orthonormal(own, basis_DD.double())
+        return projection_losses(read_DD, fitted_DD, _inner(metric, side, "output", expert), outer_DD)
 
     loss_R = torch.zeros(len(basis_DD) + 1, dtype=torch.float64, device=metric.device)
     for own_R in in_parallel(losses, metric.layer.experts, metric.device):
