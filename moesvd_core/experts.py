@@ -31,11 +31,11 @@ SMALL_EXPERT = 1 << 20
 """Parameters of an expert up to which packing brings nothing."""
 PRODUCT_COST = 4_000_000
 """Multiplications that a CPU does in the time of calling one more product."""
-
 READING_COST = 13
 """The same for reading one more number of a matrix."""
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
+
 
 def gate_of(module: nn.Module, rows: str) -> Gate:
     """The family's own step from `input matrix · x` [P, n] to hidden neurons [P, m], without keeping the module's weights alive.

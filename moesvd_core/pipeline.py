@@ -250,6 +250,12 @@ class Pipeline:
         if window_NL is None:
             raise StatisticsError("compensation reads the calibration text again, and these statistics do not hold it: calibrate again")
         chosen = method(plan.method, self.methods)
+
+        def finished(index: int) -> LayerFactors | None:
+            if not (_is_changed(plan, index) and self._is_fitted(plan, index)):
+                return None  # before slices are made that nobody needs
+            return self._fitted_factors(plan, index, self._planned_factors(plan, index))
+
         work = None if self.folder is None else self.folder / "work" / f"compensate-{compensation_key(plan)}"
         Compensation(
             stream=self.stream,
@@ -258,7 +264,7 @@ class Pipeline:
             factors=lambda index: self._planned_factors(plan, index, refined=chosen.alternate),
             kind=plan.metric or chosen.metric,
             states=MemoryStates() if work is None else DiskStates(work),
-            finished=lambda index: self._fitted_factors(plan, index, self._planned_factors(plan, index)),
+            finished=finished,
             keep=lambda index, factors: self._keep_fitted(plan, index, factors),
         ).run(report)
         if work is not None:

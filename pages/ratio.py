@@ -11,9 +11,9 @@ from moesvd_core.live import fits, is_calibrated
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.bounded import has_curves
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import reach
+from moesvd_core.runs.known import analysed, reach
 from moesvd_core.runs.workbench import Text
-from pages.components import figure, jobs, machine, plan_table
+from pages.components import figure, jobs, machine
 from pages.components import ratio_figures as figures
 from pages.components import ratio_stage as stage
 from pages.components.context import Context
@@ -87,7 +87,7 @@ def _method_shown(context: Context) -> Callable[[ViewState], Any]:
     def shown(state: ViewState) -> tuple[Any, ...]:
         """The list of methods, what the chosen one does, and whether it has to be planned first."""
         run = context.open(state)
-        planned = [] if run is None else plan_table.planned(run)
+        planned = [] if run is None else analysed(run)
         names = [(name if name in planned or not planned else f"{name} (not planned yet)", name) for name in METHODS]
         chosen = METHODS[state.method]
         text = f'<p class="ratio-about">{escape(chosen.description)} <span>Source: {escape(chosen.reference)}</span></p>'

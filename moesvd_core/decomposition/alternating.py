@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from moesvd_core.decomposition.grams import EPSILON, RootedGram, cholesky, ridged, symmetric
+from moesvd_core.decomposition.grams import EPSILON, RootedGram, cholesky, ridged, symmetric_product
 from moesvd_core.decomposition.projection import reader
 
 ROUNDS = 3
@@ -44,14 +44,14 @@ def refined(basis_RD: torch.Tensor, pairs: Pairs, rounds: int = ROUNDS, steps: i
         for inner, outer_DD in pairs():
             read_RD = reader(inner, basis_RD)
             carried_RD = read_RD @ outer_DD
-            core_ERR.append(symmetric(carried_RD @ read_RD.T))
+            core_ERR.append(symmetric_product(carried_RD, read_RD.T))
             wanted_RD += inner.times(carried_RD)
             pooled_DD += core_ERR[-1].trace() * inner.full()
         lower_RR = cholesky(ridged(torch.stack(core_ERR).sum(0), EPSILON))
         pooled_DD = ridged(pooled_DD / sum(float(core_RR.trace()) for core_RR in core_ERR), EPSILON)
         divided = partial(_divided, lower_RR, cholesky(pooled_DD))
         moved_RD = _solved(partial(_weighed, pairs, core_ERR), wanted_RD, basis_RD, divided, steps)
-        seen_RR = symmetric(moved_RD @ pooled_DD @ moved_RD.T)
+        seen_RR = symmetric_product(moved_RD @ pooled_DD, moved_RD.T)
         basis_RD = torch.linalg.solve_triangular(cholesky(seen_RR), moved_RD, upper=False)
     return basis_RD
 

@@ -18,7 +18,7 @@ import torch
 
 from moesvd_core.decomposition.curves import base_curve
 from moesvd_core.decomposition.factors import BaseDeltaFactors, DenseFactors, SideFactors, balanced
-from moesvd_core.decomposition.grams import symmetric
+from moesvd_core.decomposition.grams import symmetric_product
 from moesvd_core.decomposition.losses import projection_losses
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.projection import best_projection
@@ -111,5 +111,5 @@ def _carried(metric: LayerMetric, side: Side, kind: Metric, expert: int, delta_N
     """What a delta carries into the smaller space: Δᵀ L Δ or Δ G Δᵀ, float64."""
     delta_NM = delta_NM.double()
     if metric.works_right(side):
-        return symmetric(metric.left(side, kind, expert).times(delta_NM.T) @ delta_NM)
-    return symmetric(metric.right(side, kind, expert).times(delta_NM) @ delta_NM.T)
+        return symmetric_product(metric.left(side, kind, expert).times(delta_NM.T), delta_NM)
+    return symmetric_product(metric.right(side, kind, expert).times(delta_NM), delta_NM.T)

@@ -48,8 +48,7 @@ class LatentBasis:
         rows, columns = metric.shape(side)
         own = metric.layer.experts * (rows if side == "input" else columns)
         ranks = break_even(metric.layer.experts * rows * columns, metric.layer.hidden + own, min(metric.layer.hidden, own))
-        inners: dict[int, RootedGram] = {}
-        pooled, found = _shared_basis(metric, side, kind, inners)
+        pooled, found, inners = _shared_basis(metric, side, kind)
         basis_DD, dual_DD = found.basis_RS.to(metric.dtype), pooled.times(found.basis_RS).to(metric.dtype)
         loss_R = _refitted_losses(metric, side, kind, basis_DD, dual_DD, inners)[: ranks + 1]
         curve = latent_curve(metric, side, loss_R * metric.unit, found.gain_R[:ranks])
@@ -128,31 +127,31 @@ def _outer(metric: LayerMetric, side: Side, kind: Metric, expert: int) -> torch.
     return metric.read_by(side, kind, expert) if side == "input" else metric.written_by(side, kind, expert)
 
 
-def _shared_basis(metric: LayerMetric, side: Side, kind: Metric, inners: dict[int, RootedGram]) -> tuple[FullGram, Projection]:
+def _shared_basis(metric: LayerMetric, side: Side, kind: Metric) -> tuple[FullGram, Projection, Mapping[int, RootedGram]]:
     """The basis of the whole space that all experts share (rows of V, or columns of P), and the Gram that it is orthonormal in.
+
+    Gives the experts' own inner products as well, where all of them together are small.
 
     Expert e would have its own from the inner product I_e and from what it carries, O_e. One basis needs one pair, so Σ_e I_e ⊗ O_e is
     taken as the product of its two marginals, which it is where all I_e or all O_e are alike; the refit puts right what that leaves out.
-
-    Args:
-        inners: gets the I_e, where all of them together are small.
     """
     hidden = metric.layer.hidden
     pooled_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=metric.device)
     summed_DD = torch.zeros_like(pooled_DD)
 
-    def pair(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inner = _inner(metric, side, kind, expert)
+    inners: dict[int, RootedGram] = {}
+
+    def pair(expert: int) -> tuple[RootedGram, torch.Tensor]:
+        return _inner(metric, side, kind, expert), _outer(metric, side, kind, expert)
+
+    for expert, (inner, outer_DD) in enumerate(in_parallel(pair, metric.layer.experts, metric.device)):
+        pooled_DD.add_(inner.full(), alpha=float(outer_DD.trace()))
+        summed_DD.add_(outer_DD, alpha=float(inner.full().trace()))
         if metric.layer.experts * hidden**2 <= SMALL:
             inners[expert] = inner
-        return inner.full(), _outer(metric, side, kind, expert)
-
-    for inner_DD, outer_DD in in_parallel(pair, metric.layer.experts, metric.device):
-        pooled_DD.add_(inner_DD, alpha=float(outer_DD.trace()))
-        summed_DD.add_(outer_DD, alpha=float(inner_DD.trace()))
     total = summed_DD.trace().clamp(min=torch.finfo(torch.float64).tiny)
     pooled = FullGram(ridged(pooled_DD / total, GRAM_RIDGE))
-    return pooled, best_projection(pooled, summed_DD, hidden)
+    return pooled, best_projection(pooled, summed_DD, hidden), inners
 
 
 def _refitted_losses(

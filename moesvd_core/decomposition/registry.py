@@ -170,3 +170,5 @@ _ALL = (
 )
 METHODS: Mapping[str, Method] = MappingProxyType({each.name: each for each in _ALL})
 """Every named method, the recommended one first."""
+WEIGHING = tuple(name for name, each in METHODS.items() if each.bounds_flops)
+"""Names of the methods whose plans can be asked to save operations."""

@@ -16,7 +16,7 @@ from moesvd_core.errors import RunError
 from moesvd_core.pipeline import decomposition_key, single_structures
 from moesvd_core.planning import ModelShape, Plan, Recipe, SideCurve, plans
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import known_plan
+from moesvd_core.runs.known import known_plan, plans_file
 
 Table = dict[str, Any]
 """Content of `plans/all-NAME.json` (recipe, max_ratio and plans), or a part of `source.json`."""
@@ -28,7 +28,7 @@ def most_flops_ratio(run: RunFolder, method: str) -> float:
     Raises:
         RunError: a file of the run is damaged.
     """
-    file = run.path / "plans" / f"all-{method}.json"
+    file = plans_file(run, method)
     if not METHODS[method].bounds_flops or not file.exists():
         return 0.0
     return _most(run.path, method, file.stat().st_mtime_ns)
@@ -60,7 +60,7 @@ def plan_at_once(run: RunFolder, recipe: Recipe) -> Plan | None:
         RunError: a file of the run is damaged.
     """
     plan = known_plan(run, recipe)
-    file = run.path / "plans" / f"all-{recipe.method}.json"
+    file = plans_file(run, recipe.method)
     if plan is not None or recipe.flops_ratio is None or not file.exists():
         return plan
     return _plan(run.path, replace(recipe, compensate=False), file.stat().st_mtime_ns)
@@ -83,7 +83,7 @@ def _most(path: Path, method: str, changed: int) -> float:
 
 def _own_table(run: RunFolder, method: str) -> Table:
     """Plans of the method as it is."""
-    table = run.read_json("plans", f"all-{method}.json")
+    table = run.read_json("plans", plans_file(run, method).name)
     if table is None:
         raise RunError(f"{method} is not planned in run {run.identity.id}: plan it first")
     return dict(table)

@@ -35,7 +35,7 @@ class Measured:
 
 def analysed(run: RunFolder) -> list[str]:
     """Methods whose plans of all ratios the run has."""
-    return [name for name in METHODS if _table_file(run, name).exists()]
+    return [name for name in METHODS if plans_file(run, name).exists()]
 
 
 def reach(run: RunFolder, method: str) -> float | None:
@@ -44,7 +44,7 @@ def reach(run: RunFolder, method: str) -> float | None:
     Raises:
         RunError: the table of plans is damaged.
     """
-    file = _table_file(run, method)
+    file = plans_file(run, method)
     return _reach(run.path, file.name, file.stat().st_mtime_ns) if file.exists() else None
 
 
@@ -60,7 +60,7 @@ def known_plan(run: RunFolder, recipe: Recipe) -> Plan | None:
     made = run.read_json("plans", f"{plan_key(recipe)}.json")
     if made is not None:
         return _plan(made)
-    file = _table_file(run, recipe.method)
+    file = plans_file(run, recipe.method)
     recipe = replace(recipe, compensate=False)
     if recipe != Recipe(method=recipe.method, ratio=recipe.ratio) or not file.exists():
         return None
@@ -115,7 +115,7 @@ def _records(run: RunFolder) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _table_file(run: RunFolder, method: str) -> Path:
+def plans_file(run: RunFolder, method: str) -> Path:
     """Plans of all whole percents by a method as it is."""
     return run.path / "plans" / f"all-{plan_key(Recipe(method=method)).partition('@')[0]}.json"
 

@@ -16,6 +16,7 @@ from moesvd_core.errors import RunError
 from moesvd_core.pipeline import decomposition_key, single_structures
 from moesvd_core.planning import DENSE, SideCurve
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import plans_file
 from pages.components.text import share
 
 _KEPT = 12
@@ -103,7 +104,7 @@ def plan_tables(run: RunFolder) -> dict[str, Mapping[str, Any]]:
     """
     tables = {}
     for name in METHODS:
-        path = run.path / "plans" / f"all-{name}.json"
+        path = plans_file(run, name)
         if path.exists():
             tables[name] = _parsed(path, path.stat().st_mtime_ns)
     return tables

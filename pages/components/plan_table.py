@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import DENSE, SIDES, Structure
 from moesvd_core.runs.bounded import bounded_table
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import plans_file
 
 STATES = ("dense", *get_args(Structure))
 """Structures; their place here is their code."""
@@ -31,11 +31,6 @@ DENSE_RANK = 65535
 """Rank of a slot that stays the original matrix."""
 _TOTALS = ("ratio", "bytes", "parameters", "active_parameters", "flops", "predicted_loss")
 _Row = Mapping[str, Any]
-
-
-def planned(run: RunFolder) -> list[str]:
-    """Methods whose plans the run holds, in the order of the registry."""
-    return [name for name in METHODS if _file(run, name).exists()]
 
 
 def read(run: RunFolder, method: str, flops_ratio: float | None = None) -> str | None:
@@ -65,7 +60,7 @@ def layer_losses(run: RunFolder, method: str, flops_ratio: float | None = None) 
 
 
 def _made(run: RunFolder, method: str, flops_ratio: float | None) -> "_Table | None":
-    file = _file(run, method)
+    file = plans_file(run, method)
     if not file.exists() or not (run.path / "source.json").exists():
         return None
     return _table(str(run.path), method, flops_ratio, file.stat().st_mtime_ns)
@@ -83,7 +78,7 @@ def _table(path: str, method: str, flops_ratio: float | None, changed: int) -> _
     """The table of the file as it was at the time `changed`."""
     run = RunFolder.open(Path(path))
     source = run.read_json("source.json")
-    table = run.read_json("plans", f"all-{method}.json") if flops_ratio is None else bounded_table(run, method, flops_ratio)
+    table = run.read_json("plans", plans_file(run, method).name) if flops_ratio is None else bounded_table(run, method, flops_ratio)
     layers = [ExpertLayer(**layer) for layer in source["facts"]["expert_layers"]]
     scores = run.read_json("evaluations", "sensitivity.json") or {"experts": []}
     packed = pack(table, layers, scores["experts"])
@@ -183,7 +178,3 @@ def _loads(layers: Sequence[ExpertLayer], scores: Sequence[_Row]) -> NDArray[Any
         if row["layer"] in places and 0 <= row["expert"] < load_LE.shape[1]:
             load_LE[places[row["layer"]], row["expert"]] = row["f"] or 0.0
     return load_LE
-
-
-def _file(run: RunFolder, method: str) -> Path:
-    return run.path / "plans" / f"all-{method}.json"

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from moesvd_core.marks import ORIGINAL, mark
 from moesvd_core.planning import LossLaw, Recipe
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import Measured, loss_laws, measurements
+from moesvd_core.runs.known import Measured, analysed, loss_laws, measurements
 from moesvd_core.runs.workbench import Text
 from pages.components import figure, plan_table, tables
 from pages.components.text import escape, number, recipe_name, share
@@ -54,7 +54,7 @@ def curve(run: RunFolder, method: str, text: Text, flops_ratio: float | None = N
     Raises:
         RunError: a file of the run is damaged.
     """
-    names = plan_table.planned(run)
+    names = analysed(run)
     base = original_nll(run, text)
     if not names or base is None:
         return figure.nothing("Nothing to compare yet", "The curve of every planned method appears here once the original is measured.")

@@ -7,11 +7,11 @@ import json
 
 import gradio as gr
 
-from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.decomposition.registry import WEIGHING
 from moesvd_core.errors import RunError
 from moesvd_core.runs.bounded import most_flops_ratio
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import loss_laws
+from moesvd_core.runs.known import analysed, loss_laws
 from pages.components import plan_table
 from pages.components.assets import mount
 from pages.components.handler import warn
@@ -36,7 +36,6 @@ _CONTROL = f"""
 <div class="stage-pin"><button type="button" class="quiet" data-part="pin">Pin this plan</button>
 <span data-part="pin-text"></span><button type="button" class="quiet" data-part="unpin" hidden>Unpin</button></div>
 <p class="unseen" aria-live="polite" data-part="said"></p></div></section>"""
-_WEIGHING = ", ".join(name for name, method in METHODS.items() if method.bounds_flops)
 _TITLES = ("Layer", "Gate and up", "Down", "Kept", "Predicted loss, nats", "Why")
 _NUMBERS = ("Kept", "Predicted loss, nats")
 _COLUMNS = "".join(f'<th scope="col"{" class=number" if title in _NUMBERS else ""}>{title}</th>' for title in _TITLES)
@@ -109,13 +108,14 @@ def drawing(run: RunFolder | None, state: ViewState, dataset: str = "sotu") -> s
         empty = (f"No plans by {state.method} with fewer operations yet", problem)
     elif run is None:
         empty = ("No run is chosen", "Choose a model on the Model page and analyse it: its plans appear here.")
-    elif plan_table.planned(run):
+    elif analysed(run):
         hint = "Press “Plan this method” below: the model is decomposed that way, and every ratio planned."
         empty = (f"No plans by {state.method} yet", hint)
     else:
         empty = ("This run has no plans yet", "They are made at the end of its analysis; the Model page says how far that is.")
     flops = 0.0 if run is None else flops_within(run, state) or 0.0
-    bound = {"flops": round(100 * flops), "flopsMost": int(100 * most), "weighs": METHODS[state.method].bounds_flops, "weighing": _WEIGHING}
+    weighing = {"weighs": state.method in WEIGHING, "weighing": ", ".join(WEIGHING)}
+    bound = {"flops": round(100 * flops), "flopsMost": int(100 * most), **weighing}
     view = {"run": state.run, "method": state.method, "percent": round(100 * state.ratio), "layer": state.layer, **bound}
     law = None if run is None or table is None else loss_laws(run, [state.method], dataset).get(state.method)
     return json.dumps({**view, "table": table, "law": None if law is None else vars(law), "empty": empty}, separators=(",", ":"))

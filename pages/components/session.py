@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlencode
 
-from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.decomposition.registry import METHODS, WEIGHING
 from moesvd_core.errors import InputError
 from moesvd_core.runs.folder import is_run_id
 
@@ -42,7 +42,7 @@ class ViewState:
         if not 0 < self.flops_ratio < 1:
             raise InputError(f"flops_ratio must be in (0, 1), or left out for no bound on operations, got {self.flops_ratio}")
         if not METHODS[self.method].bounds_flops:
-            weighing = ", ".join(name for name, method in METHODS.items() if method.bounds_flops)
+            weighing = ", ".join(WEIGHING)
             raise InputError(f"flops_ratio needs a method that weighs operations ({weighing}), got {self.method}: choose one of them")
 
     def but(self, **changes: Any) -> "ViewState":

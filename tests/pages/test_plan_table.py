@@ -16,6 +16,7 @@ from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.errors import RunError
 from moesvd_core.planning import DENSE
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import analysed
 from pages.components import plan_table
 from pages.components.plan_table import DENSE_RANK, STATES, WHOLE
 
@@ -100,8 +101,8 @@ def test_ranks_are_spread_with_dense_slots_at_the_top() -> None:
 def test_what_was_not_planned_has_no_table(run: RunFolder, tmp_path: Path) -> None:
     assert plan_table.read(run, "owl") is None
     assert plan_table.totals(run, "owl") is None
-    assert plan_table.planned(run) == ["auto", "moe-svd", "svd"]
-    assert plan_table.planned(new_run(tmp_path)) == []
+    assert analysed(run) == ["auto", "moe-svd", "svd"]
+    assert analysed(new_run(tmp_path)) == []
 
 
 def test_a_table_is_packed_again_when_its_file_has_changed(tmp_path: Path) -> None:
