@@ -18,7 +18,6 @@ from moesvd_core.decomposition.kept_neurons import KeptNeuronsBasis
 from moesvd_core.decomposition.latent import LatentBasis
 from moesvd_core.decomposition.merged import MergedBasis
 from moesvd_core.decomposition.metrics import LayerMetric
-from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.per_expert import PerExpertBasis
 from moesvd_core.decomposition.registry import Method
 from moesvd_core.decomposition.shared_v import SharedVBasis
@@ -171,8 +170,7 @@ def _made(metric: LayerMetric, structure: Structure, method: Method) -> Mapping[
         case "per-expert":
             return {side: PerExpertBasis.made(metric, side, kind) for side in SIDES}
         case "latent":
-            made = in_parallel(lambda side: LatentBasis.made(metric, SIDES[side], kind), len(SIDES), metric.device)
-            return dict(zip(SIDES, made, strict=True))  # side by side: half of what each does, it does once for all experts
+            return LatentBasis.both(metric, kind)
         case "shared-v":
             return {side: SharedVBasis.made(metric, side, kind, refit=method.refit) for side in SIDES}
         case "base-delta":

@@ -13,7 +13,7 @@ from math import sqrt
 
 import torch
 
-BLOCK = 256
+BLOCK = 128
 """Rows of a symmetric or triangular product made at a time: enough for full speed, few enough to spare most of the needless half."""
 EPSILON = 1e-10
 """Ridge, as a share of the mean diagonal, on matrices that are to be inverted on all that is not zero."""

@@ -7,6 +7,7 @@ Shapes: E experts, D hidden size, N rows of an input matrix, M width, R rank.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,8 +19,8 @@ from moesvd_core.decomposition.grams import FullGram, RootedGram, ridged
 from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.parallel import in_parallel
-from moesvd_core.decomposition.projection import Projection, best_projection, fit_gains, orthonormal, reader
-from moesvd_core.planning import DENSE, Metric, Side, SideCurve
+from moesvd_core.decomposition.projection import best_projection, fit_gains, orthonormal, reader
+from moesvd_core.planning import DENSE, SIDES, Metric, Side, SideCurve
 
 SMALL = 1 << 24
 """Entries of inner products that all experts of a layer may keep from finding a basis to measuring it."""
@@ -37,22 +38,23 @@ class LatentBasis:
         self._metric, self._side, self._kind, self._basis_RD = metric, side, kind, basis_RD
 
     @classmethod
-    def made(cls, metric: LayerMetric, side: Side, kind: Metric) -> "LatentBasis":
-        """Find the shared basis of one side: two eigendecompositions of hidden size for the whole layer.
+    def both(cls, metric: LayerMetric, kind: Metric) -> dict[Side, "LatentBasis"]:
+        """Find the shared bases of both sides: one eigendecomposition of hidden size each.
 
         Args:
             metric: the layer's inner products.
-            side: which matrices.
             kind: the metric that basis and refits minimise; losses are predicted in the output metric whichever it is.
         """
-        rows, columns = metric.shape(side)
-        own = metric.layer.experts * (rows if side == "input" else columns)
-        ranks = break_even(metric.layer.experts * rows * columns, metric.layer.hidden + own, min(metric.layer.hidden, own))
-        pooled, found, inners = _shared_basis(metric, side, kind)
-        basis_DD, dual_DD = found.basis_RS.to(metric.dtype), pooled.times(found.basis_RS).to(metric.dtype)
-        loss_R = _refitted_losses(metric, side, kind, basis_DD, dual_DD, inners)[: ranks + 1]
-        curve = latent_curve(metric, side, loss_R * metric.unit, found.gain_R[:ranks])
-        return cls(metric, side, kind, basis_DD[:ranks].clone().cpu(), curve)
+        shared = _shared_bases(metric, kind)
+        losses = _refitted_losses(metric, kind, shared)
+        made: dict[Side, LatentBasis] = {}
+        for side in SIDES:
+            rows, columns = metric.shape(side)
+            own = metric.layer.experts * (rows if side == "input" else columns)
+            ranks = break_even(metric.layer.experts * rows * columns, metric.layer.hidden + own, min(metric.layer.hidden, own))
+            curve = latent_curve(metric, side, losses[side][: ranks + 1] * metric.unit, shared[side].gain_R[:ranks])
+            made[side] = cls(metric, side, kind, shared[side].basis_DD[:ranks].clone().cpu(), curve)
+        return made
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
         """Factors at one rank for the layer; DENSE keeps the original matrices."""
@@ -127,50 +129,71 @@ def _outer(metric: LayerMetric, side: Side, kind: Metric, expert: int) -> torch.
     return metric.read_by(side, kind, expert) if side == "input" else metric.written_by(side, kind, expert)
 
 
-def _shared_basis(metric: LayerMetric, side: Side, kind: Metric) -> tuple[FullGram, Projection, Mapping[int, RootedGram]]:
-    """The basis of the whole space that all experts share (rows of V, or columns of P), and the Gram that it is orthonormal in.
+@dataclass(frozen=True)
+class _Shared:
+    """The directions that all experts of a side share, of the whole space, best first.
 
-    Gives the experts' own inner products as well, where all of them together are small.
+    Attributes:
+        basis_DD: rows of V, or columns of P, in the precision of factors.
+        dual_DD: its inverse, transposed.
+        gain_R: squared singular values of what all experts carry, in the one inner product that they share.
+        inners: the experts' own inner products, where all of them together are small.
+    """
+
+    basis_DD: torch.Tensor
+    dual_DD: torch.Tensor
+    gain_R: torch.Tensor
+    inners: Mapping[int, RootedGram]
+
+
+def _shared_bases(metric: LayerMetric, kind: Metric) -> dict[Side, _Shared]:
+    """The bases of both sides, each orthonormal in its pooled Gram.
 
     Expert e would have its own from the inner product I_e and from what it carries, O_e. One basis needs one pair, so Σ_e I_e ⊗ O_e is
     taken as the product of its two marginals, which it is where all I_e or all O_e are alike; the refit puts right what that leaves out.
     """
-    hidden = metric.layer.hidden
-    pooled_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=metric.device)
-    summed_DD = torch.zeros_like(pooled_DD)
+    experts, hidden = metric.layer.experts, metric.layer.hidden
+    pooled_SDD = torch.zeros(len(SIDES), hidden, hidden, dtype=torch.float64, device=metric.device)
+    summed_SDD = torch.zeros_like(pooled_SDD)
+    inners: dict[Side, dict[int, RootedGram]] = {side: {} for side in SIDES}
 
-    inners: dict[int, RootedGram] = {}
+    def pair(part: int) -> tuple[RootedGram, torch.Tensor]:
+        where = (metric, SIDES[part // experts], kind, part % experts)
+        return _inner(*where), _outer(*where)
 
-    def pair(expert: int) -> tuple[RootedGram, torch.Tensor]:
-        return _inner(metric, side, kind, expert), _outer(metric, side, kind, expert)
+    def found(place: int) -> _Shared:
+        total = summed_SDD[place].trace().clamp(min=torch.finfo(torch.float64).tiny)
+        pooled = FullGram(ridged(pooled_SDD[place] / total, GRAM_RIDGE))
+        best = best_projection(pooled, summed_SDD[place], hidden, metric.dtype)
+        return _Shared(best.basis_RS.to(metric.dtype), pooled.times(best.basis_RS).to(metric.dtype), best.gain_R, inners[SIDES[place]])
 
-    for expert, (inner, outer_DD) in enumerate(in_parallel(pair, metric.layer.experts, metric.device)):
-        pooled_DD.add_(inner.full(), alpha=float(outer_DD.trace()))
-        summed_DD.add_(outer_DD, alpha=float(inner.full().trace()))
-        if metric.layer.experts * hidden**2 <= SMALL:
-            inners[expert] = inner
-    total = summed_DD.trace().clamp(min=torch.finfo(torch.float64).tiny)
-    pooled = FullGram(ridged(pooled_DD / total, GRAM_RIDGE))
-    return pooled, best_projection(pooled, summed_DD, hidden), inners
+    for part, (inner, outer_DD) in enumerate(in_parallel(pair, len(SIDES) * experts, metric.device)):
+        place, expert = divmod(part, experts)
+        pooled_SDD[place].add_(inner.full(), alpha=float(outer_DD.trace()))
+        summed_SDD[place].add_(outer_DD, alpha=float(inner.full().trace()))
+        if experts * hidden**2 <= SMALL:
+            inners[SIDES[place]][expert] = inner
+    return dict(zip(SIDES, in_parallel(found, len(SIDES), metric.device), strict=True))
 
 
-def _refitted_losses(
-    metric: LayerMetric, side: Side, kind: Metric, basis_DD: torch.Tensor, dual_DD: torch.Tensor, inners: Mapping[int, RootedGram]
-) -> torch.Tensor:
-    """Loss at every rank, [D+1], in the output metric, after every expert's own refit in the method's metric.
+def _refitted_losses(metric: LayerMetric, kind: Metric, shared: Mapping[Side, _Shared]) -> dict[Side, torch.Tensor]:
+    """Loss of each side at every rank, [D+1], in the output metric, after every expert's own refit in the method's metric.
 
     The basis is that of the whole space, so that in the output metric nothing is lost beyond it: every loss is a sum of gains, where
     total less gains would be a difference of large numbers.
     """
+    experts = metric.layer.experts
 
-    def losses(expert: int) -> torch.Tensor:
-        own, outer_DD = inners.get(expert) or _inner(metric, side, kind, expert), _outer(metric, side, "output", expert)
+    def losses(part: int) -> torch.Tensor:
+        side, expert = SIDES[part // experts], part % experts
+        of = shared[side]
+        own, outer_DD = of.inners.get(expert) or _inner(metric, side, kind, expert), _outer(metric, side, "output", expert)
         if kind == "output":
-            return tail_losses(fit_gains(basis_DD, dual_DD, own, outer_DD))
-        read_DD, fitted_DD = orthonormal(own, basis_DD.double())
+            return tail_losses(fit_gains(of.basis_DD, of.dual_DD, own, outer_DD))
+        read_DD, fitted_DD = orthonormal(own, of.basis_DD.double())
         return projection_losses(read_DD, fitted_DD, _inner(metric, side, "output", expert), outer_DD)
 
-    loss_R = torch.zeros(len(basis_DD) + 1, dtype=torch.float64, device=metric.device)
-    for own_R in in_parallel(losses, metric.layer.experts, metric.device):
-        loss_R += own_R
-    return loss_R
+    loss_SR = torch.zeros(len(SIDES), metric.layer.hidden + 1, dtype=torch.float64, device=metric.device)
+    for part, own_R in enumerate(in_parallel(losses, len(SIDES) * experts, metric.device)):
+        loss_SR[part // experts] += own_R
+    return dict(zip(SIDES, loss_SR, strict=True))

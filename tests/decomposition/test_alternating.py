@@ -50,7 +50,7 @@ def loss(pairs: list[Pair], basis_RD: torch.Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_refined_factors_lose_less_in_their_metric_at_the_same_size(kind: Metric, side: Side, shape: str) -> None:
     metric = layer_metric(shape)
-    basis = LatentBasis.made(metric, side, kind)
+    basis = LatentBasis.both(metric, kind)[side]
     sliced, better = basis.factors([3]), basis.refined([3])
     assert type(better) is type(sliced)
     assert better.parameters == sliced.parameters
@@ -80,7 +80,7 @@ def test_in_the_end_no_small_change_of_the_basis_helps() -> None:
 
 def test_where_experts_share_their_inner_product_the_nested_basis_is_the_best_already() -> None:
     metric = layer_metric(measured=False)  # one Γ for all experts
-    basis = LatentBasis.made(metric, "output", "output")
+    basis = LatentBasis.both(metric, "output")["output"]
     before, after = (measured_loss(metric, "output", each.reconstruct()) for each in (basis.factors([3]), basis.refined([3])))
     assert after == pytest.approx(before, rel=1e-6)
 
@@ -110,7 +110,7 @@ def test_pairs_are_asked_for_anew_and_none_is_kept() -> None:
 
 @pytest.mark.parametrize("side", SIDES)
 def test_dense_and_nothing_at_all_are_what_they_were(side: Side) -> None:
-    basis = LatentBasis.made(layer_metric(), side, "output")
+    basis = LatentBasis.both(layer_metric(), "output")[side]
     assert isinstance(basis.refined([DENSE]), DenseFactors)
     nothing = basis.refined([0])
     assert isinstance(nothing, SharedLeftFactors | SharedRightFactors)

@@ -26,7 +26,7 @@ def layer_metric(shape: str = "wide", **options: bool) -> LayerMetric:
 @pytest.mark.parametrize("measured", [True, False])
 def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str, side: Side, measured: bool) -> None:
     metric = layer_metric(shape, measured=measured)
-    basis = LatentBasis.made(metric, side, kind)
+    basis = LatentBasis.both(metric, kind)[side]
     most = basis.curve.gain_SR.shape[1]
     for rank in {0, 1, most // 2, most}:
         wanted = measured_loss(metric, side, basis.factors([rank]).reconstruct())
@@ -43,14 +43,14 @@ def test_experts_that_use_one_small_subspace_are_kept_exactly(side: Side) -> Non
     else:
         tiny.weights.output_EDM = project @ tiny.weights.output_EDM
         tiny.statistics.output_gram_EDD = project @ tiny.statistics.output_gram_EDD @ project.T
-    factors = LatentBasis.made(of(tiny), side, "output").factors([3])
+    factors = LatentBasis.both(of(tiny), "output")[side].factors([3])
     wanted = tiny.weights.input_END if side == "input" else tiny.weights.output_EDM
     torch.testing.assert_close(factors.reconstruct(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_no_other_shared_output_basis_of_the_same_rank_loses_less() -> None:
     metric = layer_metric()
-    best = LatentBasis.made(metric, "output", "output").curve.loss_SR[0, 3]
+    best = LatentBasis.both(metric, "output")["output"].curve.loss_SR[0, 3]
     gamma_DD = metric.left("output", "output", 0).full()
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
@@ -61,7 +61,7 @@ def test_no_other_shared_output_basis_of_the_same_rank_loses_less() -> None:
 
 def test_left_factors_are_the_best_for_the_shared_right_one() -> None:
     metric = layer_metric()
-    factors = LatentBasis.made(metric, "input", "output").factors([4])
+    factors = LatentBasis.both(metric, "output")["input"].factors([4])
     assert isinstance(factors, SharedRightFactors)
     got_ENM = factors.reconstruct()
     best = measured_loss(metric, "input", got_ENM)
@@ -74,7 +74,7 @@ def test_left_factors_are_the_best_for_the_shared_right_one() -> None:
 def test_both_losses_fall_with_every_rank() -> None:
     metric = layer_metric()
     for side in SIDES:
-        loss_R = LatentBasis.made(metric, side, "output").curve.loss_SR[0]
+        loss_R = LatentBasis.both(metric, "output")[side].curve.loss_SR[0]
         assert (loss_R[1:] <= loss_R[:-1]).all()
         assert loss_R[0] == pytest.approx(sum(metric.energy(side, expert) for expert in range(4)) * metric.unit)
 
@@ -83,7 +83,7 @@ def test_own_factors_lose_no_more_than_shared_ones_at_the_same_rank() -> None:
     metric = layer_metric()
     for side in SIDES:
         own = PerExpertBasis.made(metric, side, "output").curve.loss_SR.sum(0)
-        shared = LatentBasis.made(metric, side, "output").curve.loss_SR[0]
+        shared = LatentBasis.both(metric, "output")[side].curve.loss_SR[0]
         most = min(len(own), len(shared))
         assert (own[:most] <= shared[:most] * (1 + 1e-9)).all()
 
@@ -91,7 +91,7 @@ def test_own_factors_lose_no_more_than_shared_ones_at_the_same_rank() -> None:
 def test_what_is_stored_is_what_the_curve_charges() -> None:
     metric = layer_metric()
     for side, form in zip(SIDES, (SharedRightFactors, SharedLeftFactors), strict=True):
-        basis = LatentBasis.made(metric, side, "output")
+        basis = LatentBasis.both(metric, "output")[side]
         factors = basis.factors([5])
         assert isinstance(factors, form)
         assert factors.parameters == 5 * basis.curve.rank_cost_S[0]
@@ -102,7 +102,7 @@ def test_what_is_stored_is_what_the_curve_charges() -> None:
 
 def test_dense_is_the_original_tensor() -> None:
     metric = layer_metric()
-    factors = LatentBasis.made(metric, "input", "output").factors([DENSE])
+    factors = LatentBasis.both(metric, "output")["input"].factors([DENSE])
     assert isinstance(factors, DenseFactors)
     assert factors.weight_ENM is metric.weights.input_END
 
@@ -110,7 +110,7 @@ def test_dense_is_the_original_tensor() -> None:
 def test_a_starved_expert_gets_finite_factors() -> None:
     metric = of(tiny_layer(starved=0))
     for side in SIDES:
-        assert LatentBasis.made(metric, side, "output").factors([4]).reconstruct().isfinite().all()
+        assert LatentBasis.both(metric, "output")[side].factors([4]).reconstruct().isfinite().all()
 
 
 def test_few_tokens_with_one_direction_that_outweighs_all_others_are_predicted_as_measured() -> None:
@@ -120,7 +120,7 @@ def test_few_tokens_with_one_direction_that_outweighs_all_others_are_predicted_a
     tiny.statistics.weighted_input_gram_EDD = (x_ETD.mT @ x_ETD).float()  # single precision leaves these indefinite
     tiny.weights.input_END, tiny.weights.output_EDM = tiny.weights.input_END.float(), tiny.weights.output_EDM.float()
     metric = of(tiny)
-    basis = LatentBasis.made(metric, "input", "output")
+    basis = LatentBasis.both(metric, "output")["input"]
     for rank in (0, 5, 40):
         wanted = measured_loss(metric, "input", basis.factors([rank]).reconstruct())
         assert basis.curve.loss_SR[0, rank] == pytest.approx(wanted, rel=1e-4)
