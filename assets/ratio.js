@@ -40,13 +40,14 @@
 
   /* Place of the plan for a whole percent; the largest that there is for more. */
   const placeOf = (table, percent) => Math.min(Math.max(percent, 0), table.asked.length - 1);
-  /* Predicted losses by the law that measured plans tell (planning/loss_law.py), layer by layer. */
+  /* Predicted losses by the law that measured plans tell (planning/loss_law.py): of each layer cut alone, and of all together. */
   function fitted(table, law) {
     if (!law) return table;
-    const layers = table.layers.length, sum = losses => losses.reduce((total, loss) => total + loss, 0);
+    const count = table.layers.length, factors = table.layers.map(layer => law.factor * (law.layers[layer] ?? 1));
+    const together = losses => losses.reduce((total, loss) => total + loss ** (1 / law.together), 0) ** law.together;
     table.law = law;
-    table.loss = table.loss.map(loss => law.factor * Math.max(loss, 0) ** law.power);
-    table.totals.predicted_loss = table.asked.map((_, place) => sum(table.loss.subarray(place * layers, (place + 1) * layers)));
+    table.loss = table.loss.map((loss, cell) => factors[cell % count] * Math.max(loss, 0) ** law.power);
+    table.totals.predicted_loss = table.asked.map((_, place) => together(table.loss.subarray(place * count, (place + 1) * count)));
     return table;
   }
 

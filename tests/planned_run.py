@@ -1,7 +1,7 @@
 """A run whose plans were made from made-up curves: of any size in seconds, without a model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,17 @@ def measured(run: RunFolder, recipe: Recipe, added: float, text: Text | None = N
     distance = {"kl_mean": added, "kl_p95": 4 * added, "top1_agreement": 0.9, "delta_nll": added, "delta_nll_stderr": added / 20}
     record = plan.as_dict() | figures(text, NLL + added) | distance | {"original": figures(text, NLL), "recipe": recipe.as_dict()}
     atomic.write_json(run.station("evaluations") / f"plan.{plan_key(recipe)}--{text.key}.json", record)
+
+
+def cut_alone(run: RunFolder, losses: Mapping[int, tuple[float, float]], **text: Any) -> None:
+    """Note layers as cut alone by half with `auto`, by layer what that was predicted to lose and what was measured."""
+    on, name = Text(**text), plan_key(Recipe(ratio=0.5))
+    rows = [{"layer": layer, "predicted": predicted, "measured_nll": added} for layer, (predicted, added) in losses.items()]
+    for layer, (_, added) in losses.items():
+        distance = {"delta_nll": added, "delta_nll_stderr": abs(added) / 20}
+        atomic.write_json(run.station("evaluations") / f"{name}.layer-{layer:03d}--{on.key}.json", figures(on, NLL + added) | distance)
+    if not (table := run.station("evaluations") / f"sensitivity-{name}.json").exists():
+        atomic.write_json(table, {"layers": rows, "experts": [], "correlations": []})
 
 
 def figures(text: Text, nll: float) -> dict[str, Any]:

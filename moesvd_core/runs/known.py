@@ -86,23 +86,59 @@ def measurements(run: RunFolder) -> list[Measured]:
 def loss_laws(run: RunFolder, methods: Iterable[str], dataset: str) -> dict[str, LossLaw]:
     """What predicted losses of each method have to be made of to be of the size of measured ones on a data set, whatever its part.
 
-    Fitted to the method's own measured plans where there are enough of them, else to those of all methods; none before enough was measured.
-    What was compensated is left out: predictions are of factors as they are sliced.
+    Fitted to the method's own measured plans where there are enough of them, and to its cuts of single layers (an analysis of sensitivity
+    makes them); else to the plans of all methods; none before enough was measured. What was compensated is left out: predictions are of
+    factors as they are sliced.
     """
-    largest: dict[str, dict[str, Any]] = {}
-    for record in sorted((each for each in _records(run) if each["dataset"] == dataset), key=lambda each: int(each["tokens"])):
-        if record["recipe"].get("compensate"):
-            continue
-        if record["delta_nll"] > CLEAR * (record["delta_nll_stderr"] or 0.0) and record["predicted_loss"] > 0:
-            largest[plan_key(Recipe.from_dict(record["recipe"]))] = record
-    points = [(record["method"], layer_losses(_plan(record)), float(record["delta_nll"])) for record in largest.values()]
+    points = _told(
+        (plan_key(recipe), recipe.method, layer_losses(_plan(record)), record)
+        for record in _records(run)
+        if not (recipe := Recipe.from_dict(record["recipe"])).compensate and record["dataset"] == dataset
+    )
     laws: dict[str, LossLaw] = {}
     for method in methods:
-        own = [point for point in points if point[0] == method]
-        used = own if len(own) >= ENOUGH else points
+        own = [point for point in points if point.method == method]
+        used = [*own, *_told(_cuts(run, method, dataset))] if len(own) >= ENOUGH else points
         if len(used) >= ENOUGH:
-            laws[method] = LossLaw.fit([predicted for _, predicted, _ in used], [measured for _, _, measured in used])
+            laws[method] = LossLaw.fit(
+                [point.predicted for point in used], [point.measured for point in used], [point.error for point in used]
+            )
     return laws
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A measured plan for a law: method, predicted loss by layer, measured loss and its standard error."""
+
+    method: str
+    predicted: Mapping[int, float]
+    measured: float
+    error: float | None
+
+
+def _told(found: Iterable[tuple[str, str, Mapping[int, float], Mapping[str, Any]]]) -> list[_Point]:
+    """Of every plan, by name, what the largest part of the text says, where its loss can be told from none."""
+    points: dict[str, _Point] = {}
+    for name, method, predicted, figures in sorted(found, key=lambda each: int(each[3]["tokens"])):
+        measured, error = float(figures["delta_nll"]), figures["delta_nll_stderr"]
+        if measured > CLEAR * (error or 0.0) and any(loss > 0 for loss in predicted.values()):
+            points[name] = _Point(method, predicted, measured, error)
+    return list(points.values())
+
+
+def _cuts(run: RunFolder, method: str, dataset: str) -> Iterator[tuple[str, str, Mapping[int, float], Mapping[str, Any]]]:
+    """Layers that a method as it is cut alone: name, method, predicted loss, measured figures; a damaged file is passed over."""
+    for table in sorted((run.path / "evaluations").glob(f"sensitivity-{method}@*.json")):
+        try:
+            rows = (run.read_json("evaluations", table.name) or {})["layers"]
+            for row in (row for row in rows if row["predicted"] is not None):
+                name = f"{table.stem.removeprefix('sensitivity-')}.layer-{row['layer']:03d}"
+                for file in sorted((run.path / "evaluations").glob(f"{name}--*.json")):
+                    figures = run.read_json("evaluations", file.name) or {}
+                    if figures["dataset"] == dataset:
+                        yield name, method, {row["layer"]: row["predicted"]}, figures
+        except (RunError, KeyError):
+            continue
 
 
 def _records(run: RunFolder) -> Iterator[dict[str, Any]]:

@@ -53,7 +53,7 @@ def totals(run: RunFolder, method: str, flops_ratio: float | None = None) -> dic
     return None if made is None else made.totals
 
 
-def layer_losses(run: RunFolder, method: str, flops_ratio: float | None = None) -> list[list[float]]:
+def layer_losses(run: RunFolder, method: str, flops_ratio: float | None = None) -> list[dict[int, float]]:
     """Predicted loss of every layer that each of a method's plans changes, nats a token; no plans where there are none of it."""
     made = _made(run, method, flops_ratio)
     return [] if made is None else made.losses
@@ -69,7 +69,7 @@ def _made(run: RunFolder, method: str, flops_ratio: float | None) -> "_Table | N
 class _Table:
     """One method's plans, packed."""
 
-    def __init__(self, text: str, totals: dict[str, list[float]], losses: list[list[float]]) -> None:
+    def __init__(self, text: str, totals: dict[str, list[float]], losses: list[dict[int, float]]) -> None:
         self.text, self.totals, self.losses = text, totals, losses
 
 
@@ -83,7 +83,7 @@ def _table(path: str, method: str, flops_ratio: float | None, changed: int) -> _
     scores = run.read_json("evaluations", "sensitivity.json") or {"experts": []}
     packed = pack(table, layers, scores["experts"])
     totals = {name: [plan[name] for plan in table["plans"]] for name in _TOTALS}
-    losses = [[row["predicted_loss"] for row in plan["layers"] if row["selected"]] for plan in table["plans"]]
+    losses = [{row["layer"]: row["predicted_loss"] for row in plan["layers"] if row["selected"]} for plan in table["plans"]]
     return _Table(base64.b64encode(packed).decode(), totals, losses)
 
 

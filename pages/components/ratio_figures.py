@@ -108,7 +108,8 @@ def _line(recipe: Recipe) -> str:
 
 def _predicted(run: RunFolder, line: Recipe, law: LossLaw | None) -> list[float]:
     """What each plan of a method is predicted to lose: by the law that measured plans tell, else as it was planned."""
-    return [sum(losses) if law is None else law.loss(losses) for losses in plan_table.layer_losses(run, line.method, line.flops_ratio)]
+    plans = plan_table.layer_losses(run, line.method, line.flops_ratio)
+    return [sum(losses.values()) if law is None else law.loss(losses) for losses in plans]
 
 
 def _fit_text(method: str, law: LossLaw | None) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planned_run import measured, planned_run
+from planned_run import cut_alone, measured, planned_run
 from run_helpers import new_run
 from tiny_runs import TEXT, do, tiny_run
 
@@ -85,6 +85,32 @@ def test_the_law_of_losses_is_the_methods_own_once_enough_of_its_plans_were_meas
     assert law is not None
     assert (law.points, law.factor, law.power) == (3, pytest.approx(3), pytest.approx(1)), "the largest part of the text counts"
     assert loss_laws(run, ["auto"], "other.txt") == {}
+
+
+def test_a_law_learns_of_layers_from_an_analysis_of_sensitivity(tmp_path: Path) -> None:
+    run = planned_run(tmp_path)
+    plans = run.read_json("plans", "all-auto.json")["plans"]
+    for percent in (20, 30, 40):
+        measured(run, Recipe(ratio=percent / 100), 3 * plans[percent]["predicted_loss"])
+    plain = loss_laws(run, ["auto"], "sotu")["auto"]
+    assert (plain.points, plain.layers) == (3, {})
+    cut_alone(run, {0: (0.001, 0.006), 1: (0.001, 0.003), 2: (0.001, 0.0015)}, windows=16)
+    cut_alone(run, {0: (0.001, 0.001)}, windows=4)
+    cut_alone(run, {0: (0.001, 0.001), 1: (0.001, 0.001)}, dataset="other.txt")
+    (run.station("evaluations") / "sensitivity-auto@0.7000.json").write_text("{")
+    law = loss_laws(run, ["auto", "svd"], "sotu")
+    assert (law["auto"].points, law["svd"].points) == (6, 3), "cuts tell of their own method"
+    assert law["auto"].layers[0] > 1.5 > 1.1 > law["auto"].layers[1] > 0.9 > 0.6 > law["auto"].layers[2]
+
+
+def test_cuts_that_cannot_be_told_from_none_say_nothing(tmp_path: Path) -> None:
+    run = planned_run(tmp_path)
+    plans = run.read_json("plans", "all-auto.json")["plans"]
+    for percent in (20, 30, 40):
+        measured(run, Recipe(ratio=percent / 100), 3 * plans[percent]["predicted_loss"])
+    cut_alone(run, {0: (0.001, 0.003), 1: (0.001, 0.003), 2: (0.001, -0.0001)})
+    law = loss_laws(run, ["auto"], "sotu")["auto"]
+    assert (law.points, law.layers) == (5, {}), "two cuts are too few to tell layers apart"
 
 
 def test_a_method_that_was_not_analysed_is_not_known(tmp_path: Path) -> None:

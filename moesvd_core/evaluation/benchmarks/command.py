@@ -150,6 +150,7 @@ _PREDICTION: _Options = {
     **_RATIOS,
     "--fitted": {"nargs": "+", "type": float, "metavar": "R", "help": "those of them that each method's law is fitted to"},
     "--layer-ratios": {"nargs": "+", "type": float, "metavar": "R", "help": "shares of one layer's experts to remove, each layer alone"},
+    "--layers-fitted": {"nargs": "*", "type": float, "metavar": "R", "help": "those of them that each method's law is fitted to"},
 }
 _INFERENCE: _Options = {
     "--model": {"help": "model folder or hub id (default: a random model)"},

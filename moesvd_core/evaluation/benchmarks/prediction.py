@@ -1,12 +1,13 @@
 """How well losses are predicted without measuring: over methods, ratios and single layers, beside S_L and OWL.
 
-For every method three plans of the whole model are measured and its law is fitted to them (`planning.loss_law`); everything else, plans at
-other ratios and cuts of one layer alone, is predicted by that law and then measured. S_L and OWL claim no size of a loss and know no ratio:
-they are held against the measured losses of the layers in one cut at a time, and so is the prediction.
+For every method a few plans are measured and its law is fitted to them (`planning.loss_law`): the whole model at three ratios, and each
+layer cut alone at one of these. Everything else, plans at other ratios and other cuts of one layer, is predicted by that law and then
+measured. Beside it stands a law that saw the whole models only. S_L and OWL claim no size of a loss and know no ratio: they are held
+against the measured losses of the layers in one cut at a time, and so is the prediction.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isnan
 from pathlib import Path
 from statistics import fmean, median
@@ -30,17 +31,24 @@ class Point:
     Attributes:
         method, asked: what was asked for; of a single layer, the ratio of its own experts.
         layer: the layer that was cut alone; None: a plan of the whole model.
-        raw: predicted loss, nats a token, as planning has it.
-        fitted: what the method's law makes of it; None for the plans that the law was fitted to, or without a law.
+        predicted: loss of every layer, nats a token, as planning has it.
         evaluation: what was measured.
+        fitted: what the method's law makes of it; None for the plans that the law was fitted to, or without a law.
+        by_whole: the same of the law that saw whole models only.
     """
 
     method: str
     asked: float
     layer: int | None
-    raw: float
-    fitted: float | None
+    predicted: Mapping[int, float]
     evaluation: Evaluation
+    fitted: float | None = None
+    by_whole: float | None = None
+
+    @property
+    def raw(self) -> float:
+        """Predicted loss as planning has it."""
+        return sum(self.predicted.values())
 
     @property
     def measured(self) -> float:
@@ -48,9 +56,14 @@ class Point:
         return lost(self.evaluation)
 
     @property
+    def stderr(self) -> float:
+        """Standard error of that."""
+        return self.evaluation.delta_nll_stderr or 0.0
+
+    @property
     def clear(self) -> bool:
         """Whether measuring can tell the loss from none."""
-        return self.measured > CLEAR * (self.evaluation.delta_nll_stderr or 0.0)
+        return self.measured > CLEAR * self.stderr
 
 
 @dataclass(frozen=True)
@@ -62,20 +75,24 @@ class PredictionBenchmark(QualitySettings):
         ratios: of the whole model.
         fitted: ratios among them that each method's law is fitted to.
         layer_ratios: of one layer's own experts, each layer alone.
+        layers_fitted: ratios among them that each method's law is fitted to; none: laws are those of whole models.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     fitted: tuple[float, ...] = (0.2, 0.4, 0.6)
     layer_ratios: tuple[float, ...] = (0.4, 0.6)
+    layers_fitted: tuple[float, ...] = (0.4,)
 
     def __post_init__(self) -> None:
         for name in self.methods:
             method(name)
         if not self.methods:
             raise InputError("at least one method must be given to predict")
-        if missing := [ratio for ratio in self.fitted if ratio not in self.ratios]:
-            raise InputError(f"ratios must hold those that laws are fitted to, got none of {', '.join(f'{ratio:g}' for ratio in missing)}")
+        for name, given, fitted in (("ratios", self.ratios, self.fitted), ("layer_ratios", self.layer_ratios, self.layers_fitted)):
+            if missing := [ratio for ratio in fitted if ratio not in given]:
+                words = ", ".join(f"{ratio:g}" for ratio in missing)
+                raise InputError(f"{name} must hold those that laws are fitted to, got none of {words}")
 
     def run(self, report: Report = silent) -> Table:
         """Plan and measure everything, and hold predictions against it.
@@ -89,7 +106,7 @@ class PredictionBenchmark(QualitySettings):
         laws: dict[str, LossLaw | None] = {}
         for done, name in enumerate(self.methods):
             report(Progress("benchmark", done, len(self.methods), name))
-            laws[name], found = self._measured(calibrated, name, report)
+            laws[name], found = self._judged(self._measured(calibrated, name, report))
             points.extend(found)
             calibrated.pipeline.cache.clear()
         report(Progress("benchmark", len(self.methods), len(self.methods), "all methods"))
@@ -100,25 +117,44 @@ class PredictionBenchmark(QualitySettings):
         }
         return Table.of(f"Loss predicted and measured: {Path(self.model).name}", _summary(points, scores), [
             self.measured_on(bench, (self.calibration.seed,)),
-            f"laws are fitted, method by method, to the whole model at {', '.join(f'{ratio:.0%}' for ratio in self.fitted)}; "
-            "those plans are left out below; no plan is compensated, since predictions are made before that",
+            f"laws are fitted, method by method, to the whole model at {_percents(self.fitted)}"
+            + (f", and to each layer cut alone at {_percents(self.layers_fitted)}" if self.layers_fitted else "")
+            + "; those plans are left out below; no plan is compensated, since predictions are made before that",
+            "whole models alone: laws without those cuts; all that it did not see: the cuts of its own as well",
             "of each cut: rank correlation over the layers in one cut (method and ratio), and the mean over cuts",
-            f"clear: measured losses above {CLEAR:g} of their standard errors",
+            f"clear: measured losses above {CLEAR:g} of their standard errors; standard error: that of the measured loss as a share of it, "
+            "the median: two thirds of it is the median error of a prediction that is right",
         ], details)
 
-    def _measured(self, calibrated: CalibratedBench, name: str, report: Report) -> tuple[LossLaw | None, list[Point]]:
-        """A method's law, and all of its points."""
+    def _measured(self, calibrated: CalibratedBench, name: str, report: Report) -> list[Point]:
+        """All of a method's points."""
         pipeline = calibrated.pipeline
         reach = pipeline.max_ratio(Recipe(name), report)
         plans = pipeline.plans(Recipe(name), [ratio for ratio in self.ratios if ratio <= reach], report)
-        whole = [(plan, calibrated.measured(plan)) for plan in plans]
-        used = [(plan, lost(evaluation)) for plan, evaluation in whole if plan.asked_ratio in self.fitted and lost(evaluation) > 0]
-        law = LossLaw.fit([layer_losses(plan) for plan, _ in used], [loss for _, loss in used]) if len(used) >= ENOUGH else None
-        fitted_to = [plan for plan, _ in used]
-        points = [_point(plan, None, None if plan in fitted_to else law, evaluation) for plan, evaluation in whole]
-        for ratio in self.layer_ratios:
-            points.extend(_point(plan, layer, law, calibrated.measured(plan)) for layer, plan in _alone(pipeline, name, ratio).items())
-        return law, points
+        alone = [cut for ratio in self.layer_ratios for cut in _alone(pipeline, name, ratio).items()]
+        return [
+            Point(plan.method, plan.asked_ratio, layer, layer_losses(plan), calibrated.measured(plan))
+            for layer, plan in [*((None, plan) for plan in plans), *alone]
+        ]
+
+    def _judged(self, points: Sequence[Point]) -> tuple[LossLaw | None, list[Point]]:
+        """A method's law, and its points with what laws that did not see them make of them."""
+        whole = [point for point in points if point.layer is None and point.asked in self.fitted and point.clear]
+        seen = [*whole, *(point for point in points if point.layer is not None and point.asked in self.layers_fitted and point.clear)]
+        law, by_whole = _law(seen), _law(whole)
+        return law, [replace(point, fitted=_claim(law, seen, point), by_whole=_claim(by_whole, whole, point)) for point in points]
+
+
+def _law(seen: Sequence[Point]) -> LossLaw | None:
+    if len(seen) < ENOUGH:
+        return None
+    return LossLaw.fit([point.predicted for point in seen], [point.measured for point in seen], [point.stderr for point in seen])
+
+
+def _claim(law: LossLaw | None, seen: Sequence[Point], point: Point) -> float | None:
+    """What a law makes of a point that it did not see. Two ratios may come to one plan: that was seen, whichever was asked for."""
+    known = law is None or any((point.layer, point.predicted) == (each.layer, each.predicted) for each in seen)
+    return None if law is None or known else law.loss(point.predicted)
 
 
 def _alone(pipeline: Pipeline, name: str, ratio: float) -> dict[int, Plan]:
@@ -136,25 +172,21 @@ def lost(evaluation: Evaluation) -> float:
     return evaluation.delta_nll
 
 
-def _point(plan: Plan, layer: int | None, law: LossLaw | None, evaluation: Evaluation) -> Point:
-    fitted = None if law is None else law.loss(layer_losses(plan))
-    return Point(plan.method, plan.asked_ratio, layer, plan.predicted_loss, fitted, evaluation)
-
-
 _Scores = dict[int, dict[str, float]]
 
 
 def _summary(points: Sequence[Point], scores: _Scores) -> list[dict[str, Cell]]:
     """How good each predictor is, over what."""
     judged = [point for point in points if point.fitted is not None]
-    scopes = {
-        "all": judged,
-        "all, clear": [point for point in judged if point.clear],
-        "whole models": [point for point in judged if point.layer is None],
-        "single layers": [point for point in judged if point.layer is not None],
-        "single layers, clear": [point for point in judged if point.layer is not None and point.clear],
-    }
+    scopes = _scopes(judged)
+    both = [point for point in judged if point.by_whole is not None]
+    if judged != both:
+        scopes["all that both predict"] = both
     rows = [_judged("fitted", scope, found, [point.fitted or 0.0 for point in found]) for scope, found in scopes.items() if found]
+    others = {**_scopes(both), "all that it did not see": [point for point in points if point.by_whole is not None]}
+    rows += [
+        _judged("whole models alone", scope, found, [point.by_whole or 0.0 for point in found]) for scope, found in others.items() if found
+    ]
     if judged:
         rows.append(_judged("as planned", "all", judged, [point.raw for point in judged]))
     if cuts := _cuts(points):
@@ -162,21 +194,34 @@ def _summary(points: Sequence[Point], scores: _Scores) -> list[dict[str, Cell]]:
     return rows
 
 
+def _scopes(judged: Sequence[Point]) -> dict[str, list[Point]]:
+    """Points by what they are of."""
+    return {
+        "all": list(judged),
+        "all, clear": [point for point in judged if point.clear],
+        "whole models": [point for point in judged if point.layer is None],
+        "single layers": [point for point in judged if point.layer is not None],
+        "single layers, clear": [point for point in judged if point.layer is not None and point.clear],
+    }
+
+
 def _judged(predictor: str, scope: str, points: Sequence[Point], claimed: Sequence[float]) -> dict[str, Cell]:
     """Rank correlation, and the error as a share of what was measured."""
     measured = [point.measured for point in points]
     errors = sorted(abs(claim / loss - 1) for claim, loss in zip(claimed, measured, strict=True) if loss != 0)
+    noise = median(point.stderr / abs(point.measured) for point in points if point.measured != 0)
     kl = [point.evaluation.kl_mean or 0.0 for point in points]
     correlations = rank_correlation(claimed, measured), rank_correlation(claimed, kl)
-    return _row(predictor, scope, len(points), *correlations, median(errors), errors[int(0.9 * (len(errors) - 1))])
+    return _row(predictor, scope, len(points), *correlations, median(errors), errors[int(0.9 * (len(errors) - 1))], noise)
 
 
 def _row(
-    predictor: str, scope: str, points: int, nll: float | None, kl: float | None, middle: float | None = None, large: float | None = None
+    predictor: str, scope: str, points: int, nll: float | None, kl: float | None, middle: float | None = None, large: float | None = None,
+    noise: float | None = None,
 ) -> dict[str, Cell]:
     return {
         "predictor": predictor, "over": scope, "points": points, "Spearman with delta_nll": nll, "Spearman with KL": kl,
-        "median error": middle, "90 % within": large,
+        "median error": middle, "90 % within": large, "standard error": noise,
     }
 
 
@@ -209,12 +254,18 @@ def _point_row(point: Point, scores: _Scores) -> dict[str, Cell]:
     own = scores.get(-1 if point.layer is None else point.layer, {})
     return {
         "method": point.method, "asked": point.asked, "layer": point.layer, "as planned": point.raw, "fitted": point.fitted,
-        "delta_nll": point.measured, "delta_nll_stderr": point.evaluation.delta_nll_stderr, "kl_mean": point.evaluation.kl_mean,
-        "S_L": own.get("S_L"), "OWL": own.get("OWL"),
+        "whole models alone": point.by_whole, "delta_nll": point.measured, "delta_nll_stderr": point.evaluation.delta_nll_stderr,
+        "kl_mean": point.evaluation.kl_mean, "S_L": own.get("S_L"), "OWL": own.get("OWL"),
     }
 
 
 def _law_row(name: str, law: LossLaw | None) -> dict[str, Cell]:
     if law is None:
-        return {"method": name, "factor": None, "power": None, "points": None, "error": None}
-    return {"method": name, "factor": law.factor, "power": law.power, "points": law.points, "error": law.error}
+        return {"method": name, **dict.fromkeys(("factor", "power", "together", "points", "error", "layers"))}
+    layers = ", ".join(f"{layer}: {own:.3f}" for layer, own in law.layers.items())
+    figures = {"factor": law.factor, "power": law.power, "together": law.together, "points": law.points, "error": law.error}
+    return {"method": name, **figures, "layers": layers}
+
+
+def _percents(ratios: Sequence[float]) -> str:
+    return ", ".join(f"{ratio:.0%}" for ratio in ratios)

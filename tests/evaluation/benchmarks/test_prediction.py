@@ -1,5 +1,6 @@
 """Predictions are judged by plans that their laws have not seen, and figures show all of them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,34 @@ from tiny_models import save_tiny
 
 from moesvd_core.calibration import Calibration
 from moesvd_core.errors import InputError
+from moesvd_core.evaluation.benchmarks.bench import CalibratedBench
 from moesvd_core.evaluation.benchmarks.figures import figures_of
 from moesvd_core.evaluation.benchmarks.prediction import PredictionBenchmark
-from moesvd_core.evaluation.benchmarks.table import Table
+from moesvd_core.evaluation.benchmarks.table import Cell, Table
+from moesvd_core.evaluation.perplexity import Evaluation
+from moesvd_core.planning import Plan
+from moesvd_core.planning.loss_law import layer_losses
 from moesvd_core.sensitivity import rank_correlation
 
 torch.set_num_threads(1)
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.9)
+OWN = {0: 0.8, 1: 1.0, 2: 1.5}
+"""Factors of layers in the world that is measured here: a random model's losses are noise."""
+
+
+def evaluation_of(_: CalibratedBench, plan: Plan) -> Evaluation:
+    """What a plan loses in that world, all but exactly measured."""
+    lost = sum(2.5 * OWN[layer] * loss**0.8 for layer, loss in layer_losses(plan).items())
+    figures = {"kl_mean": lost, "delta_nll": lost, "delta_nll_stderr": lost / 1000}
+    return Evaluation("sotu", 4, 24, 92, 3.0 + lost, 20.0, 0.1, **figures)
+
+
+def benchmark(folder: Path, **given: object) -> Table:
+    settings = {"calibration": Calibration(samples=6, length=32, batch=3), "windows": 4, "length": 24, "dtype": torch.float32}
+    asked = {"ratios": RATIOS, "fitted": (0.1, 0.2, 0.3), "layer_ratios": (0.2, 0.4, 0.8), "layers_fitted": (0.4,)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CalibratedBench, "measured", evaluation_of)
+        return PredictionBenchmark(str(folder), **{**settings, **asked, **given}).run()  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +46,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(folder: Path) -> Table:
-    settings = {"calibration": Calibration(samples=6, length=32, batch=3), "windows": 4, "length": 24, "dtype": torch.float32}
-    asked = {"ratios": RATIOS, "fitted": (0.1, 0.2, 0.3), "layer_ratios": (0.3, 0.5, 0.8), "methods": ("svd-llm", "svd")}
-    return PredictionBenchmark(str(folder), **settings, **asked).run()  # type: ignore[arg-type]
+    return benchmark(folder, methods=("svd-llm", "svd"))
+
+
+def row(table: Table, predictor: str, over: str) -> dict[str, Cell]:
+    return next(row for row in table.records if (row["predictor"], row["over"]) == (predictor, over))
+
+
+def is_seen(point: Mapping[str, Cell]) -> bool:
+    """Whether the law was fitted to a point."""
+    return point["asked"] in ((0.1, 0.2, 0.3) if point["layer"] is None else (0.4,))
 
 
 def test_plans_that_a_law_was_fitted_to_are_not_predicted_by_it(table: Table) -> None:
-    laws = {row["method"]: row for row in table.details["laws"].records}
-    for point in table.details["points"].records:
-        law = laws[point["method"]]
-        seen = point["layer"] is None and point["asked"] in (0.1, 0.2, 0.3) and float(point["delta_nll"] or 0) > 0
-        assert (point["fitted"] is None) == (seen or law["factor"] is None)
-        if point["layer"] is not None and law["factor"] is not None:
-            assert point["fitted"] == pytest.approx(float(law["factor"]) * float(point["as planned"] or 0) ** float(law["power"] or 0))
+    points = table.details["points"].records
+    for point in points:
+        assert (point["fitted"] is None) == is_seen(point)
+        assert (point["whole models alone"] is None) == (is_seen(point) and point["layer"] is None)
+    assert {law["points"] for law in table.details["laws"].records} == {6}
+
+
+def test_layers_that_were_cut_alone_are_met_and_others_are_not(table: Table) -> None:
+    learned, whole = (row(table, predictor, "single layers") for predictor in ("fitted", "whole models alone"))
+    assert learned["points"] == whole["points"] == 6
+    assert float(learned["median error"] or 0) < 0.15 < float(whole["median error"] or 0)
+    assert float(learned["standard error"] or 0) == pytest.approx(0.001)
+    unseen, judged = row(table, "whole models alone", "all that it did not see"), row(table, "fitted", "all")
+    assert int(unseen["points"] or 0) == int(judged["points"] or 0) + 6
+
+
+def test_a_plan_that_two_ratios_come_to_is_seen_by_both(folder: Path) -> None:
+    """Ratios of half a percent give the same ranks in so small a layer."""
+    points = benchmark(folder, methods=("svd",), layer_ratios=(0.4, 0.4001)).details["points"].records
+    same = [point for point in points if point["asked"] == 0.4001]
+    assert same
+    assert all(point["fitted"] is None for point in same)
+
+
+def test_without_cuts_there_is_one_law(folder: Path) -> None:
+    points = benchmark(folder, methods=("svd",), layers_fitted=()).details["points"].records
+    assert all(point["fitted"] == point["whole models alone"] for point in points)
+    assert any(point["fitted"] is not None for point in points)
 
 
 def test_every_method_at_every_ratio_that_it_reaches_and_every_layer_alone(table: Table) -> None:
@@ -45,7 +95,7 @@ def test_every_method_at_every_ratio_that_it_reaches_and_every_layer_alone(table
     for name in ("svd-llm", "svd"):
         own = [point for point in points if point["method"] == name]
         assert [point["asked"] for point in own if point["layer"] is None] == [ratio for ratio in RATIOS if ratio < 0.9]
-        assert [point["layer"] for point in own if point["asked"] == 0.5] == sorted(layers)
+        assert [point["layer"] for point in own if point["asked"] == 0.4] == sorted(layers)
         assert not [point for point in own if point["asked"] == 0.8], "no layer can give so much"
         assert all(point["S_L"] is not None for point in own if point["layer"] is not None)
 
@@ -72,5 +122,7 @@ def test_figures_show_every_point_above_zero(table: Table) -> None:
 
 
 def test_laws_are_fitted_to_ratios_that_are_measured(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"got none of 0\.25"):
+    with pytest.raises(InputError, match=r"^ratios .* got none of 0\.25"):
         PredictionBenchmark(str(folder), fitted=(0.2, 0.25, 0.4))
+    with pytest.raises(InputError, match=r"^layer_ratios .* got none of 0\.5"):
+        PredictionBenchmark(str(folder), layers_fitted=(0.4, 0.5))
