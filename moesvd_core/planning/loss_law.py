@@ -165,7 +165,7 @@ def _fitted(seen: _Seen) -> _Fit:
 
 def _simple(seen: _Seen) -> _Fit:
     """The best law of layers that are alike and add up; at each power the best factor is known."""
-    gap_PN = seen.measured_N - np.array([_together(power * seen.log_NL, 1.0) for power in POWERS])
+    gap_PN = seen.measured_N - _together(POWERS[:, None, None] * seen.log_NL, 1.0)
     factor_P = np.average(gap_PN, axis=1, weights=seen.weight_N)
     best = int(((gap_PN - factor_P[:, None]) ** 2 @ seen.weight_N).argmin())
     return _Fit(float(factor_P[best]), float(POWERS[best]), 1.0, np.zeros(seen.log_NL.shape[1]))
@@ -184,8 +184,8 @@ def _of_cuts(cuts: _Seen, power: float) -> tuple[float, _Table]:
 
 
 def _together(alone_NL: _Table, q: float) -> _Table:
-    """Logarithms [N] of what layers lose together, from those of what each loses alone."""
-    sum_N: _Table = np.exp(alone_NL / q).sum(axis=1)
+    """Logarithms [..., N] of what layers lose together, from those of what each loses alone, [..., N, L]."""
+    sum_N: _Table = np.exp(alone_NL / q).sum(axis=-1)
     return q * np.log(sum_N)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planned_run import RUN, add_curves, measured, planned_run
+from planned_run import RUN, add_curves, cut_alone, measured, planned_run
 from playwright.sync_api import Page, expect
 from runs.tiny_runs import TEXT, do, tiny_run
 
@@ -36,6 +36,7 @@ def run(runs: Path) -> RunFolder:
     add_curves(made, "auto")
     for percent, added in ((10, 0.01), (40, 0.04), (60, 0.2)):
         measured(made, Recipe(ratio=percent / 100), added)
+    cut_alone(made, {0: (0.001, 0.006), 1: (0.001, 0.003), 2: (0.001, 0.002)})
     return made
 
 
@@ -70,11 +71,14 @@ def drag(page: Page, share: float) -> list[str]:
 def test_the_predicted_loss_is_of_the_size_of_measured_ones(ratio: Open, run: RunFolder) -> None:
     page = ratio()
     law = loss_laws(run, ["auto"], "sotu").get("auto")
-    assert law is not None
-    expect(page.locator('[data-part="loss-remark"]')).to_contain_text("fitted to 3 measured plans")
-    plan = run.read_json("plans", "all-auto.json")["plans"][40]
+    assert law is not None and law.layers and law.together != 1
+    expect(page.locator('[data-part="loss-remark"]')).to_contain_text("fitted to 6 measured plans")
+    layers = {layer["layer"]: layer["predicted_loss"] for layer in run.read_json("plans", "all-auto.json")["plans"][40]["layers"]}
     shown = float(page.locator('[data-part="loss"]').inner_text())
-    assert shown == pytest.approx(law.loss([layer["predicted_loss"] for layer in plan["layers"]]), rel=0.02)
+    assert shown == pytest.approx(law.loss(layers), rel=0.02)
+    for row, (layer, loss) in zip(page.locator(ROWS).all(), layers.items(), strict=True):
+        alone = float(row.locator("td > span").all_inner_texts()[3].split()[0])
+        assert alone == pytest.approx(law.layer_loss(layer, loss), rel=0.05)
 
 
 def test_dragging_shows_every_plan_and_asks_nobody(ratio: Open, run: RunFolder) -> None:
