@@ -34,7 +34,7 @@ from moesvd_core.decomposition.decompose import load as load_decomposition
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS, Method, method
 from moesvd_core.errors import InputError, RunError, StatisticsError
-from moesvd_core.planning import LayerPlan, ModelShape, Plan, Recipe, SideCurve, SidePlan, Structure, layer_plans, max_ratio, plans
+from moesvd_core.planning import LayerPlan, ModelShape, Plan, Recipe, SideCurve, SidePlan, layer_plans, max_ratio, plans
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.sensitivity import LayerSensitivity, scores, sensitivities
 from moesvd_core.tensor_files import MADE_AGAIN, load_tensors, save_tensors
@@ -318,7 +318,7 @@ class Pipeline:
         made: LayerFactors | None = None
         for structure in sorted({side.structure for side in sides.values()} - {"dense"}):
             its = {name: side if side.structure == structure else dense for name, side in sides.items()}
-            part = self._decomposition(index, _single(base, structure)).materialise(replace(layer_plan, **its), refined=refined)  # type: ignore[arg-type]
+            part = self._decomposition(index, base.alone(structure)).materialise(replace(layer_plan, **its), refined=refined)  # type: ignore[arg-type]
             names = [name for name, side in sides.items() if side.structure == structure]
             made = part if made is None else replace(made, **{name: getattr(part, name) for name in names})
         return made
@@ -371,12 +371,13 @@ class CompressedStream:
 
 def single_structures(method: Method) -> list[Method]:
     """A method cut into one for each structure, so that methods which share one share its decompositions."""
-    return [_single(method, structure) for structure in method.structures]
+    return [method.alone(structure) for structure in method.structures]
 
 
 def decomposition_key(single: Method) -> str:
     """Name under which a method of one structure keeps its decompositions: what decides them and nothing else."""
-    return "-".join([single.metric, single.structures[0], *(["refit"] if single.refit else []), *([] if single.shrink else ["unshrunk"])])
+    options = {"refit": single.refit, "unshrunk": not single.shrink, "screened": single.screen}
+    return "-".join([single.metric, single.structures[0], *(name for name, chosen in options.items() if chosen)])
 
 
 def compensation_key(plan: Plan) -> str:
@@ -393,7 +394,3 @@ def _is_changed(plan: Plan, index: int) -> bool:
     """Whether compensation changes one of the plan's layers."""
     layer = _layer_plan(plan, index)
     return layer is not None and layer.selected and is_changed(layer)
-
-
-def _single(method: Method, structure: Structure) -> Method:
-    return replace(method, structures=(structure,), refit=method.refit and structure == "shared-v")

@@ -11,34 +11,41 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesvd_core.experts import STRUCTURES, DenseSide
+from moesvd_core.experts import STRUCTURES, DenseSide, PerExpertSide
 from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_turns
 from moesvd_core.sides import Side
 
 
-class BaseDeltaSide(Side):
-    """`B + U_e V_e`: one matrix `base` [N, C] for all experts, and `left` [E, N, R] and `right` [E, R, C], all of one rank.
+class BaseDeltaSide(PerExpertSide):
+    """`B + U_e V_e`: one matrix `base` [N, C] for all experts, and what `PerExpertSide` stores; a rank of -1 leaves the base out.
 
     The base meets every token once: on the input side before tokens are spread over their experts, on the output side after their neurons
     were added up with the router's weights.
     """
 
-    def __init__(self, rank: int, experts: int, rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
-        super().__init__(reads_tokens)
+    def __init__(self, ranks: Sequence[int], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        super().__init__(ranks, rows, columns, reads_tokens, **kind)
         self.base = nn.Parameter(torch.empty(rows, columns, **kind))
-        self.left = nn.Parameter(torch.empty(experts, rows, rank, **kind))
-        self.right = nn.Parameter(torch.empty(experts, rank, columns, **kind))
 
     def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         if self.reads_tokens:
-            return pairs.spread(self.shared(x, "base")) + self.multiply(pairs.spread(x), pairs)
-        return self.shared(pairs.combine(x), "base") + pairs.combine(self.multiply(x, pairs))
+            return self._based(pairs.spread(self.shared(x, "base")), pairs) + self.multiply(pairs.spread(x), pairs)
+        return self.shared(pairs.combine(self._based(x, pairs)), "base") + pairs.combine(self.multiply(x, pairs))
 
-    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        return self.own(self.own(x_PC, "right", pairs), "left", pairs)
+    def _based(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Zeros for the pairs of experts that do without the base."""
+        if not self.whole:
+            return x_PC
+        based_E = self.table("based", x_PC.device, lambda: [rank >= 0 for rank in self.ranks])
+        return x_PC.masked_fill(~based_E[pairs.expert_P][:, None], 0)
+
+    def filled_up(self, name: str, weight_GNC: torch.Tensor) -> torch.Tensor:
+        return weight_GNC if name == "base" else super().filled_up(name, weight_GNC)
 
     def matrices(self) -> torch.Tensor:
-        return self.base + self.left @ self.right
+        full_ENC = super().matrices()
+        full_ENC[[expert for expert, rank in enumerate(self.ranks) if rank >= 0]] += self.base
+        return full_ENC
 
 
 class NarrowSide(DenseSide):
@@ -81,6 +88,6 @@ class MergedSide(Side):
         return self.weight[self.groups]
 
 
-STRUCTURES["base-delta"] = lambda spec, *shape, **kind: BaseDeltaSide(spec["rank"], *shape, **kind)
+STRUCTURES["base-delta"] = lambda spec, experts, *shape, **kind: BaseDeltaSide(spec["ranks"], *shape, **kind)
 STRUCTURES["narrow"] = lambda spec, *shape, **kind: NarrowSide(spec["size"], spec["blocks"], *shape, **kind)
 STRUCTURES["merged"] = lambda spec, experts, *shape, **kind: MergedSide(spec["groups"], *shape, **kind)

@@ -17,7 +17,7 @@ from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, replace_experts, unpack
-from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors
+from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors, PerExpertFactors
 from moesvd_core.evaluation.speed import _flops, weight_bytes
 from moesvd_core.experts import FactoredExperts, make_side
 from moesvd_core.grouped import Runs
@@ -254,7 +254,8 @@ def test_a_base_alone_is_one_matrix_for_all() -> None:
     layer = expert_layers(model)[0]
     weights = read_experts(model.get_submodule(layer.name), layer)
     stored = weights.input_END, weights.output_EDM
-    sides = [BaseDeltaFactors(each[0].clone(), each[:, :, :0].clone(), each[:, :0].clone()) for each in stored]
+    none = [PerExpertFactors((0,) * 4, tuple(each[:, :, :0]), tuple(each[:, :0]), {}) for each in stored]
+    sides = [BaseDeltaFactors(each[0].clone(), own) for each, own in zip(stored, none, strict=True)]
     factors = LayerFactors(layer.index, *sides)
     dense = multiplied_out(model, [(layer, factors)]).get_submodule(layer.name)
     call = torch.randn(20, layer.hidden), torch.randint(4, (20, 2)), torch.rand(20, 2)

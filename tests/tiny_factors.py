@@ -19,8 +19,8 @@ from moesvd_core.decomposition.factors import (
 )
 
 RANK = 8
-INPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "latent", "base-delta", "merged")
-OUTPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "basis", "base-delta", "merged")
+INPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "latent", "base-delta", "base-equal", "merged")
+OUTPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "basis", "base-delta", "base-equal", "merged")
 
 
 def side_factors(form: str, weight_ENM: torch.Tensor, seed: int = 0) -> SideFactors:
@@ -63,7 +63,9 @@ def side_factors(form: str, weight_ENM: torch.Tensor, seed: int = 0) -> SideFact
         case "latent":
             return SharedRightFactors((group(everyone, experts, [[expert] for expert in everyone], RANK),))
         case "base-delta":
-            return BaseDeltaFactors(random(rows, columns), random(experts, rows, RANK), random(experts, RANK, columns))
+            return BaseDeltaFactors(random(rows, columns), per_expert([(8, -1, 0, 5)[expert % 4] for expert in everyone]))
+        case "base-equal":
+            return BaseDeltaFactors(random(rows, columns), per_expert([RANK] * experts))
         case "merged":
             return MergedFactors(random(experts - 1, rows, columns), (*range(experts - 1), 0))
         case "basis":

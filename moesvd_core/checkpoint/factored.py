@@ -73,7 +73,7 @@ def _side_spec(factors: SideFactors) -> Spec:
         case SharedLeftFactors():
             return {"structure": "shared-left", "rank": factors.left_NR.shape[1]}
         case BaseDeltaFactors():
-            return {"structure": "base-delta", "rank": factors.left_ENR.shape[2]}
+            return {"structure": "base-delta", "ranks": list(factors.own.ranks)}
         case NarrowFactors():
             return {"structure": "narrow", "size": factors.weight_ENM.shape[factors.dim], "blocks": factors.blocks}
         case MergedFactors():
@@ -96,8 +96,7 @@ def _side_tensors(factors: SideFactors) -> Iterator[tuple[str, Tensor]]:
             yield "left", factors.left_NR
         case BaseDeltaFactors():
             yield "base", factors.base_NM
-            yield "left", factors.left_ENR
-            yield "right", factors.right_ERM
+            yield from _slabs(factors.own)
         case NarrowFactors():
             yield "weight", factors.weight_ENM
         case MergedFactors():

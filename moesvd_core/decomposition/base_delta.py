@@ -3,8 +3,11 @@
 The base is the experts' mean, every entry weighted by Fisher's information about it: W_b = Σ_e F_e ∘ W_e / Σ_e F_e. D²-MoE takes F from
 the squared gradients of single samples. Calibration does not keep those of whole matrices; it keeps both sides of every expert's products
 (see `curvature`), and with gradient and input taken as independent F_ij = (L_e)_ii · (G_e)_jj, summed over the tokens, so that it carries
-how often the expert is used. What is left, Δ_e = W_e − W_b, is truncated in the method's metric, all experts at one rank. Neurons are not
-aligned first, as they are not there.
+how often the expert is used. What is left, Δ_e = W_e − W_b, is truncated in the method's metric; D²-MoE gives all experts one rank. Neurons
+are not aligned first, as they are not there.
+
+A base takes as many parameters as one expert. It is worth them where experts have much in common, as those that grew out of one dense
+network have; where their matrices are independent, it says no more than any one of them does (`have_in_common`).
 
 The semi-dynamic pruning of the base is left out. Its dynamic half skips columns of the base for a batch at a time: that saves
 multiplications, and no stored byte. The static half would store a narrower base for a further loss.
@@ -16,20 +19,24 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from moesvd_core.decomposition.curves import base_curve
-from moesvd_core.decomposition.factors import BaseDeltaFactors, DenseFactors, SideFactors, balanced
+from moesvd_core.decomposition.curves import base_curve, break_even
+from moesvd_core.decomposition.factors import BaseDeltaFactors, DenseFactors, PerExpertFactors, SideFactors, balanced
 from moesvd_core.decomposition.grams import symmetric_product
-from moesvd_core.decomposition.losses import projection_losses
+from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
+from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.projection import best_projection
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
+
+COMMON = 2.0
+"""How many experts' squared entries a base must stand for to be on offer beside structures that do without (see `have_in_common`)."""
 
 
 class BaseDeltaBasis:
     """The base of one side of a layer, and the directions that each expert's delta keeps, best first.
 
     Attributes:
-        curve: predicted loss at every rank; one slot.
+        curve: predicted loss at every rank.
     """
 
     def __init__(
@@ -48,29 +55,33 @@ class BaseDeltaBasis:
             kind: the metric that the deltas minimise; losses are predicted in the output metric whichever it is.
         """
         rows, columns = metric.shape(side)
-        experts = metric.layer.experts
-        ranks = max(1, min((experts - 1) * rows * columns // (experts * (rows + columns)), rows, columns))
+        ranks = break_even(rows * columns, rows + columns, min(rows, columns))
         base_NM = fisher_mean(metric, side)
-        bases, losses, gains = [], [], []
-        for expert in range(experts):
+
+        def decomposed(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             delta_NM = metric.weight(side, expert) - base_NM
             inner = metric.inner(side, kind, expert)
             found = best_projection(inner, _carried(metric, side, kind, expert, delta_NM), ranks)
-            true_outer_SS = _carried(metric, side, "output", expert, delta_NM)
-            seen_RS = inner.times(found.basis_RS)
-            losses.append(projection_losses(seen_RS, found.basis_RS, metric.inner(side, "output", expert), true_outer_SS))
-            bases.append(found.basis_RS.to(metric.dtype).cpu())
-            gains.append(found.gain_R)
-        curve = base_curve(metric, side, torch.stack(losses).sum(0) * metric.unit, torch.stack(gains).sum(0))
+            if kind == "output":
+                loss_R = tail_losses(found.gain_R, found.rest)
+            else:
+                true_inner, true_outer_SS = metric.inner(side, "output", expert), _carried(metric, side, "output", expert, delta_NM)
+                loss_R = projection_losses(inner.times(found.basis_RS), found.basis_RS, true_inner, true_outer_SS)
+            return found.basis_RS.to(metric.dtype).cpu(), loss_R * metric.unit, found.gain_R
+
+        bases, losses, gains = zip(*in_parallel(decomposed, metric.layer.experts, metric.device), strict=True)
+        curve = base_curve(metric, side, torch.stack(losses), torch.stack(gains))
         return cls(metric, side, kind, base_NM.cpu(), torch.stack(bases), curve)
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
-        """The base and deltas at one rank for the layer; DENSE keeps the original matrices."""
-        (rank,) = ranks
-        if rank == DENSE:
-            return DenseFactors(self._metric.stored(self._side))
-        pairs = [self._pair(expert, rank) for expert in range(self._metric.layer.experts)]
-        return BaseDeltaFactors(self._base_NM, torch.stack([left for left, _ in pairs]), torch.stack([right for _, right in pairs]))
+        """The base, and deltas at one rank an expert; DENSE keeps the original matrix."""
+        stored = self._metric.stored(self._side)
+        if all(rank == DENSE for rank in ranks):
+            return DenseFactors(stored)
+        pairs = [self._pair(expert, max(rank, 0)) for expert, rank in enumerate(ranks)]
+        dense = {expert: stored[expert] for expert, rank in enumerate(ranks) if rank == DENSE}
+        own = PerExpertFactors(tuple(ranks), tuple(left for left, _ in pairs), tuple(right for _, right in pairs), dense)
+        return BaseDeltaFactors(self._base_NM, own)
 
     def _pair(self, expert: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Left [rows, rank] and right [rank, columns] factor of one expert's delta."""
@@ -91,8 +102,15 @@ class BaseDeltaBasis:
     @classmethod
     def loaded(cls, metric: LayerMetric, side: Side, kind: Metric, tensors: Mapping[str, torch.Tensor]) -> "BaseDeltaBasis":
         """The basis that `tensors` came from, for the same weights and statistics."""
-        curve = base_curve(metric, side, tensors["loss"][0], tensors["gain"][0])
+        curve = base_curve(metric, side, tensors["loss"], tensors["gain"])
         return cls(metric, side, kind, tensors["base"], tensors["basis"], curve)
+
+
+def have_in_common(weight_ENM: torch.Tensor) -> bool:
+    """Whether ‖Σ W_e‖² ≥ COMMON · Σ ‖W_e‖²: once the right side's sum where experts are independent, E times where they are alike."""
+    summed_NM = weight_ENM.sum(0, dtype=torch.float32)
+    held = sum(float(weight_NM.float().square().sum()) for weight_NM in weight_ENM)
+    return float(summed_NM.square().sum()) >= COMMON * held
 
 
 def fisher_mean(metric: LayerMetric, side: Side) -> torch.Tensor:

@@ -4,6 +4,7 @@ Shapes: S slots, R ranks. A token reaches k = Σ_e f_e experts on average, with 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -85,21 +86,11 @@ def shared_curve(metric: LayerMetric, side: Side, groups: Sequence[SharedGroup],
     )
 
 
-def base_curve(metric: LayerMetric, side: Side, loss_R: torch.Tensor, gain_R: torch.Tensor) -> SideCurve:
-    """One slot for the layer: the base whatever the rank, and every expert's delta. The base is applied once a token."""
+def base_curve(metric: LayerMetric, side: Side, loss_ER: torch.Tensor, gain_ER: torch.Tensor) -> SideCurve:
+    """The base whatever the ranks, applied once a token, and a slot an expert for its delta."""
     rows, columns = metric.shape(side)
-    experts, active = metric.layer.experts, sum(metric.frequencies)
-    return _curve(
-        metric, side, "base-delta", loss_R[None], gain_R[None],
-        cost=[experts * (rows + columns)],
-        dense=[experts * rows * columns],
-        load=[1.0],
-        flops=[active * (rows + columns)],
-        dense_flops=[active * rows * columns],
-        fixed_cost=rows * columns,
-        fixed_flops=float(rows * columns),
-        least=0,
-    )
+    own = per_expert_curve(metric, side, loss_ER, gain_ER)
+    return replace(own, structure="base-delta", fixed_cost=rows * columns, fixed_flops=float(rows * columns), least=0)
 
 
 def neuron_curve(metric: LayerMetric, side: Side, loss_R: torch.Tensor, gain_R: torch.Tensor) -> SideCurve:

@@ -11,7 +11,7 @@ import torch
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.decomposition.base_delta import BaseDeltaBasis
+from moesvd_core.decomposition.base_delta import BaseDeltaBasis, have_in_common
 from moesvd_core.decomposition.factors import DenseFactors, LayerFactors, SideFactors
 from moesvd_core.decomposition.kept_experts import KeptExpertsBasis
 from moesvd_core.decomposition.kept_neurons import KeptNeuronsBasis
@@ -61,7 +61,7 @@ class Decomposition:
 
     @property
     def curves(self) -> list[SideCurve]:
-        """Predicted losses and costs, input side first, one for each structure of the method."""
+        """Predicted losses and costs, input side first, one for each structure that the method has on offer."""
         return [basis.curve for basis in self._bases.values()]
 
     def materialise(self, plan: LayerPlan, *, refined: bool = False) -> LayerFactors:
@@ -134,7 +134,8 @@ def decompose(
     """
     metric = LayerMetric(weights, layer, statistics, device, shrink=method.shrink)
     made = {structure: _made(metric, structure, method) for structure in method.structures}
-    return Decomposition(metric, method, {(side, structure): made[structure][side] for side in SIDES for structure in method.structures})
+    keys = [(side, structure) for side in SIDES for structure in method.structures]
+    return Decomposition(metric, method, {(side, structure): made[structure][side] for side, structure in keys if side in made[structure]})
 
 
 def load(
@@ -158,10 +159,15 @@ def load(
         raise RunError(f"{path.name} holds {facts}, wanted {expected}; decompose layer {layer.index} again")
     try:
         keys = [(side, structure) for side in SIDES for structure in method.structures]
-        bases = {each: _loaded(metric, *each, method, tensors) for each in keys}
+        bases = {each: _loaded(metric, *each, method, tensors) for each in keys if _is_offered(metric, *each, method)}
     except KeyError as error:
         raise RunError(f"{path.name} lacks {error}; decompose layer {layer.index} again") from error
     return Decomposition(metric, method, bases)
+
+
+def _is_offered(metric: LayerMetric, side: Side, structure: Structure, method: Method) -> bool:
+    """Whether a side is decomposed at all: a base may be screened for experts that have something in common."""
+    return structure != "base-delta" or not method.screen or have_in_common(metric.stored(side))
 
 
 def _made(metric: LayerMetric, structure: Structure, method: Method) -> Mapping[Side, Basis]:
@@ -174,7 +180,7 @@ def _made(metric: LayerMetric, structure: Structure, method: Method) -> Mapping[
         case "shared-v":
             return {side: SharedVBasis.made(metric, side, kind, refit=method.refit) for side in SIDES}
         case "base-delta":
-            return {side: BaseDeltaBasis.made(metric, side, kind) for side in SIDES}
+            return {side: BaseDeltaBasis.made(metric, side, kind) for side in SIDES if _is_offered(metric, side, structure, method)}
         case "kept-neurons":
             return {side: KeptNeuronsBasis.made(metric, side, kind) for side in SIDES}
         case "kept-experts":

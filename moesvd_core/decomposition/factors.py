@@ -164,23 +164,21 @@ class BaseDeltaFactors(SideFactors):
 
     Attributes:
         base_NM: B.
-        left_ENR, right_ERM: U_e and V_e, all of one rank; rank 0 leaves the base alone.
+        own: U_e and V_e, each of its own rank; rank 0 leaves the base alone, and where an expert stays dense the base is left out.
     """
 
     base_NM: torch.Tensor
-    left_ENR: torch.Tensor
-    right_ERM: torch.Tensor
-
-    def __post_init__(self) -> None:
-        if self.left_ENR.shape[2] != self.right_ERM.shape[1]:
-            raise ValueError(f"left factors of rank {self.left_ENR.shape[2]} do not fit right factors of rank {self.right_ERM.shape[1]}")
+    own: PerExpertFactors
 
     @property
     def parameters(self) -> int:
-        return self.base_NM.numel() + self.left_ENR.numel() + self.right_ERM.numel()
+        return self.base_NM.numel() + self.own.parameters
 
     def reconstruct(self) -> torch.Tensor:
-        return self.base_NM + self.left_ENR @ self.right_ERM
+        full_ENM = self.own.reconstruct()
+        based = [expert for expert, rank in enumerate(self.own.ranks) if rank != DENSE]
+        full_ENM[based] += self.base_NM
+        return full_ENM
 
 
 @dataclass(frozen=True)

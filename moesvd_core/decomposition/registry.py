@@ -37,6 +37,7 @@ class Method:
         shrink: experts with few tokens lean on the layer's average; without it, each is measured by its own tokens alone.
         compensate: a finished model is compensated unless its recipe says otherwise (see `Recipe.compensate`).
         alternate: shared bases of a model that is compensated are refined at their ranks before (see `alternating`).
+        screen: a base for all experts is on offer only where they have enough in common (`base_delta.have_in_common`).
     """
 
     name: str
@@ -49,6 +50,7 @@ class Method:
     shrink: bool = True
     compensate: bool = False
     alternate: bool = True
+    screen: bool = False
 
     def __post_init__(self) -> None:
         _check("metric", self.metric, get_args(Metric))
@@ -88,6 +90,15 @@ class Method:
             self, metric=metric or self.metric, structures=structures or self.structures, allocation=allocation or self.allocation
         )
 
+    def alone(self, structure: Structure) -> "Method":
+        """The same method with one structure on offer, without options that mean nothing to it."""
+        return replace(
+            self,
+            structures=(structure,),
+            refit=self.refit and structure == "shared-v",
+            screen=self.screen and structure == "base-delta",
+        )
+
 
 def method(name: str, methods: Mapping[str, Method] | None = None) -> Method:
     """The named method.
@@ -111,9 +122,9 @@ def _check(axis: str, value: str, known: tuple[str, ...]) -> None:
 
 _ALL = (
     Method(
-        "auto", "output", ("per-expert", "latent"), "greedy", True, OURS,
+        "auto", "output", ("per-expert", "latent", "base-delta"), "greedy", True, OURS,
         "For each layer and matrix whichever of dense, per-expert and latent factors costs the loss least: the recommended choice.",
-        compensate=True,
+        compensate=True, screen=True,
     ),
     Method(
         "fisher", "output", ("per-expert",), "greedy", False, OURS,

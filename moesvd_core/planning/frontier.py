@@ -67,6 +67,8 @@ def lower_hull(cost_F: FloatArray, loss_F: FloatArray, first_F: BoolArray) -> tu
 class Path:
     """The states of one structure on one side: state 0 keeps nothing, step k moves one slot to a higher rank, the last state is dense.
 
+    Where something is stored whatever the rank (a base), state 0 keeps that, and the path ends where the original matrices are smaller.
+
     Attributes:
         curve: where it comes from; one slot where all have one rank.
         copies: slots of the structure that take the rank of each slot of the curve.
@@ -124,17 +126,24 @@ def path(curve: SideCurve, block: int, price: Price = PRICES["parameters"]) -> P
     parameters_F = np.where(dense_F, curve.dense_cost_S[slot_F], point.rank_F * curve.rank_cost_S[slot_F])
     flops_F = np.where(dense_F, curve.dense_flops_S[slot_F], point.rank_F * curve.rank_flops_S[slot_F])
     avoided_K = point.loss_F[step_K - 1] - point.loss_F[step_K]
+    cost_K = _totals(point.cost_F, step_K) + price.parameter * curve.fixed_cost + price.flop * curve.fixed_flops
+    parameters_K = np.rint(_totals(parameters_F, step_K)).astype(np.int64) + curve.fixed_cost
+    dense_cost = price.parameter * curve.dense_parameters + price.flop * curve.dense_flops
+    end = step_K.size + 1
+    if curve.fixed_cost:
+        smaller_K = (cost_K < dense_cost) & (parameters_K < curve.dense_parameters)
+        end = max(1, int(np.logical_and.accumulate(smaller_K).sum()))
     return Path(
         curve=curve,
         copies=copies,
-        slot_K=slot_F[step_K],
-        rank_K=point.rank_F[step_K],
-        slope_K=slope_V[edge_F[step_K]],
-        corner_K=corner_F[step_K],
-        cost_K=_totals(point.cost_F, step_K),
-        parameters_K=np.rint(_totals(parameters_F, step_K)).astype(np.int64),
-        flops_K=_totals(flops_F, step_K),
-        loss_K=np.append(np.cumsum(avoided_K[::-1])[::-1], 0.0),  # from the dense end, so that it is 0 there
+        slot_K=slot_F[step_K[: end - 1]],
+        rank_K=point.rank_F[step_K[: end - 1]],
+        slope_K=slope_V[edge_F[step_K[: end - 1]]],
+        corner_K=corner_F[step_K[: end - 1]],
+        cost_K=cost_K[:end],
+        parameters_K=parameters_K[:end],
+        flops_K=_totals(flops_F, step_K)[:end] + curve.fixed_flops,
+        loss_K=np.append(np.cumsum(avoided_K[::-1])[::-1], 0.0)[:end],  # from the dense end, so that it is 0 there
     )
 
 
@@ -223,11 +232,12 @@ def _alone(path: Path) -> Frontier:
 def _merged(a: Frontier, b: Frontier) -> Frontier:
     """Lower hull of two hulls, by their conjugates.
 
-    Between two neighbouring prices (slopes of either) each has one best corner; the better of the two is a corner of the joint hull.
+    Between two neighbouring prices (slopes of either) each has one best corner; the better of the two is a corner of the joint hull. Above
+    all prices that is the first of either, whichever is cheaper.
     """
     price_J = np.unique(np.concatenate([-a.slope_V[1:], -b.slope_V[1:], [0.0]]))[::-1]
     a_J, b_J = (np.searchsorted(each.slope_V[1:], -price_J, side="right") for each in (a, b))
-    picks = []
+    picks = [np.array([0, a.cost_V.size])]
     for price, at_a, at_b in ((price_J, _before(a_J), _before(b_J)), (price_J, a_J, b_J)):  # both ends of every interval
         a_wins_J = a.loss_V[at_a] + price * a.cost_V[at_a] <= b.loss_V[at_b] + price * b.cost_V[at_b]
         picks.append(np.where(a_wins_J, at_a, a.cost_V.size + at_b))

@@ -94,11 +94,12 @@ def _best_state(front: Frontier, limit: int, most_flops: float, loss: float) -> 
     """Path and state of least loss with at most `limit` parameters and `most_flops` multiply-adds, if it loses less than `loss`."""
     found = None
     for number, each in enumerate(front.paths):
-        state = int(np.searchsorted(each.parameters_K, limit, side="right")) - 1
+        affordable_K = each.parameters_K <= limit
         if most_flops < np.inf:
-            state = int(np.flatnonzero(each.flops_K[: state + 1] <= most_flops)[-1])
-        if each.loss_K[state] < loss:
-            found, loss = (number, state), float(each.loss_K[state])
+            affordable_K &= each.flops_K <= most_flops
+        states = np.flatnonzero(affordable_K)
+        if states.size and each.loss_K[states[-1]] < loss:
+            found, loss = (number, int(states[-1])), float(each.loss_K[states[-1]])
     return found
 
 

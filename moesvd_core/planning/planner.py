@@ -1,6 +1,6 @@
 """From curves and a recipe to plans: what is on offer, how much may be stored, who gets it, what it comes to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, floor, isfinite
 
@@ -82,17 +82,15 @@ def _on_offer(curves: Sequence[SideCurve], recipe: Recipe) -> list[LayerCurves]:
     for curve in curves:
         if recipe.structure is None or curve.structure == recipe.structure:
             offered = found.setdefault((curve.layer, curve.side), {})
-            if recipe.allocation == "greedy" and (curve.structure in COUPLED or curve.fixed_cost):
-                raise InputError(
-                    f"allocation must be uniform, owl or selective for structure {curve.structure}, whose sides or slots do not stand "
-                    "alone, got greedy"
-                )
             if curve.structure in offered:
                 raise InputError(f"curves must name each structure of a side once, got {curve.where} twice")
             offered[curve.structure] = curve
     if not found:
         offered_names = ", ".join(sorted({curve.structure for curve in curves})) or "nothing"
         raise InputError(f"structure must be one that was decomposed ({offered_names}), got {recipe.structure!r}")
+    if recipe.allocation == "greedy":
+        for offered in found.values():
+            _check_stands_alone(offered.values())
     layers = []
     for index in sorted({layer for layer, _ in found}):
         for side in SIDES:
@@ -100,6 +98,16 @@ def _on_offer(curves: Sequence[SideCurve], recipe: Recipe) -> list[LayerCurves]:
                 raise InputError(f"curves must cover both sides of a layer, got none for the {side} side of layer {index}")
         layers.append(LayerCurves(index, tuple(found[index, "input"].values()), tuple(found[index, "output"].values())))
     return layers
+
+
+def _check_stands_alone(offered: Collection[SideCurve]) -> None:
+    """Greedy allocation takes sides and slots one by one, down to nothing: a base can be one of several structures, not the only one."""
+    for curve in offered:
+        if curve.structure in COUPLED or (curve.fixed_cost and len(offered) == 1):
+            raise InputError(
+                f"allocation must be uniform, owl or selective for structure {curve.structure}, whose sides or slots do not stand "
+                "alone, got greedy"
+            )
 
 
 def _largest_removal(layers: Sequence[LayerCurves], recipe: Recipe) -> int:

@@ -143,18 +143,19 @@ def _arrays(plans: Sequence[_Row], layers: Mapping[int, ExpertLayer]) -> tuple[d
 def cells(row: _Row, layer: ExpertLayer) -> NDArray[np.uint8]:
     """Share of each expert that a layer's plan keeps, uint8 [E]: 0 nothing, 255 all of it, as it was.
 
-    What experts share belongs to each of them in equal parts.
+    What experts share belongs in equal parts to each of those that use it.
     """
     share_E = np.zeros(layer.experts)
     whole_E = np.ones(layer.experts, dtype=bool)
     for side, dense in (("input", layer.input_parameters), ("output", layer.output_parameters)):
         ranks_S = np.array(row["ranks"][side])
         stored = row["side_parameters"][side]
-        if row["structure"][side] in ("per-expert", "kept-experts"):
+        if row["structure"][side] in ("per-expert", "base-delta", "kept-experts"):
+            base = dense if row["structure"][side] == "base-delta" else 0
             dense_E = ranks_S == DENSE
             factored = int(ranks_S[~dense_E].sum())
-            unit = (stored - int(dense_E.sum()) * dense) / factored if factored else 0.0
-            share_E += np.where(dense_E, dense, ranks_S * unit)
+            unit = (stored - base - int(dense_E.sum()) * dense) / factored if factored else 0.0
+            share_E += np.where(dense_E, dense, ranks_S * unit + base / max(1, int((~dense_E).sum())))
             whole_E &= dense_E
         else:
             share_E += stored / layer.experts

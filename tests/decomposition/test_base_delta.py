@@ -5,7 +5,7 @@ import torch
 from decomposition_oracle import SHAPES, measured_loss
 from tiny_layer import TinyLayer, tiny_layer
 
-from moesvd_core.decomposition.base_delta import BaseDeltaBasis, fisher_mean
+from moesvd_core.decomposition.base_delta import COMMON, BaseDeltaBasis, fisher_mean, have_in_common
 from moesvd_core.decomposition.factors import BaseDeltaFactors, DenseFactors
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.per_expert import PerExpertBasis
@@ -23,11 +23,13 @@ def metric_of(tiny: TinyLayer) -> LayerMetric:
 def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str, side: Side, intermediate: bool) -> None:
     metric = metric_of(tiny_layer(3, *SHAPES[shape], intermediate=intermediate))
     basis = BaseDeltaBasis.made(metric, side, kind)
-    most = basis.curve.gain_SR.shape[1]
-    for rank in {0, 1, most // 2, most}:
-        factors = basis.factors([rank])
-        assert basis.curve.loss_SR[0, rank] == pytest.approx(measured_loss(metric, side, factors.reconstruct()), rel=1e-6)
-        assert factors.parameters == basis.curve.fixed_cost + rank * int(basis.curve.rank_cost_S[0])
+    most = basis.curve.max_rank
+    for ranks in ([0, 0, 0], [1, most // 2, most], [most, 0, DENSE]):
+        factors = basis.factors(ranks)
+        predicted = sum(float(basis.curve.loss_SR[expert, rank]) for expert, rank in enumerate(ranks) if rank != DENSE)
+        assert predicted == pytest.approx(measured_loss(metric, side, factors.reconstruct()), rel=1e-6, abs=1e-14)
+        own = sum(int(basis.curve.dense_cost_S[0] if rank == DENSE else rank * basis.curve.rank_cost_S[0]) for rank in ranks)
+        assert factors.parameters == basis.curve.fixed_cost + own
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -61,13 +63,24 @@ def test_experts_that_are_alike_need_a_base_only() -> None:
     metric = metric_of(tiny)
     basis, alone = BaseDeltaBasis.made(metric, "input", "input"), PerExpertBasis.made(metric, "input", "input")
     rank = 2
-    assert basis.curve.loss_SR[0, 0] < 1e-4 * alone.curve.loss_SR[:, rank].sum()
-    assert basis.curve.loss_SR[0, rank] <= basis.curve.loss_SR[0, 0]
+    assert basis.curve.loss_SR[:, 0].sum() < 1e-4 * alone.curve.loss_SR[:, rank].sum()
+    assert (basis.curve.loss_SR[:, rank] <= basis.curve.loss_SR[:, 0]).all()
 
 
 def test_dense_is_the_original_tensor() -> None:
     metric = metric_of(tiny_layer())
     basis = BaseDeltaBasis.made(metric, "output", "input")
-    dense, base = basis.factors([DENSE]), basis.factors([0])
+    dense, base, mixed = basis.factors([DENSE] * 4), basis.factors([0] * 4), basis.factors([0, DENSE, 2, 0])
     assert isinstance(dense, DenseFactors) and dense.weight_ENM is metric.weights.output_EDM
     assert isinstance(base, BaseDeltaFactors) and torch.equal(base.reconstruct()[0], base.reconstruct()[3])
+    assert torch.equal(mixed.reconstruct()[1], metric.weights.output_EDM[1])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
+def test_a_base_is_on_offer_where_it_stands_for_the_entries_of_two_experts(share: float) -> None:
+    """Of 8 experts that have a share s of their squares in common a base stands for 8 s + (1 - s)."""
+    generator = torch.Generator().manual_seed(0)
+    common_NM, own_ENM = (torch.randn(*size, 40, 60, generator=generator) for size in ((), (8,)))
+    weight_ENM = share**0.5 * common_NM + (1 - share) ** 0.5 * own_ENM
+    assert have_in_common(weight_ENM) == (8 * share + 1 - share >= COMMON)
+    assert have_in_common(1e-3 * weight_ENM.bfloat16()) == have_in_common(weight_ENM)

@@ -37,7 +37,8 @@ def tensors(factors: LayerFactors) -> torch.Tensor:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_offers_a_curve_for_each_side_and_structure(tiny: TinyLayer, name: str) -> None:
     curves = decomposed(tiny, name).curves
-    wanted = [(side, structure) for side in ("input", "output") for structure in method(name).structures]
+    structures = [structure for structure in method(name).structures if structure != "base-delta" or not method(name).screen]
+    wanted = [(side, structure) for side in ("input", "output") for structure in structures]
     assert [(curve.side, curve.structure) for curve in curves] == wanted
     for curve in curves:
         assert curve.layer == INDEX
@@ -50,14 +51,29 @@ def test_a_file_gives_the_same_curves_and_factors_again(tiny: TinyLayer, name: s
     made = decomposed(tiny, name)
     made.save(tmp_path / "layer.safetensors")
     again = load(tmp_path / "layer.safetensors", tiny.weights, tiny.layer, tiny.statistics, method(name))
-    structure = method(name).structures[-1]
-    slots = made.curves[-1].gain_SR.shape[0]
+    structure = made.curves[-1].structure
+    slots = made.curves[-1].slots
     first = (DENSE, 0, 0, DENSE, DENSE, 0, 0, 0) if structure == "kept-experts" else (2,) * slots
     plan = layer_plan((structure, first), (structure, first if structure in COUPLED else (3,) * slots))
     assert torch.equal(tensors(made.materialise(plan)), tensors(again.materialise(plan)))
     for before, after in zip(made.curves, again.curves, strict=True):
         for field in ("loss_SR", "gain_SR", "rank_cost_S", "rank_flops_S", "dense_cost_S", "load_S"):
             assert np.array_equal(getattr(before, field), getattr(after, field))
+
+
+def test_a_base_is_screened_side_by_side(tmp_path: Path) -> None:
+    """Experts alike in gate and up alone: a base for these, none for down; and a file gives the same again."""
+    alike = tiny_layer(8, 10, 14)
+    alike.weights.input_END[:] = alike.weights.input_END[:1] + 0.3 * alike.weights.input_END
+    made = decomposed(alike, "auto")
+    made.save(tmp_path / "layer.safetensors")
+    again = load(tmp_path / "layer.safetensors", alike.weights, alike.layer, alike.statistics, method("auto"))
+    for each in (made, again):
+        assert [curve.side for curve in each.curves if curve.structure == "base-delta"] == ["input"]
+    base = decomposed(alike, "auto").materialise(layer_plan(("base-delta", (2, DENSE, 0, 1, 1, 1, 1, 1)), ("latent", (3,))))
+    assert torch.equal(base.input.reconstruct()[1], alike.weights.input_END[1])
+    with pytest.raises(InputError, match="structure must be dense or one of"):
+        made.materialise(layer_plan(("latent", (3,)), ("base-delta", (1,) * 8)))
 
 
 def test_sides_may_take_different_structures(tiny: TinyLayer) -> None:

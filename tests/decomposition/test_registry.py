@@ -9,7 +9,7 @@ from moesvd_core.planning import Metric
 
 def test_the_recommended_method_comes_first() -> None:
     assert next(iter(METHODS)) == "auto"
-    assert method("auto").structures == ("per-expert", "latent")
+    assert method("auto").structures == ("per-expert", "latent", "base-delta")
 
 
 def test_the_published_methods_are_where_the_paper_puts_them() -> None:

@@ -88,6 +88,9 @@ def test_a_cell_is_empty_full_or_in_between() -> None:
     assert plan_table.cells(pruned, LAYER).tolist() == [WHOLE, 0, WHOLE, 0]
     merged = row(("merged-experts", "merged-experts"), ([2], [2]), (2 * 128, 2 * 64))
     assert plan_table.cells(merged, LAYER).tolist() == [round(255 / 2)] * 4
+    based = row(("base-delta", "dense"), ([0, 0, 1, DENSE], [DENSE]), (128 + 24 + 128, 4 * 64))
+    third = 128 / 3
+    assert plan_table.cells(based, LAYER).tolist() == [*[round(255 * (third + 64) / 192)] * 2, round(255 * (third + 88) / 192), WHOLE]
     barely = row(("shared-v", "shared-v"), ([1], [0]), (1, 0))
     assert plan_table.cells(barely, LAYER).tolist() == [1] * 4
 

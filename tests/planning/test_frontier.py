@@ -1,10 +1,13 @@
 """Hulls against plain geometry."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny_curves import curve, random_losses
 
 from moesvd_core.planning.frontier import PRICES, frontier, lower_hull, path
+from moesvd_core.planning.recipe import Budget
 
 
 def hull_by_definition(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -60,6 +63,25 @@ def test_totals_of_every_state_are_those_of_its_ranks(seed: int) -> None:
         assert found.flops_K[state] == pytest.approx(sum(made.dense_flops_S[s] if r < 0 else r * made.rank_flops_S[s] for s, r in kept))
 
 
+@pytest.mark.parametrize("price", PRICES)
+def test_a_path_with_a_base_pays_for_it_in_every_state_and_ends_before_it_is_larger_than_the_original(price: Budget) -> None:
+    made = replace(curve(random_losses(np.random.default_rng(0), 4, 8), rank_cost=2, dense_cost=20), fixed_cost=20, fixed_flops=5.0)
+    found = path(made, block=1, price=PRICES[price])
+    whole = path(replace(made, fixed_cost=0, fixed_flops=0.0), block=1, price=PRICES[price])
+    count = found.slot_K.size
+    assert 0 < count < whole.slot_K.size
+    assert (found.parameters_K == whole.parameters_K[: count + 1] + 20).all() and found.parameters_K[-1] < made.dense_parameters
+    assert (found.flops_K == whole.flops_K[: count + 1] + 5.0).all()
+    assert (found.loss_K == whole.loss_K[: count + 1]).all()
+    larger = whole.parameters_K[count + 1] + 20 >= made.dense_parameters
+    assert found.cost_K[-1] < whole.cost_K[-1] and (larger or found.cost_K[0] + whole.cost_K[count + 1] >= whole.cost_K[-1])
+
+
+def test_a_base_that_is_larger_than_the_original_leaves_a_path_of_one_state() -> None:
+    made = replace(curve([[3.0, 1.0]] * 2, rank_cost=2, dense_cost=5), fixed_cost=10)
+    assert path(made, block=1).parameters_K.tolist() == [10]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_frontier_over_structures_is_the_hull_of_all_their_corners(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -67,7 +89,9 @@ def test_frontier_over_structures_is_the_hull_of_all_their_corners(seed: int) ->
     total = float(own.loss_SR[:, 0].sum())
     shared_R = np.append(total, np.sort(rng.random(7) * total)[::-1])
     shared = curve([shared_R], structure="latent", rank_cost=7, dense_cost=60)
-    paths = tuple(path(each, block=1) for each in (own, shared))
+    deltas = curve(own.loss_SR * rng.uniform(0.1, 1.0), structure="base-delta", rank_cost=2, dense_cost=20)
+    based = replace(deltas, fixed_cost=int(rng.integers(1, 30)))
+    paths = tuple(path(each, block=1) for each in rng.permutation(np.array([own, shared, based], dtype=object)).tolist())
     front = frontier(paths)
     points = {(float(x), round(float(y), 9)) for each in paths for x, y in zip(each.cost_K, each.loss_K, strict=True)}
     expected = hull_by_definition(sorted(points))

@@ -17,7 +17,8 @@ def states(made: SideCurve) -> Iterator[tuple[int, float]]:
     ranks = [[*range(made.max_rank + 1), DENSE]] * made.slots
     for chosen in product(*ranks):
         slots = list(enumerate(chosen))
-        parameters = sum(int(made.dense_cost_S[s] if r == DENSE else r * made.rank_cost_S[s]) for s, r in slots)
+        parameters = 0 if set(chosen) == {DENSE} else made.fixed_cost
+        parameters += sum(int(made.dense_cost_S[s] if r == DENSE else r * made.rank_cost_S[s]) for s, r in slots)
         yield parameters, sum(0.0 if r == DENSE else float(made.loss_SR[s, r]) for s, r in slots)
 
 
@@ -35,7 +36,7 @@ def best_by_brute_force(curves: list[SideCurve], total: int) -> np.ndarray:
     return np.minimum.accumulate(best_B)
 
 
-def problem(seed: int, *, auto: bool) -> list[SideCurve]:
+def problem(seed: int, *, auto: bool, base: bool = False) -> list[SideCurve]:
     """Two slots on the input side and two on the output side, small enough for brute force; break-even cuts some ranks off."""
     rng = np.random.default_rng(seed)
     inputs = curve(random_losses(rng, 2, 3), rank_cost=2, dense_cost=int(rng.integers(5, 10)))
@@ -47,14 +48,18 @@ def problem(seed: int, *, auto: bool) -> list[SideCurve]:
         total = float(each.loss_SR[:, 0].sum())
         losses = [total, *np.sort(rng.random(4) * total)[::-1].tolist()]
         shared.append(curve([losses], side=each.side, structure="latent", rank_cost=3, dense_cost=each.dense_parameters))
+        if base:
+            cost = {"rank_cost": each.rank_cost_S, "dense_cost": each.dense_cost_S}
+            deltas = curve(each.loss_SR * rng.uniform(0.1, 0.6), side=each.side, structure="base-delta", **cost)
+            shared.append(replace(deltas, fixed_cost=int(rng.integers(1, 6))))
     return [inputs, outputs, *shared]
 
 
-@pytest.mark.parametrize("auto", [False, True])
+@pytest.mark.parametrize(("auto", "base"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("seed", range(8))
-def test_reaches_what_brute_force_finds_wherever_losses_are_convex(seed: int, auto: bool) -> None:
+def test_reaches_what_brute_force_finds_wherever_losses_are_convex(seed: int, auto: bool, base: bool) -> None:
     """At every corner of the lower hull of the brute-force optimum the plan is optimal; in between it is no worse than the corner below."""
-    curves = problem(seed, auto=auto)
+    curves = problem(seed, auto=auto, base=base)
     shape = shape_of(curves, other=1)
     total = shape.expert_parameters
     best_B = best_by_brute_force(curves, total)
