@@ -8,7 +8,8 @@ can take back part of both: instead of D, the matrix that comes closest to the w
 Least squares fit noise too: with n tokens and F features, the change of D is shrunk by what the adjusted R² leaves of the plain one, so
 that an expert with few tokens keeps the factors that it had. Closed form, no step size, no extra parameter.
 
-Where experts are wide, E[h̃ h̃ᵀ] does not fit: then only the left factor is fitted, to what the right one reads.
+Where experts are wide, E[h̃ h̃ᵀ] does not fit: then only the left factor is fitted, to what the right one reads. A base that all experts
+share stays what it is, and what each has of its own is fitted to what the base leaves.
 
 Shapes: E experts, D hidden size, M width, R rank; F features: M neurons, or the R numbers that the right factor reads; lower-case n:
 tokens.
@@ -21,6 +22,7 @@ from functools import reduce
 import torch
 
 from moesvd_core.decomposition.factors import (
+    BaseDeltaFactors,
     LayerFactors,
     PerExpertFactors,
     RightGroup,
@@ -40,17 +42,17 @@ RIDGE = 1e-4
 
 def is_changed(plan: LayerPlan) -> bool:
     """Whether compensation changes a layer: fits its output factors anew, or refines a basis of either side (`alternating`)."""
-    return plan.output.structure in ("per-expert", "latent") or plan.input.structure == "latent"
+    return plan.output.structure in ("per-expert", "latent", "base-delta") or plan.input.structure == "latent"
 
 
 def can_compensate(factors: LayerFactors) -> bool:
     """Whether the layer's output side is stored in a form whose factors can be fitted anew."""
-    return isinstance(factors.output, PerExpertFactors | SharedLeftFactors)
+    return isinstance(factors.output, PerExpertFactors | SharedLeftFactors | BaseDeltaFactors)
 
 
 def fitted_tensors(factors: LayerFactors) -> dict[str, torch.Tensor]:
     """What a file has to keep of fitted factors, so that `with_fitted` can put them into the plan's again."""
-    output, shared = factors.output, _shared_input(factors)
+    output, shared = _own(factors.output), _shared_input(factors)
     kept = {} if shared is None else {"input.left": shared.left_KNR, "input.right": shared.right_RM}
     if isinstance(output, PerExpertFactors):
         named = {"left": output.left, "right": output.right}
@@ -66,16 +68,26 @@ def with_fitted(factors: LayerFactors, tensors: Mapping[str, torch.Tensor]) -> L
     Raises:
         KeyError, ValueError: the tensors are of another plan.
     """
-    output, shared = factors.output, _shared_input(factors)
+    output, shared = _own(factors.output), _shared_input(factors)
     if shared is not None:
         group = replace(shared, left_KNR=tensors["input.left"], right_RM=tensors["input.right"])
         factors = replace(factors, input=SharedRightFactors((group,)))
     if isinstance(output, PerExpertFactors):
         left, right = (tuple(tensors[f"{name}.{expert}"] for expert in range(len(output.ranks))) for name in ("left", "right"))
-        return replace(factors, output=PerExpertFactors(output.ranks, left, right, output.dense))
+        return replace(factors, output=_with_own(factors.output, PerExpertFactors(output.ranks, left, right, output.dense)))
     if isinstance(output, SharedLeftFactors):
         return replace(factors, output=SharedLeftFactors(tensors["left"], tensors["right"]))
     return factors
+
+
+def _own(output: SideFactors) -> SideFactors:
+    """Output factors but for a base."""
+    return output.own if isinstance(output, BaseDeltaFactors) else output
+
+
+def _with_own(output: SideFactors, own: PerExpertFactors) -> SideFactors:
+    """Output factors with other ones of each expert's own, and the same base, where there is one."""
+    return replace(output, own=own) if isinstance(output, BaseDeltaFactors) else own
 
 
 def _shared_input(factors: LayerFactors) -> RightGroup | None:
@@ -145,6 +157,9 @@ class OutputFit:
         read, before_DF = self._before(expert)
         if before_DF is None:
             return
+        output = self.planned.output
+        if isinstance(output, BaseDeltaFactors) and not self._narrow:
+            target_nD = target_nD - h_nM.to(target_nD.dtype) @ output.base_NM.to(target_nD).T
         p_n1 = p_n.float()[:, None]
         feature_nF = read(h_nM.float()) * p_n1
         error_nD = target_nD.float() * p_n1 - feature_nF @ before_DF.T
@@ -154,10 +169,10 @@ class OutputFit:
 
     def factors(self) -> LayerFactors:
         """The layer with fitted output factors, of the ranks and the form that it had."""
-        output = self.planned.output
+        output = _own(self.planned.output)
         fitted: SideFactors
         if isinstance(output, PerExpertFactors):
-            fitted = self._per_expert(output)
+            fitted = _with_own(self.planned.output, self._per_expert(output))
         elif isinstance(output, SharedLeftFactors):
             fitted = self._shared_left(output)
         else:
@@ -166,7 +181,7 @@ class OutputFit:
 
     def _before(self, expert: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None]:
         """How features are read off the neurons, and the matrix B [D, F] before the fit; None for an expert that is not fitted."""
-        output = self.planned.output
+        output = _own(self.planned.output)
         if isinstance(output, PerExpertFactors):
             if output.ranks[expert] in (DENSE, 0):
                 return torch.clone, None
@@ -196,6 +211,8 @@ class OutputFit:
     def _truncated(self, expert: int, change_DM: torch.Tensor, sums: ExpertSums, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Best factors [D, R] and [R, M] of the fitted matrix, errors weighed by L on the left and E[h̃ h̃ᵀ] on the right."""
         target_DM = self._metric.weight("output", expert).double() + change_DM
+        if isinstance(self.planned.output, BaseDeltaFactors):
+            target_DM -= self.planned.output.base_NM.to(target_DM)
         gram_MM = ridged(sums.gram_FF, RIDGE)
         left = self._metric.left("output", self._kind, expert)
         found = best_projection(left, target_DM @ gram_MM @ target_DM.T, rank)

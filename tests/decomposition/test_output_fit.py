@@ -8,7 +8,7 @@ from tiny_layer import TinyLayer, tiny_layer
 
 from moesvd_core.decomposition.compensation import OutputFit, can_compensate, fitted_tensors, is_changed, with_fitted
 from moesvd_core.decomposition.decompose import decompose
-from moesvd_core.decomposition.factors import DenseFactors, LayerFactors, PerExpertFactors
+from moesvd_core.decomposition.factors import BaseDeltaFactors, DenseFactors, LayerFactors, PerExpertFactors
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.registry import method
 from moesvd_core.planning import DENSE, LayerPlan, SidePlan
@@ -20,7 +20,7 @@ def factors(tiny: TinyLayer, structure: str, rank: int, *, dense: int | None = N
     """The tiny layer with factored output matrices, and the input side as it was."""
     slots = 1 if structure == "latent" else tiny.layer.experts
     ranks = tuple(DENSE if slot == dense else 0 if slot == empty else rank for slot in range(slots))
-    made = decompose(tiny.weights, tiny.layer, tiny.statistics, method("auto"))
+    made = decompose(tiny.weights, tiny.layer, tiny.statistics, replace(method("auto"), screen=False))
     side = SidePlan("dense", (DENSE,) * tiny.layer.experts, 0, 0.0)
     return made.materialise(LayerPlan(tiny.layer.index, True, "", side, SidePlan(structure, ranks, 0, 0.0), 1))  # type: ignore[arg-type]
 
@@ -66,7 +66,7 @@ def test_at_full_rank_the_wanted_matrices_are_found() -> None:
     torch.testing.assert_close(made.output.reconstruct(), wanted(tiny), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("structure", ["per-expert", "latent"])
+@pytest.mark.parametrize("structure", ["per-expert", "latent", "base-delta"])
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("rank", [2, 4])
 def test_fitted_factors_come_closer_at_the_same_rank(structure: str, narrow: bool, rank: int) -> None:
@@ -99,6 +99,29 @@ def test_experts_that_are_whole_or_gone_stay_as_they_are() -> None:
     assert torch.equal(made.output.dense[1], planned.output.dense[1])
     assert made.output.left[2].shape == (10, 0)
     assert not torch.equal(made.output.left[0], planned.output.left[0])
+
+
+def test_a_base_stays_while_what_is_beside_it_is_fitted() -> None:
+    """Deltas become the best of their rank for what the base leaves of the target, and a file gives them again."""
+    tiny = tiny_layer(tokens=4000)
+    planned = factors(tiny, "base-delta", 3, dense=1, empty=2)
+    assert isinstance(planned.output, BaseDeltaFactors)
+    target = wanted(tiny)
+    made = fit(tiny, planned, target)
+    assert isinstance(made.output, BaseDeltaFactors)
+    assert made.output.base_NM is planned.output.base_NM
+    assert torch.equal(made.output.reconstruct()[1:3], planned.output.reconstruct()[1:3])
+    metric = LayerMetric(tiny.weights, tiny.layer, tiny.statistics)
+    least = 0.0
+    for expert in range(4):
+        h_TM = tiny.p_TE[:, expert, None] * tiny.h_TEM[:, expert]
+        off_DM = (target - (made.output.reconstruct() if expert in (1, 2) else planned.output.base_NM))[expert]
+        left_DD = torch.linalg.cholesky(metric.left("output", "output", expert).full())
+        whitened_DM = left_DD.T @ off_DM @ torch.linalg.cholesky(h_TM.T @ h_TM)
+        least += float(torch.linalg.svdvals(whitened_DM)[0 if expert in (1, 2) else 3 :].square().sum())
+    assert error(tiny, made, target) == pytest.approx(least, rel=0.02)
+    again = with_fitted(planned, fitted_tensors(made))
+    assert torch.equal(again.output.reconstruct(), made.output.reconstruct())
 
 
 def test_too_few_tokens_tell_nothing() -> None:
