@@ -123,7 +123,7 @@ def _check(axis: str, value: str, known: tuple[str, ...]) -> None:
 _ALL = (
     Method(
         "auto", "output", ("per-expert", "latent", "base-delta"), "greedy", True, OURS,
-        "For each layer and matrix whichever of dense, per-expert and latent factors costs the loss least: the recommended choice.",
+        "For each layer and matrix whichever of dense, per-expert and latent factors or a base for all costs the loss least: recommended.",
         compensate=True, screen=True,
     ),
     Method(

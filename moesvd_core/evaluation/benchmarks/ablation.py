@@ -65,6 +65,7 @@ VARIANTS = (
     Variant("no backward pass", "gradients: a probe gives their scale", calibration={"gradient": False}),
     Variant("diagonal of the rows' Gram", "what neurons have to do with each other", without=("row_gram_ENN",)),
     Variant("rare experts by themselves", "leaning on the layer's average", methods=_with(shrink=False)),
+    Variant("no common base", "the choice of a base, where it is on offer", methods=_with(structures=("per-expert", "latent"))),
     Variant("per-expert alone", "the choice of latent", _recipe(structure="per-expert")),
     Variant("latent alone", "the choice of per-expert", _recipe(structure="latent")),
     Variant(
