@@ -1,7 +1,7 @@
 """What planning starts from: how much each side of each layer loses at every rank, in one unit for all of them.
 
 Shapes: S slots, R ranks. A *side* is one of an expert's two matrices: "input" (gate and up, stacked) or "output" (down). A *slot* is what
-gets a rank of its own: one expert's side (structure "per-expert"), one group's ("shared-v") or the whole layer's ("latent").
+gets a rank of its own: one expert's side ("per-expert", "base-delta"), one group's ("shared-v") or the whole layer's ("latent").
 
 A *rank* is the number of units that are kept, whatever the structure's unit: directions of a factor, neurons of every expert
 ("kept-neurons"), sets of weights for all experts together ("merged-experts"), or the expert itself, 0 or dense ("kept-experts").
