@@ -214,6 +214,29 @@ def test_fewer_operations_can_be_asked_for_at_the_same_ratio() -> None:
     assert tight.predicted_loss > free.predicted_loss
 
 
+@pytest.mark.parametrize("share", [None, 0.2, 0.3])
+def test_a_base_is_counted_in_parameters_and_operations(share: float | None) -> None:
+    made = model_curves(3, 4, 48, 40, structures=("per-expert", "latent", "base-delta"))
+    curves = [replace(each, loss_SR=0.2 * each.loss_SR) if each.structure == "base-delta" else each for each in made]
+    shape, recipe = shape_of(curves), Recipe(allocation="greedy", ratio=0.4, flops_ratio=share)
+    found = plan(curves, shape, recipe)
+    offered = {(each.layer, each.side, each.structure): each for each in curves}
+    flops, based = 0.0, 0
+    for layer in found.layers:
+        for side, chosen in (("input", layer.input), ("output", layer.output)):
+            structure = chosen.structure if chosen.structure != "dense" else "per-expert" if len(chosen.ranks) > 1 else "latent"
+            its = offered[layer.layer, side, structure]  # type: ignore[index]
+            ranks_S = np.array(chosen.ranks)
+            dense_S = ranks_S == DENSE
+            assert chosen.parameters == its.fixed_cost + np.where(dense_S, its.dense_cost_S, ranks_S * its.rank_cost_S).sum()
+            flops += its.fixed_flops + float(np.where(dense_S, its.dense_flops_S, ranks_S * its.rank_flops_S).sum())
+            based += structure == "base-delta"
+    assert based
+    assert found.active_parameters == round(flops)
+    assert found.parameters <= 0.6 * shape.parameters
+    assert share is None or found.flops <= (1 - share) * found.original_flops + 2
+
+
 def test_a_bound_on_operations_says_what_it_needs() -> None:
     curves = model_curves(1, 4, 48, 40)
     with pytest.raises(InputError, match="flops_ratio needs greedy allocation"):
