@@ -123,7 +123,7 @@ def _check(axis: str, value: str, known: tuple[str, ...]) -> None:
 _ALL = (
     Method(
         "auto", "output", ("per-expert", "latent", "base-delta"), "greedy", True, OURS,
-        "For each layer and matrix whichever of dense, per-expert and latent factors or a base for all costs the loss least: recommended.",
+        "For each matrix dense, per-expert or latent factors or a base for all, whichever costs the loss least: the recommended choice.",
         compensate=True, screen=True,
     ),
     Method(
