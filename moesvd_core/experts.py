@@ -77,11 +77,14 @@ class DenseSide(Side):
     """The original matrices `weight` [E, N, C]."""
 
     def __init__(self, experts: int, rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
-        super().__init__(reads_tokens)
+        super().__init__(rows, reads_tokens)
         self.weight = nn.Parameter(torch.empty(experts, rows, columns, **kind))
 
-    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         return self.own(x_PC, "weight", pairs)
+
+    def chains(self, expert: int) -> list[list[torch.Tensor]]:
+        return [[self.matrix("weight", expert)]]
 
     def all_pairs(self, x: torch.Tensor) -> torch.Tensor | None:
         return every_expert(x, self.weight, self.reads_tokens)
@@ -98,8 +101,8 @@ class PerExpertSide(Side):
     """
 
     def __init__(self, ranks: Sequence[int], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
-        super().__init__(reads_tokens)
-        self.ranks, self.rows, self.columns = tuple(ranks), rows, columns
+        super().__init__(rows, reads_tokens)
+        self.ranks, self.columns = tuple(ranks), columns
         self.slabs = segments(ranks)
         self.whole = tuple(e for e, rank in enumerate(ranks) if rank < 0)
         for i, (width, members) in enumerate(self.slabs):
@@ -114,10 +117,8 @@ class PerExpertSide(Side):
             self._products.append((self.whole, ("dense",)))
         self._parts = [[(members.index(e), names) for members, names in self._products if e in members] for e in range(len(ranks))]
 
-    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         x_PC = x_PC.to(next((own.dtype for own in self.parameters()), x_PC.dtype))
-        if pairs.runs is not None:
-            return in_turns(x_PC, pairs.runs, self._chains, self.rows)
         if len(self._products) == 1 and len(self._products[0][0]) == len(self.ranks):  # one rank for all: the pairs stand as needed
             for name in self._products[0][1]:
                 x_PC = self.own(x_PC, name, pairs)
@@ -142,7 +143,7 @@ class PerExpertSide(Side):
         missing = -weight_GNC.shape[1 if side else 2] % 32
         return pad(weight_GNC, (0, 0, 0, missing) if side else (0, missing))
 
-    def _chains(self, expert: int) -> list[list[torch.Tensor]]:
+    def chains(self, expert: int) -> list[list[torch.Tensor]]:
         return [[self.matrix(name, place) for name in names] for place, names in self._parts[expert]]
 
     def matrices(self) -> torch.Tensor:
@@ -167,8 +168,8 @@ class SharedRightSide(Side):
         Args:
             groups: for each group: experts, rank, stored (how many U's), and sums (for each of its experts the U's that are added up).
         """
-        super().__init__(reads_tokens)
-        self.groups, self.rows = groups, rows
+        super().__init__(rows, reads_tokens)
+        self.groups = groups
         self.experts = sum(len(group["experts"]) for group in groups)
         for g, group in enumerate(groups):
             self.register_parameter(f"right_{g}", nn.Parameter(torch.empty(group["rank"], columns, **kind)))
@@ -183,11 +184,9 @@ class SharedRightSide(Side):
     def narrow(self, x_TC: torch.Tensor) -> torch.Tensor:
         return self.shared(x_TC, "right_0") if self._once else x_TC
 
-    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         if len(self.groups) == 1 and not self._once:
             x_PC = self.shared(x_PC, "right_0")
-        if pairs.runs is not None:
-            return in_turns(x_PC.to(self.get_parameter("left_0").dtype), pairs.runs, self._chains, self.rows)
         if len(self.groups) == 1:
             return self._expand(0, x_PC, pairs.expert_P, pairs)
         group_P = self.table("groups", x_PC.device, self._group_of_expert)[pairs.expert_P]
@@ -210,9 +209,9 @@ class SharedRightSide(Side):
             full |= {expert: left_KNR[used].sum(0) @ right_RC for expert, used in zip(group["experts"], group["sums"], strict=True)}
         return torch.stack([full[expert] for expert in range(self.experts)])
 
-    def _chains(self, expert: int) -> list[list[torch.Tensor]]:
+    def chains(self, expert: int) -> list[list[torch.Tensor]]:
         g, used = self._uses[expert]
-        first = [] if len(self.groups) == 1 else [self.matrix(f"right_{g}")]
+        first = [] if self._once else [self.matrix(f"right_{g}")]
         return [[*first, self.matrix(f"left_{g}", place)] for place in used]
 
     def _expand(self, g: int, z_QR: torch.Tensor, expert_Q: torch.Tensor, pairs: Pairs) -> torch.Tensor:
@@ -240,15 +239,18 @@ class SharedLeftSide(Side):
     """`P B_e` on the output side: own small matrices `right` [E, R, C], and one `left` [N, R] that maps every token back once."""
 
     def __init__(self, rank: int, experts: int, rows: int, columns: int, **kind: Any) -> None:
-        super().__init__(reads_tokens=False)
+        super().__init__(rank, reads_tokens=False)
         self.right = nn.Parameter(torch.empty(experts, rank, columns, **kind))
         self.left = nn.Parameter(torch.empty(rows, rank, **kind))
 
     def widen(self, y_TN: torch.Tensor) -> torch.Tensor:
         return self.shared(y_TN, "left")
 
-    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         return self.own(x_PC, "right", pairs)
+
+    def chains(self, expert: int) -> list[list[torch.Tensor]]:
+        return [[self.matrix("right", expert)]]
 
     def all_pairs(self, x: torch.Tensor) -> torch.Tensor | None:
         return every_expert(x, self.right, self.reads_tokens)
@@ -364,18 +366,33 @@ class FactoredExperts(nn.Module):
             if answer_TD is not None:
                 return answer_TD.to(hidden_TD.dtype)
         pairs = Pairs(index_Tk, weight_Tk, self.num_experts)
-        pre_PN = self.input(hidden_TD, pairs)
-        if self.input_bias is not None:
-            pre_PN = pre_PN + self.input_bias[pairs.expert_P]
-        out_TD: torch.Tensor = self.output(self.gate(pre_PN), pairs)
+        if pairs.runs is not None and self.input.by_pair and self.output.by_pair and not self._heard:
+            y_PN = in_turns(self.input.narrow(hidden_TD), pairs.token_P, pairs.runs, self._answer_of, self.output.rows)
+            out_TD = self.output.widen(pairs.combine(y_PN))
+        else:
+            pre_PN = self.input(hidden_TD, pairs)
+            if self.input_bias is not None:
+                pre_PN = pre_PN + self.input_bias[pairs.expert_P]
+            out_TD = self.output(self.gate(pre_PN), pairs)
         if self.output_bias is not None:
             out_TD = out_TD + pairs.combine(self.output_bias[pairs.expert_P])
         return out_TD.to(hidden_TD.dtype)
 
+    def _answer_of(self, expert: int, x_QC: torch.Tensor) -> torch.Tensor:
+        """One expert's answer to rows [Q, N], from what the input side reads to what the output side combines."""
+        pre_QN = self.input.answer(expert, x_QC)
+        if self.input_bias is not None:
+            pre_QN = pre_QN + self.input_bias[expert]
+        return self.output.answer(expert, self.gate(pre_QN))
+
+    @property
+    def _heard(self) -> bool:
+        """Whether somebody listens to the output side and expects all pairs there, as compensation does."""
+        return bool(self.output._forward_pre_hooks)
+
     def _asks_all(self, index_Tk: torch.Tensor) -> bool:
         """Whether a product for all experts at once takes less than one for each of those that are asked."""
-        heard = self.output._forward_pre_hooks  # by whoever expects pairs there, as compensation does
-        if self.packed or heard or keeps_tail(index_Tk) or torch.is_grad_enabled() or len(index_Tk) == 0:
+        if self.packed or self._heard or keeps_tail(index_Tk) or torch.is_grad_enabled() or len(index_Tk) == 0:
             return False
         tokens, active = index_Tk.shape
         asked = min(self.num_experts, tokens * active)  # at most

@@ -12,7 +12,7 @@ arranged by group, G groups; N rows and C columns of one matrix.
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import embedding_bag, linear
 from transformers.integrations.moe import _grouped_linear
 
 _packed_linear = torch.ops.mkldnn._linear_pointwise
@@ -49,63 +49,61 @@ def in_graph() -> bool:
 
 Run = tuple[int, int, int]
 """An expert, and the start and end of its pairs."""
-Chains = Callable[[int], Sequence[Sequence[torch.Tensor]]]
-"""What an expert is made of: chains of matrices [N, C] that rows go through one after the other; the chains' answers are added up."""
+Answer = Callable[[int, torch.Tensor], torch.Tensor]
+"""What an expert makes of rows: [Q, C] to [Q, N]."""
+CACHED_ROWS = 512
+"""So many rows at most pass an expert at a time: what is made of them on the way stays in a CPU's cache, where new memory would cost more
+than products of few columns."""
 
 
-def in_turns(x_PC: torch.Tensor, runs: Sequence[Run], chains: Chains, rows: int) -> torch.Tensor:
-    """Take each run of rows through its expert's matrices, [P, rows]; writes into one tensor, so that no gradient can be taken.
+def in_turns(x_TC: torch.Tensor, row_P: torch.Tensor | None, runs: Sequence[Run], answer: Answer, columns: int) -> torch.Tensor:
+    """What experts make of the rows of their pairs, [P, columns]: of row `row_P[p]` (None: of row p, or of the only one).
 
     A CPU's kernels are compiled for each number of rows, which takes longer than most products. So a run takes a few of its neighbours'
-    rows along, up to a number that comes up often; what they give is written over, or left out.
+    rows along, up to a number that comes up often; what they give is left out.
     """
-    if len(runs) == 1:
-        return _added(chains(runs[0][0]), x_PC, rows)
-    y_PN = x_PC.new_empty(len(x_PC), rows)
+    parts = []
     for expert, start, end in runs:
-        own = chains(expert)
-        first, last = _window(start, end, len(x_PC))
-        if len(own) == 1 and first == start and not is_packed(own[0][-1]):  # the runs that follow write over what is too much
-            torch.mm(_through(own[0][:-1], x_PC[first:last]), own[0][-1].T, out=y_PN[first:last])
-        else:
-            y_PN[start:end] = _added(own, x_PC[first:last], rows)[start - first : end - first]
-    return y_PN
+        size = -(-(end - start) // -(-(end - start) // CACHED_ROWS))
+        for begin in range(start, end, size):
+            stop = min(end, begin + size)
+            if len(x_TC) == 1:
+                parts.append(answer(expert, x_TC))
+                continue
+            first, last = _window(begin, stop, len(x_TC) if row_P is None else len(row_P))
+            x_QC = x_TC[first:last] if row_P is None else x_TC.index_select(0, row_P[first:last])
+            parts.append(answer(expert, x_QC)[begin - first : stop - first])
+    return torch.cat(parts) if parts else x_TC.new_empty(0, columns)
 
 
 def _window(start: int, end: int, rows: int) -> tuple[int, int]:
-    """The run's rows and neighbours, so that there are at most four different counts between one power of two and the next."""
+    """The run's rows and neighbours: at most four different counts between one power of two and the next, eight above 32."""
     count = end - start
-    step = max(1, 1 << ((count - 1).bit_length() - 3)) if count > 8 else 1
+    step = max(1, 1 << ((count - 1).bit_length() - (3 if count <= 32 else 4))) if count > 8 else 1
     first = max(0, min(start, rows - -(-count // step) * step))
     return first, min(rows, first + -(-count // step) * step)
 
 
-def _added(chains: Sequence[Sequence[torch.Tensor]], x_QC: torch.Tensor, rows: int) -> torch.Tensor:
-    """The sum of what the chains make of rows [Q, rows]."""
-    parts = [_through(chain, x_QC) for chain in chains]
+def through(chains: Sequence[Sequence[torch.Tensor]], x_QC: torch.Tensor, columns: int) -> torch.Tensor:
+    """The sum of what chains of matrices [N, C] make of rows, each taking them through one after the other, [Q, columns]."""
+    parts = []
+    for chain in chains:
+        y_QN = x_QC
+        for weight_NC in chain:
+            y_QN = times(y_QN, weight_NC)
+        parts.append(y_QN)
     if not parts:
-        return x_QC.new_zeros(len(x_QC), rows)
+        return x_QC.new_zeros(len(x_QC), columns)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-
-
-def _through(chain: Sequence[torch.Tensor], x_QC: torch.Tensor) -> torch.Tensor:
-    """Rows times each of the matrices."""
-    for weight_NC in chain:
-        x_QC = times(x_QC, weight_NC)
-    return x_QC
 
 
 def times(x_QC: torch.Tensor, weight_NC: torch.Tensor) -> torch.Tensor:
     """Rows times a matrix [Q, N], which may be packed."""
-    if not is_packed(weight_NC):
+    x_QC = x_QC.to(weight_NC.dtype)
+    if not weight_NC.is_mkldnn:
         return linear(x_QC, weight_NC)
     product: torch.Tensor = _packed_linear(x_QC.contiguous(), weight_NC, None, "none", [], "")
     return product
-
-
-def is_packed(weight_NC: torch.Tensor) -> bool:
-    """Whether a matrix has been arranged by `pack`."""
-    return weight_NC.is_mkldnn
 
 
 def pack(weight_NC: torch.Tensor) -> torch.Tensor:
@@ -187,20 +185,32 @@ class Pairs:
             self._end_E = torch.searchsorted(self.expert_P, ids_E, right=True).to(torch.int32)
         return self._end_E
 
+    @property
+    def token_P(self) -> torch.Tensor | None:  # noqa: N802 - a tensor, named by its shape
+        """The token of each pair; None where there is only one."""
+        return None if self._order_P is None else self._order_P // self._shape[1]
+
     def spread(self, x_TC: torch.Tensor) -> torch.Tensor:
         """Each token's row for each of its pairs [P, C]."""
-        if self._order_P is None:
-            return x_TC.expand(len(self.expert_P), -1)
-        return x_TC[self._order_P // self._shape[1]]
+        return x_TC.expand(len(self.expert_P), -1) if self.token_P is None else x_TC[self.token_P]
 
     def combine(self, y_PN: torch.Tensor) -> torch.Tensor:
         """Each token's weighted sum of its experts' answers [T, N], always added in the order of the router's choice."""
         if self._order_P is None and self._weight_Tk is not None:
             exact = torch.promote_types(y_PN.dtype, self._weight_Tk.dtype)
             return torch.mm(self._weight_Tk.to(exact), y_PN.to(exact))
+        if self.runs is not None and self._order_P is not None and y_PN.numel() > 0:
+            return self._combine_at_once(y_PN)
         chosen_PN = y_PN if self._order_P is None else torch.empty_like(y_PN).index_copy_(0, self._order_P, y_PN)
         chosen_TkN = chosen_PN.view(*self._shape, y_PN.shape[1])
         return (chosen_TkN if self._weight_Tk is None else chosen_TkN * self._weight_Tk[..., None]).sum(1)
+
+    def _combine_at_once(self, y_PN: torch.Tensor) -> torch.Tensor:
+        """`combine` in one pass over the answers, for CPUs and without gradients; weights are rounded to the answers' precision."""
+        order_P: torch.Tensor = self._order_P  # type: ignore[assignment]
+        place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P)))
+        weight_Tk = None if self._weight_Tk is None else self._weight_Tk.to(y_PN.dtype)
+        return embedding_bag(place_P.view(self._shape), y_PN, mode="sum", per_sample_weights=weight_Tk)
 
 
 def _runs(expert_P: torch.Tensor) -> list[Run]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moesvd_core.experts import STRUCTURES, DenseSide, PerExpertSide
-from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_turns
+from moesvd_core.grouped import Pairs, Runs, grouped_linear
 from moesvd_core.sides import Side
 
 
@@ -22,6 +22,8 @@ class BaseDeltaSide(PerExpertSide):
     The base meets every token once: on the input side before tokens are spread over their experts, on the output side after their neurons
     were added up with the router's weights.
     """
+
+    by_pair = False
 
     def __init__(self, ranks: Sequence[int], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
         super().__init__(ranks, rows, columns, reads_tokens, **kind)
@@ -71,18 +73,18 @@ class MergedSide(Side):
 
     def __init__(self, groups: Sequence[int], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
         """Make empty matrices; `groups` names each expert's."""
-        super().__init__(reads_tokens)
+        super().__init__(rows, reads_tokens)
         self.groups = list(groups)
         self.weight = nn.Parameter(torch.empty(max(self.groups) + 1, rows, columns, **kind))
 
-    def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        if pairs.runs is not None:
-            chains = [((self.matrix("weight", group),),) for group in self.groups]
-            return in_turns(x_PC.to(self.weight.dtype), pairs.runs, chains.__getitem__, self.weight.shape[1])
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         group_P = self.table("groups", x_PC.device, lambda: self.groups)[pairs.expert_P]
         runs = Runs(group_P, len(self.weight))
         y_QN = grouped_linear(runs.take(x_PC), self.weight, runs.end_G)
         return torch.empty_like(y_QN).index_copy(0, runs.row_Q, y_QN)
+
+    def chains(self, expert: int) -> list[list[torch.Tensor]]:
+        return [[self.matrix("weight", self.groups[expert])]]
 
     def matrices(self) -> torch.Tensor:
         return self.weight[self.groups]

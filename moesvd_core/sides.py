@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesvd_core.grouped import Pairs, grouped_linear, in_turns, pack, times
+from moesvd_core.grouped import Pairs, grouped_linear, in_turns, pack, through, times
 
 DISTINCT_RANKS = 8
 """Up to so many different ranks a side, experts of equal rank are computed together; beyond, ranks are split into powers of two."""
@@ -40,11 +40,17 @@ class Side(nn.Module):
     """One side of a layer's experts. On the input side it maps tokens to pairs [P, n], on the output side pairs to tokens [T, d].
 
     What can be done once a token is done before they are spread (`narrow`) or after they are combined (`widen`).
+
+    Attributes:
+        by_pair: whether nothing else is: then an expert can take its pairs through both sides before the next one begins.
     """
 
-    def __init__(self, reads_tokens: bool) -> None:
+    by_pair = True
+
+    def __init__(self, rows: int, reads_tokens: bool) -> None:
+        """`rows`: of what `multiply` gives."""
         super().__init__()
-        self.reads_tokens = reads_tokens
+        self.rows, self.reads_tokens = rows, reads_tokens
         self._tables: dict[str, torch.Tensor] = {}
         self._packed: dict[str, list[torch.Tensor]] = {}
 
@@ -64,6 +70,20 @@ class Side(nn.Module):
 
     def multiply(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """Every pair's own matrix times its row [P, N], but for what `narrow` and `widen` do."""
+        if pairs.runs is not None:
+            return in_turns(x_PC, None, pairs.runs, self.answer, self.rows)
+        return self.multiply_grouped(x_PC, pairs)
+
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """The same by grouped products: on GPUs, and where gradients or graphs are recorded."""
+        raise NotImplementedError
+
+    def answer(self, expert: int, x_QC: torch.Tensor) -> torch.Tensor:
+        """The same for rows of one expert [Q, N]."""
+        return through(self.chains(expert), x_QC, self.rows)
+
+    def chains(self, expert: int) -> Sequence[Sequence[torch.Tensor]]:
+        """What an expert's matrix consists of, as the kernels are to read it: chains of matrices [N, C] whose answers are added up."""
         raise NotImplementedError
 
     def matrices(self) -> torch.Tensor:
@@ -79,14 +99,11 @@ class Side(nn.Module):
 
     def own(self, x_PC: torch.Tensor, name: str, pairs: Pairs) -> torch.Tensor:
         """Every pair's row times its expert's matrix of a parameter [E, N, C], giving [P, N]."""
-        weight_ENC = self.get_parameter(name)
-        if pairs.runs is None:
-            return grouped_linear(x_PC, weight_ENC, pairs.end_E)
-        return in_turns(x_PC.to(weight_ENC.dtype), pairs.runs, lambda expert: ((self.matrix(name, expert),),), weight_ENC.shape[1])
+        return grouped_linear(x_PC, self.get_parameter(name), pairs.end_E)
 
     def shared(self, x_PC: torch.Tensor, name: str) -> torch.Tensor:
         """Rows times the one matrix of a parameter [N, C]."""
-        return times(x_PC.to(self.get_parameter(name).dtype), self.matrix(name))
+        return times(x_PC, self.matrix(name))
 
     def matrix(self, name: str, place: int | None = None) -> torch.Tensor:
         """A parameter's matrix, or the one of its place, as the kernels are to read it."""

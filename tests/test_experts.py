@@ -178,7 +178,8 @@ def test_a_run_takes_neighbours_along_up_to_a_usual_number(count: int) -> None:
     assert count <= last - first <= 1.25 * count
     assert grouped._window(0, count, 1000) == (0, last - first)
     assert grouped._window(0, count, count) == (0, count)
-    assert len({grouped._window(0, each, 1000)[1] for each in range(33, 65)}) == 4
+    assert len({grouped._window(0, each, 1000)[1] for each in range(17, 33)}) == 4
+    assert len({grouped._window(0, each, 1000)[1] for each in range(33, 65)}) == 8
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
