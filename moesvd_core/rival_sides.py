@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesvd_core.experts import STRUCTURES, DenseSide, PerExpertSide
+from moesvd_core.factor_sides import STRUCTURES, DenseSide, PerExpertSide
 from moesvd_core.grouped import Pairs, Runs, grouped_linear
 from moesvd_core.sides import Side
 

@@ -12,14 +12,15 @@ from tiny_factors import INPUT_FORMS, OUTPUT_FORMS, layer_factors, model_factors
 from tiny_models import TINY, tiny_batch, tiny_model
 from transformers import PreTrainedModel
 
-from moesvd_core import experts, grouped
+from moesvd_core import experts, factor_sides, grouped
 from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, replace_experts, unpack
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors, PerExpertFactors
 from moesvd_core.evaluation.speed import _flops, weight_bytes
-from moesvd_core.experts import FactoredExperts, make_side
+from moesvd_core.experts import FactoredExperts
+from moesvd_core.factor_sides import make_side
 from moesvd_core.grouped import Runs
 from moesvd_core.sides import segments
 
@@ -156,7 +157,6 @@ def test_only_bfloat16_can_be_packed_and_small_experts_are_left_alone() -> None:
 def test_a_packed_model_generates_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TINY["mixtral"]().to(torch.bfloat16)
     student = compressed(model, model_factors(model))
-    assert pack(student) == 0
     monkeypatch.setattr(experts, "SMALL_EXPERT", 0)
     with torch.no_grad():
         expected = student(**tiny_batch()).logits
@@ -333,14 +333,14 @@ def test_rows_that_gpus_leave_undefined_reach_neither_answers_nor_gradients(inpu
         def backward(ctx: Any, grad_PC: torch.Tensor) -> tuple[torch.Tensor, None]:
             return torch.cat([grad_PC[: ctx.end], torch.full_like(grad_PC[ctx.end :], torch.nan)]), None
 
-    real = experts.grouped_linear
+    real = factor_sides.grouped_linear
 
     def as_on_a_gpu(x_PC: torch.Tensor, weight_GNC: torch.Tensor, end_G: torch.Tensor) -> torch.Tensor:
         end = int(end_G[-1])
         return Undefined.apply(real(UndefinedGradient.apply(x_PC, end), weight_GNC, end_G), end)
 
     monkeypatch.setattr(grouped, "keeps_tail", lambda group_P: True)
-    monkeypatch.setattr(experts, "grouped_linear", as_on_a_gpu)
+    monkeypatch.setattr(factor_sides, "grouped_linear", as_on_a_gpu)
     answer = factored(*call)
     answer.square().sum().backward()
     assert torch.allclose(answer, expected, atol=1e-5)

@@ -1,0 +1,299 @@
+"""The structures of one side of a layer's experts that `FactoredExperts` (see `experts.py`) is made of.
+
+An export carries a copy of this file, so it must import torch and the other files that are carried only.
+
+Shapes as in `experts.py`; F: experts with factors of their own.
+
+A side (input: gate and up stacked; output: down) is one expert's matrix `W_e [N, C]`, stored in one of these structures:
+
+- dense: `W_e`
+- per-expert: `U_e V_e`, a rank for every expert; rank -1 is the matrix itself, rank 0 nothing at all
+- shared-right: `(Σ U_s) V_g`, one V for a group of experts (the paper's form), or for all (latent input: V once a token)
+- shared-left: `P B_e` on the output side (latent output: P once a token)
+- those of `rival_sides.py`
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from moesvd_core.grouped import Pairs, Runs, grouped_linear
+from moesvd_core.sides import Batch, Side, places, segments
+
+
+class DenseSide(Side):
+    """The original matrices `weight` [E, N, C]."""
+
+    def __init__(self, experts: int, rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        super().__init__(rows, reads_tokens)
+        self.weight = nn.Parameter(torch.empty(experts, rows, columns, **kind))
+
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        return self.own(x_PC, "weight", pairs)
+
+    def chains(self, expert: int) -> list[list[torch.Tensor]]:
+        return [[self.matrix("weight", expert)]]
+
+    def batches(self) -> list[Batch]:
+        return [(None, (self.weight,))]
+
+    def matrices(self) -> torch.Tensor:
+        return self.weight
+
+
+class PerExpertSide(Side):
+    """`U_e V_e` with a rank for every expert, stored unpadded in slabs (see `segments`).
+
+    Slab i is `left_i` [G, N, width] and `right_i` [G, width, C]; an expert's columns of U stand in its slabs from the widest down.
+    Experts of rank -1 keep their matrix in `dense` [G, N, C].
+    """
+
+    def __init__(self, ranks: Sequence[int], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        super().__init__(rows, reads_tokens)
+        self.ranks, self.columns = tuple(ranks), columns
+        self.slabs = segments(ranks)
+        self.whole = tuple(e for e, rank in enumerate(ranks) if rank < 0)
+        self.factored = tuple(e for e, rank in enumerate(ranks) if rank >= 0)
+        self._joined: tuple[torch.Tensor, torch.Tensor] | None = None
+        for i, (width, members) in enumerate(self.slabs):
+            self.register_parameter(f"left_{i}", nn.Parameter(torch.empty(len(members), rows, width, **kind)))
+            self.register_parameter(f"right_{i}", nn.Parameter(torch.empty(len(members), width, columns, **kind)))
+        if self.whole:
+            self.dense = nn.Parameter(torch.empty(len(self.whole), rows, columns, **kind))
+        self._products: list[tuple[tuple[int, ...], tuple[str, ...]]] = [
+            (members, (f"right_{i}", f"left_{i}")) for i, (_, members) in enumerate(self.slabs)
+        ]
+        if self.whole:
+            self._products.append((self.whole, ("dense",)))
+        self._parts = [[(members.index(e), names) for members, names in self._products if e in members] for e in range(len(ranks))]
+
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        x_PC = x_PC.to(next((own.dtype for own in self.parameters()), x_PC.dtype))
+        if len(self._products) == 1 and len(self._products[0][0]) == len(self.ranks):  # one rank for all: the pairs stand as needed
+            for name in self._products[0][1]:
+                x_PC = self.own(x_PC, name, pairs)
+            return x_PC
+        several = any(len(parts) > 1 for parts in self._parts)  # parts of one matrix are added up
+        exact = torch.promote_types(x_PC.dtype, torch.float32) if several else x_PC.dtype
+        y_PN = torch.zeros(len(x_PC), self.rows, dtype=exact, device=x_PC.device)
+        for i, (members, names) in enumerate(self._products):
+            place_E = self.table(f"slab {i}", x_PC.device, partial(places, members, len(self.ranks)))
+            runs = Runs(place_E[pairs.expert_P], len(members), ascending=True)
+            y_QC = runs.take(x_PC)
+            for name in names:
+                y_QC = runs.clean(grouped_linear(y_QC, getattr(self, name), runs.end_G))
+            y_PN.index_add_(0, runs.row_Q, y_QC.to(exact))
+        return y_PN.to(x_PC.dtype)
+
+    def filled_up(self, name: str, weight_GNC: torch.Tensor) -> torch.Tensor:
+        """Ranks up to the next multiple of 32: each is a kernel of its own, and a packed matrix is filled up in any case."""
+        if name == "dense":
+            return weight_GNC
+        side = name.startswith("right")
+        missing = -weight_GNC.shape[1 if side else 2] % 32
+        return pad(weight_GNC, (0, 0, 0, missing) if side else (0, missing))
+
+    def chains(self, expert: int) -> list[list[torch.Tensor]]:
+        if self._joined and self.ranks[expert] >= 0:
+            rank, (right_FRC, left_FNR) = self.ranks[expert], self._joined
+            place = self.factored.index(expert)
+            return [[right_FRC[place, :rank], left_FNR[place, :, :rank]]]
+        return [[self.matrix(name, place) for name in names] for place, names in self._parts[expert]]
+
+    def batches(self) -> list[Batch]:
+        """Experts with a matrix of their own, and those with factors, where these are joined or have one rank."""
+        if not self.factored:
+            return [(None, (self.dense,))]
+        if self._joined:
+            factors = self._joined
+        elif len(self.slabs) == 1 and len(self.slabs[0][1]) == len(self.factored):
+            factors = self.get_parameter("right_0"), self.get_parameter("left_0")
+        else:
+            return []
+        if not self.whole:
+            return [(None, factors)]
+        whole_G = self.table("whole", self.dense.device, lambda: list(self.whole))
+        return [(whole_G, (self.dense,)), (self.table("factored", self.dense.device, lambda: list(self.factored)), factors)]
+
+    def pack(self, small: bool) -> None:
+        """Small factors are filled up to the largest rank of any expert, so that all experts' are one batch; U stands transposed there."""
+        if not small:
+            super().pack(small)
+        elif len(self.slabs) > 1 and not self._joined:
+            widest = max(self.ranks)
+            right_FRC = self.get_parameter("right_0").new_zeros(len(self.factored), widest, self.columns)
+            left_FRN = right_FRC.new_zeros(len(self.factored), widest, self.rows)
+            self._joined = right_FRC, left_FRN.transpose(1, 2)
+            for joined, slab in self._pieces():
+                joined.copy_(slab)
+            for name, slab in self._slabs():
+                self.register_parameter(name, nn.Parameter(torch.empty_like(slab, device="meta"), slab.requires_grad))
+
+    def unpack(self) -> None:
+        super().unpack()
+        if self._joined:
+            for name, slab in self._slabs():
+                plain = torch.empty_like(slab, device=self._joined[0].device)
+                self.register_parameter(name, nn.Parameter(plain, slab.requires_grad))
+            for joined, piece in self._pieces():
+                piece.copy_(joined)
+            self._joined = None
+
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        return [*self._packed_matrices(), *(self._joined or ())]
+
+    def _slabs(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, own) for name, own in self.named_parameters() if name != "dense"]
+
+    def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every part of the joined factors with the part of a slab that it holds."""
+        right_FRC, left_FNR = self._joined  # type: ignore[misc]
+        for place, expert in enumerate(self.factored):
+            start = 0
+            for i, (width, members) in enumerate(self.slabs):
+                if expert in members:
+                    own, stop = members.index(expert), start + width
+                    yield right_FRC[place, start:stop], self.get_parameter(f"right_{i}").detach()[own]
+                    yield left_FNR[place, :, start:stop], self.get_parameter(f"left_{i}").detach()[own]
+                    start = stop
+
+    def matrices(self) -> torch.Tensor:
+        example = next(self.parameters(), torch.empty(0))
+        full_ENC = example.new_zeros(len(self.ranks), self.rows, self.columns)
+        for i, (_, members) in enumerate(self.slabs):
+            full_ENC[list(members)] += getattr(self, f"left_{i}") @ getattr(self, f"right_{i}")
+        if self.whole:
+            full_ENC[list(self.whole)] = self.dense
+        return full_ENC
+
+
+class SharedRightSide(Side):
+    """One V for each group of experts; an expert's matrix is the sum of one or several stored U's of its group, times V.
+
+    Group g is `right_g` [R, C] and `left_g` [K, N, R]. With one group on the input side, V is applied once a token.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        """Make empty factors.
+
+        Args:
+            groups: for each group: experts, rank, stored (how many U's), and sums (for each of its experts the U's that are added up).
+        """
+        super().__init__(rows, reads_tokens)
+        self.groups = groups
+        self.experts = sum(len(group["experts"]) for group in groups)
+        for g, group in enumerate(groups):
+            self.register_parameter(f"right_{g}", nn.Parameter(torch.empty(group["rank"], columns, **kind)))
+            self.register_parameter(f"left_{g}", nn.Parameter(torch.empty(group["stored"], rows, group["rank"], **kind)))
+        own = [[e] for e in range(self.experts)]
+        self.latent = len(groups) == 1 and groups[0]["experts"] == list(range(self.experts)) and groups[0]["sums"] == own
+        self._once = reads_tokens and len(groups) == 1
+        self._uses = {
+            expert: (g, used) for g, group in enumerate(groups) for expert, used in zip(group["experts"], group["sums"], strict=True)
+        }
+
+    def narrow(self, x_TC: torch.Tensor) -> torch.Tensor:
+        return self.shared(x_TC, "right_0") if self._once else x_TC
+
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        if len(self.groups) == 1 and not self._once:
+            x_PC = self.shared(x_PC, "right_0")
+        if len(self.groups) == 1:
+            return self._expand(0, x_PC, pairs.expert_P, pairs)
+        group_P = self.table("groups", x_PC.device, self._group_of_expert)[pairs.expert_P]
+        y_PN = x_PC.new_zeros(len(x_PC), self.rows)
+        for g in range(len(self.groups)):
+            runs = Runs(torch.where(group_P == g, 0, 1), 1, ascending=True)
+            if len(runs.row_Q) > 0:
+                z_QR = runs.clean(grouped_linear(runs.take(x_PC), getattr(self, f"right_{g}")[None], runs.end_G))
+                y_QN = self._expand(g, z_QR, pairs.expert_P[runs.row_Q], pairs)
+                y_PN.index_add_(0, runs.row_Q, y_QN.to(y_PN.dtype))
+        return y_PN
+
+    def batches(self) -> list[Batch]:
+        return [(None, (self.get_parameter("left_0"),))] if self.latent and self.reads_tokens else []
+
+    def matrices(self) -> torch.Tensor:
+        full: dict[int, torch.Tensor] = {}
+        for g, group in enumerate(self.groups):
+            left_KNR, right_RC = getattr(self, f"left_{g}"), getattr(self, f"right_{g}")
+            full |= {expert: left_KNR[used].sum(0) @ right_RC for expert, used in zip(group["experts"], group["sums"], strict=True)}
+        return torch.stack([full[expert] for expert in range(self.experts)])
+
+    def chains(self, expert: int) -> list[list[torch.Tensor]]:
+        g, used = self._uses[expert]
+        first = [] if self._once else [self.matrix(f"right_{g}")]
+        return [[*first, self.matrix(f"left_{g}", place)] for place in used]
+
+    def _expand(self, g: int, z_QR: torch.Tensor, expert_Q: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """`Σ U_s z` over the U's of each row's expert [Q, N]; zero for rows whose expert is of another group."""
+        left_KNR = getattr(self, f"left_{g}")
+        if self.latent:
+            return grouped_linear(z_QR, left_KNR, pairs.end_E)
+        used_QS = self.table(f"sums {g}", z_QR.device, partial(self._sums_of_expert, g))[expert_Q]
+        runs = Runs(used_QS.reshape(-1), len(left_KNR))
+        runs.row_Q = runs.row_Q // used_QS.shape[1]
+        y_XN = runs.clean(grouped_linear(runs.take(z_QR), left_KNR, runs.end_G))
+        return y_XN.new_zeros(len(z_QR), self.rows).index_add_(0, runs.row_Q, y_XN)
+
+    def _sums_of_expert(self, g: int) -> list[list[int]]:
+        """The group's U's that each expert adds up, filled up with the number of U's, which stands for none."""
+        depth, none = max(len(used) for used in self.groups[g]["sums"]), self.groups[g]["stored"]
+        own = [used if group == g else () for group, used in (self._uses[expert] for expert in range(self.experts))]
+        return [[*used, *[none] * depth][:depth] for used in own]
+
+    def _group_of_expert(self) -> list[int]:
+        return [self._uses[expert][0] for expert in range(self.experts)]
+
+
+class SharedLeftSide(Side):
+    """`P B_e` on the output side: own small matrices `right` [E, R, C], and one `left` [N, R] that maps every token back once."""
+
+    def __init__(self, rank: int, experts: int, rows: int, columns: int, **kind: Any) -> None:
+        super().__init__(rank, reads_tokens=False)
+        self.right = nn.Parameter(torch.empty(experts, rank, columns, **kind))
+        self.left = nn.Parameter(torch.empty(rows, rank, **kind))
+
+    def widen(self, y_TN: torch.Tensor) -> torch.Tensor:
+        return self.shared(y_TN, "left")
+
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        return self.own(x_PC, "right", pairs)
+
+    def chains(self, expert: int) -> list[list[torch.Tensor]]:
+        return [[self.matrix("right", expert)]]
+
+    def batches(self) -> list[Batch]:
+        return [(None, (self.right,))]
+
+    def matrices(self) -> torch.Tensor:
+        return self.left @ self.right
+
+
+STRUCTURES: dict[str, Callable[..., Side]] = {}
+"""Further structures by name, put here by the files that define them: (spec, experts, rows, columns, reads_tokens) -> empty side."""
+
+
+def make_side(spec: dict[str, Any], experts: int, rows: int, columns: int, reads_tokens: bool, **kind: Any) -> Side:
+    """The empty side that its description asks for.
+
+    Raises:
+        ValueError: the structure is unknown.
+    """
+    structure = spec["structure"]
+    if structure == "dense":
+        return DenseSide(experts, rows, columns, reads_tokens, **kind)
+    if structure == "per-expert":
+        return PerExpertSide(spec["ranks"], rows, columns, reads_tokens, **kind)
+    if structure == "shared-right":
+        return SharedRightSide(spec["groups"], rows, columns, reads_tokens, **kind)
+    if structure == "shared-left" and not reads_tokens:
+        return SharedLeftSide(spec["rank"], experts, rows, columns, **kind)
+    if structure in STRUCTURES:
+        return STRUCTURES[structure](spec, experts, rows, columns, reads_tokens, **kind)
+    raise ValueError(f"structure {structure!r} is not known for this side: a newer version of moesvd must have made the checkpoint")
