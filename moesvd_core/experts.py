@@ -1,7 +1,7 @@
 """The module that takes the place of `experts` in an unmodified transformers block, and computes with factors instead of matrices.
 
 An export carries a copy of this file, so that a checkpoint loads where nothing of this project is installed: it must import nothing of ours
-but `factor_sides.py`, `sides.py` and `grouped.py`.
+but `factor_sides.py`, `sides.py`, `batched.py` and `grouped.py`.
 
 Shapes: T tokens, k active experts a token, P pairs of a token and one of its experts (see `grouped.py`), E experts, d hidden size, m expert
 width, n input rows, G members of a group, R rank, N rows and C columns of one expert's matrix.
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesvd_core.batched import Batch, Slots, every_row, every_token, sum_of_all, sum_of_rows
 from moesvd_core.factor_sides import make_side
 from moesvd_core.grouped import Pairs, in_graph, in_turns, keeps_tail, packed_bytes, usual
-from moesvd_core.sides import Batch, every_row, every_token, weighted_sum
 
 SMALL_EXPERT = 1 << 20
 """Parameters of an expert up to which calls cost more than reading its matrices in whatever order."""
@@ -24,8 +24,8 @@ PRODUCT_COST = 4_000_000
 """Multiplications that a CPU does in the time of calling one more product."""
 READING_COST = 13
 """The same for reading one more number of a matrix."""
-JOINED_ROWS = 2048
-"""So many rows at most, filled up, pass all experts at once: beyond, calls cost little beside memory that no cache holds."""
+JOINED_PAIRS = 1024
+"""So many pairs at most pass all experts at once: more take memory that no cache holds."""
 ARRANGING_COST = 3
 """Products in the time of which pairs are arranged by expert."""
 
@@ -116,9 +116,12 @@ class FactoredExperts(nn.Module):
             return
         if example.device.type != "cpu" or example.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ValueError(f"only bfloat16 on a CPU that computes with it can be packed, got {example.dtype} on {example.device}")
-        small = self._size <= self.num_experts * SMALL_EXPERT
-        self.input.pack(small)
-        self.output.pack(small)
+        if self._size > self.num_experts * SMALL_EXPERT:
+            self.input.pack()
+            self.output.pack()
+        elif self.input.batchable and self.output.batchable:
+            self.input.join()
+            self.output.join()
 
     def unpack(self) -> None:
         """Undo `pack`, exactly."""
@@ -139,17 +142,14 @@ class FactoredExperts(nn.Module):
         if self.packed and (torch.is_grad_enabled() or in_graph()):
             raise RuntimeError("packed experts answer without gradients and graphs only: use torch.no_grad(), or unpack() them")
         alone = not (keeps_tail(index_Tk) or torch.is_grad_enabled() or self._heard) and len(index_Tk) > 0
-        sides = (self.input.batches(), self.output.batches()) if alone else ([], [])
-        steps = sum(len(chain) for batches in sides for _, chain in batches) if all(sides) else 0
-        if steps > 0 and weight_Tk is not None and self._asks_all(steps, *index_Tk.shape):
-            return self._answer_of_all(sides, hidden_TD, index_Tk, weight_Tk).to(hidden_TD.dtype)
+        if alone:
+            answer_TD = self._answer_together(hidden_TD, index_Tk, weight_Tk)
+            if answer_TD is not None:
+                return answer_TD.to(hidden_TD.dtype)
         pairs = Pairs(index_Tk, weight_Tk, self.num_experts)
-        if steps > 0 and self._joins(steps, pairs):
-            y_SN = self._through(sides, pairs.arranged(self.input.narrow(hidden_TD))).flatten(0, 1)
-            out_TD: torch.Tensor = self.output.widen(pairs.combine(y_SN))
-        elif alone and self.input.by_pair and self.output.by_pair:
+        if alone and self.input.by_pair and self.output.by_pair:
             y_PN = in_turns(self.input.narrow(hidden_TD), pairs.token_P, pairs.runs or (), self._answer_of, self.output.rows)
-            out_TD = self.output.widen(pairs.combine(y_PN))
+            out_TD: torch.Tensor = self.output.widen(pairs.combine(y_PN))
         else:
             pre_PN = self.input(hidden_TD, pairs)
             if self.input_bias is not None:
@@ -171,37 +171,78 @@ class FactoredExperts(nn.Module):
         """Whether somebody listens to the output side and expects all pairs there, as compensation does."""
         return bool(self.output._forward_pre_hooks)
 
-    def _asks_all(self, steps: int, tokens: int, active: int) -> bool:
-        """Whether all experts are to answer all tokens, in one product for each step, rather than those that are asked.
+    def _answer_together(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor | None:
+        """The answer of all experts in one product for each step; None where they cannot, or where taking turns is faster."""
+        sides = self.input.batches(), self.output.batches()
+        if not all(sides):
+            return None
+        joined = any(batch.stack is not None for batches in sides for batch in batches)  # and so unable to take turns
+        if weight_Tk is not None and self._asks_all(sides, *index_Tk.shape):
+            return self._answer_of_all(sides, hidden_TD, index_Tk, weight_Tk)
+        size = max(1, JOINED_PAIRS // index_Tk.shape[1])
+        answers = []
+        for start in range(0, len(index_Tk), size):
+            part = slice(start, start + size)
+            slots = Slots(index_Tk[part], self.num_experts)
+            if start == 0 and not joined and not self._joins(sides, slots, index_Tk[part].numel()):
+                return None
+            own_Tk = None if weight_Tk is None else weight_Tk[part]
+            answers.append(self._answer_in_slots(sides, hidden_TD[part], index_Tk[part], own_Tk, slots))
+        return torch.cat(answers)
+
+    def _asks_all(self, sides: Sequence[Sequence[Batch]], tokens: int, active: int) -> bool:
+        """Whether all experts are to answer all tokens, rather than each its own or those that are asked in turns.
 
         In multiplications: those that nobody needs, and the time that other ways take for calls and for reading matrices.
         """
         asked = min(self.num_experts, tokens * active)  # at most
         unread = READING_COST * (self.num_experts - asked)
-        in_turns = (tokens * (self.num_experts - active) + unread) * self._size / self.num_experts - steps * (asked - 1) * PRODUCT_COST
-        arranged = (tokens - usual(tokens * active, self.num_experts)) * self._size - ARRANGING_COST * PRODUCT_COST
-        return in_turns < 0 and arranged < 0
+        in_turns = (tokens * (self.num_experts - active) + unread) * self._size / self.num_experts
+        in_slots = (tokens - usual(tokens * active, self.num_experts)) * self._size
+        return bool(in_turns < _steps(sides) * (asked - 1) * PRODUCT_COST and in_slots < ARRANGING_COST * PRODUCT_COST)
 
-    def _joins(self, steps: int, pairs: Pairs) -> bool:
-        """Whether the experts are to take their pairs together, each filled up to the most of them, rather than in turns."""
-        rows = self.num_experts * pairs.longest
-        needless = (rows - len(pairs.expert_P)) * self._size / self.num_experts
-        return pairs.joinable and rows <= JOINED_ROWS and needless < steps * (len(pairs.runs or ()) - 1) * PRODUCT_COST
-
-    def _through(self, sides: Sequence[Sequence[Batch]], x_EQC: torch.Tensor) -> torch.Tensor:
-        """What every expert makes of its rows, from what the input side reads to what the output side combines."""
-        pre_EQN = every_row(sides[0], x_EQC)
-        if self.input_bias is not None:
-            pre_EQN = pre_EQN + self.input_bias[:, None]
-        return every_row(sides[1], self.gate(pre_EQN))
+    def _joins(self, sides: Sequence[Sequence[Batch]], slots: Slots, pairs: int) -> bool:
+        """Whether experts are to take their rows together, filled up to the most of them, rather than in turns."""
+        needless = (self.num_experts * slots.rows - pairs) * self._size / self.num_experts
+        return bool(needless < _steps(sides) * (slots.asked - 1) * PRODUCT_COST)
 
     def _answer_of_all(
         self, sides: Sequence[Sequence[Batch]], hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor
     ) -> torch.Tensor:
         """Every expert answers every token, and the router's weights leave out whom it did not ask."""
         pre_ETN = every_token(sides[0], self.input.narrow(hidden_TD))
-        if self.input_bias is not None:
-            pre_ETN = pre_ETN + self.input_bias[:, None]
-        weight_TE = weight_Tk.new_zeros(len(weight_Tk), self.num_experts).scatter_add_(1, index_Tk, weight_Tk)
-        out_TD = self.output.widen(weighted_sum(sides[1], self.gate(pre_ETN), weight_TE))
+        weight_TE = self._weights(index_Tk, weight_Tk)
+        y_TN = sum_of_all(sides[1], self._neurons(pre_ETN), weight_TE)
+        return self._widened(y_TN, weight_TE)
+
+    def _answer_in_slots(
+        self,
+        sides: Sequence[Sequence[Batch]],
+        hidden_TD: torch.Tensor,
+        index_Tk: torch.Tensor,
+        weight_Tk: torch.Tensor | None,
+        slots: Slots,
+    ) -> torch.Tensor:
+        """Every expert answers its own tokens."""
+        pre_EQN = every_row(sides[0], self.input.narrow(hidden_TD), slots)
+        weight_TE = self._weights(index_Tk, hidden_TD.new_ones(index_Tk.shape) if weight_Tk is None else weight_Tk)
+        y_TN = sum_of_rows(sides[1], self._neurons(pre_EQN), slots, weight_Tk, weight_TE)
+        return self._widened(y_TN, weight_TE)
+
+    def _weights(self, index_Tk: torch.Tensor, weight_Tk: torch.Tensor) -> torch.Tensor:
+        """The router's weight of every expert [T, E]."""
+        return weight_Tk.new_zeros(len(weight_Tk), self.num_experts).scatter_add_(1, index_Tk, weight_Tk)
+
+    def _neurons(self, pre_EQN: torch.Tensor) -> torch.Tensor:
+        """Hidden neurons [E, Q, m] from what the input side makes of rows."""
+        return self.gate(pre_EQN if self.input_bias is None else pre_EQN + self.input_bias[:, None])
+
+    def _widened(self, y_TN: torch.Tensor, weight_TE: torch.Tensor) -> torch.Tensor:
+        """The answer [T, d] from experts' weighted sum."""
+        out_TD = self.output.widen(y_TN)
         return out_TD if self.output_bias is None else out_TD + weight_TE @ self.output_bias.to(weight_TE.dtype)
+
+
+def _steps(sides: Sequence[Sequence[Batch]]) -> int:
+    """In how many products all experts answer together."""
+    return sum(batch.steps for batches in sides for batch in batches)

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from moesvd_core.grouped import Pairs, Runs, grouped_linear
-from moesvd_core.sides import Batch, Side, places, segments
+from moesvd_core.batched import Batch
+from moesvd_core.grouped import Pairs, Runs, grouped_linear, pack
+from moesvd_core.sides import Side, places, segments
 
 
 class DenseSide(Side):
@@ -39,7 +40,7 @@ class DenseSide(Side):
         return [[self.matrix("weight", expert)]]
 
     def batches(self) -> list[Batch]:
-        return [(None, (self.weight,))]
+        return [Batch(None, (self.weight,))]
 
     def matrices(self) -> torch.Tensor:
         return self.weight
@@ -98,48 +99,53 @@ class PerExpertSide(Side):
         return pad(weight_GNC, (0, 0, 0, missing) if side else (0, missing))
 
     def chains(self, expert: int) -> list[list[torch.Tensor]]:
-        if self._joined and self.ranks[expert] >= 0:
-            rank, (right_FRC, left_FNR) = self.ranks[expert], self._joined
-            place = self.factored.index(expert)
-            return [[right_FRC[place, :rank], left_FNR[place, :, :rank]]]
         return [[self.matrix(name, place) for name in names] for place, names in self._parts[expert]]
 
     def batches(self) -> list[Batch]:
         """Experts with a matrix of their own, and those with factors, where these are joined or have one rank."""
-        if not self.factored:
-            return [(None, (self.dense,))]
+        found = [Batch(self._ids("whole", self.whole), (self.dense,))] if self.whole else []
         if self._joined:
-            factors = self._joined
+            stack, own_FNC = self._joined
+            found.append(Batch(self._ids("factored", self.factored), (own_FNC,), stack))
         elif len(self.slabs) == 1 and len(self.slabs[0][1]) == len(self.factored):
-            factors = self.get_parameter("right_0"), self.get_parameter("left_0")
-        else:
+            found.append(Batch(self._ids("factored", self.factored), (self.get_parameter("right_0"), self.get_parameter("left_0"))))
+        elif self.factored:
             return []
-        if not self.whole:
-            return [(None, factors)]
-        whole_G = self.table("whole", self.dense.device, lambda: list(self.whole))
-        return [(whole_G, (self.dense,)), (self.table("factored", self.dense.device, lambda: list(self.factored)), factors)]
+        return found
 
-    def pack(self, small: bool) -> None:
-        """Small factors are filled up to the largest rank of any expert, so that all experts' are one batch; U stands transposed there."""
-        if not small:
-            super().pack(small)
-        elif len(self.slabs) > 1 and not self._joined:
-            widest = max(self.ranks)
-            right_FRC = self.get_parameter("right_0").new_zeros(len(self.factored), widest, self.columns)
-            left_FRN = right_FRC.new_zeros(len(self.factored), widest, self.rows)
-            self._joined = right_FRC, left_FRN.transpose(1, 2)
-            for joined, slab in self._pieces():
-                joined.copy_(slab)
-            for name, slab in self._slabs():
-                self.register_parameter(name, nn.Parameter(torch.empty_like(slab, device="meta"), slab.requires_grad))
+    @property
+    def batchable(self) -> bool:
+        return bool(self.slabs or self.batches())
+
+    def join(self) -> None:
+        """Fill all factors up to the largest rank: what meets tokens (V of the input side, U of the output side) becomes one packed
+        matrix, the other factor one batch."""
+        if self._joined or not self.slabs:
+            return
+        example = self.get_parameter("right_0").detach()
+        right_FRC = example.new_zeros(len(self.factored), max(self.ranks), self.columns)
+        left_FRN = example.new_zeros(len(self.factored), max(self.ranks), self.rows)
+        for joined, slab in self._pieces(right_FRC, left_FRN.transpose(1, 2)):
+            joined.copy_(slab)
+        if self.reads_tokens:
+            self._joined = pack(right_FRC.flatten(0, 1)), left_FRN.transpose(1, 2)
+        else:
+            self._joined = pack(left_FRN.flatten(0, 1).T), right_FRC
+        for name, slab in self._slabs():
+            self.register_parameter(name, nn.Parameter(torch.empty_like(slab, device="meta"), slab.requires_grad))
 
     def unpack(self) -> None:
         super().unpack()
         if self._joined:
+            stack, own_FNC = self._joined
             for name, slab in self._slabs():
-                plain = torch.empty_like(slab, device=self._joined[0].device)
-                self.register_parameter(name, nn.Parameter(plain, slab.requires_grad))
-            for joined, piece in self._pieces():
+                self.register_parameter(name, nn.Parameter(torch.empty_like(slab, device=own_FNC.device), slab.requires_grad))
+            plain, members = stack.to_dense(), len(self.factored)
+            if self.reads_tokens:
+                parts = self._pieces(plain[: members * max(self.ranks)].unflatten(0, (members, -1)), own_FNC)
+            else:
+                parts = self._pieces(own_FNC, plain[: self.rows, : members * max(self.ranks)].unflatten(1, (members, -1)).transpose(0, 1))
+            for joined, piece in parts:
                 piece.copy_(joined)
             self._joined = None
 
@@ -147,12 +153,15 @@ class PerExpertSide(Side):
     def packed(self) -> list[torch.Tensor]:
         return [*self._packed_matrices(), *(self._joined or ())]
 
+    def _ids(self, name: str, experts: tuple[int, ...]) -> torch.Tensor | None:
+        """The experts as a tensor; None: all of them."""
+        return None if len(experts) == len(self.ranks) else self.table(name, torch.device("cpu"), lambda: list(experts))
+
     def _slabs(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, own) for name, own in self.named_parameters() if name != "dense"]
 
-    def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Every part of the joined factors with the part of a slab that it holds."""
-        right_FRC, left_FNR = self._joined  # type: ignore[misc]
+    def _pieces(self, right_FRC: torch.Tensor, left_FNR: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every part of joined factors with the part of a slab that it holds."""
         for place, expert in enumerate(self.factored):
             start = 0
             for i, (width, members) in enumerate(self.slabs):
@@ -216,7 +225,7 @@ class SharedRightSide(Side):
         return y_PN
 
     def batches(self) -> list[Batch]:
-        return [(None, (self.get_parameter("left_0"),))] if self.latent and self.reads_tokens else []
+        return [Batch(None, (self.get_parameter("left_0"),))] if self.latent and self.reads_tokens else []
 
     def matrices(self) -> torch.Tensor:
         full: dict[int, torch.Tensor] = {}
@@ -269,7 +278,7 @@ class SharedLeftSide(Side):
         return [[self.matrix("right", expert)]]
 
     def batches(self) -> list[Batch]:
-        return [(None, (self.right,))]
+        return [Batch(None, (self.right,))]
 
     def matrices(self) -> torch.Tensor:
         return self.left @ self.right

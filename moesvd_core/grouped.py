@@ -174,7 +174,6 @@ class Pairs:
         self._shape, self._experts, self._weight_Tk = index_Tk.shape, experts, weight_Tk
         self._order_P: torch.Tensor | None = None
         self._end_E: torch.Tensor | None = None
-        self._slot_P: torch.Tensor | None = None
         self.expert_P = index_Tk.reshape(-1)
         self.runs: list[Run] | None = None
         open_loop = not (keeps_tail(index_Tk) or torch.is_grad_enabled())
@@ -198,27 +197,6 @@ class Pairs:
         """The token of each pair; None where there is only one."""
         return None if self._order_P is None else self._order_P // self._shape[1]
 
-    @property
-    def longest(self) -> int:
-        """The most pairs of one expert, filled up to a number that comes up often."""
-        return usual(max((end - start for _, start, end in self.runs or ()), default=0))
-
-    @property
-    def joinable(self) -> bool:
-        """Whether it is known on the host who is asked how often, of more than one token."""
-        return self.runs is not None and self._order_P is not None
-
-    def arranged(self, x_TC: torch.Tensor) -> torch.Tensor:
-        """Each token's row in the block of each of its experts [E, Q, C], filled up with rows of the first token; `combine` then takes
-        answers as they stand there."""
-        longest, token_P = self.longest, cast(torch.Tensor, self.token_P)
-        end_E = self.end_E
-        start_E = torch.cat([end_E.new_zeros(1), end_E[:-1]])
-        slot_P = torch.arange(len(self.expert_P)) + (torch.arange(self._experts) * longest - start_E).index_select(0, self.expert_P)
-        token_S = slot_P.new_zeros(self._experts * longest).scatter_(0, slot_P, token_P)
-        self._slot_P = slot_P
-        return x_TC.index_select(0, token_S).view(self._experts, longest, -1)
-
     def spread(self, x_TC: torch.Tensor) -> torch.Tensor:
         """Each token's row for each of its pairs [P, C]."""
         return x_TC.expand(len(self.expert_P), -1) if self.token_P is None else x_TC[self.token_P]
@@ -237,8 +215,7 @@ class Pairs:
     def _combine_at_once(self, y_PN: torch.Tensor) -> torch.Tensor:
         """`combine` in one pass over the answers, for CPUs and without gradients; weights are rounded to the answers' precision."""
         order_P = cast(torch.Tensor, self._order_P)
-        slot_P = torch.arange(len(order_P)) if self._slot_P is None else self._slot_P
-        place_P = torch.empty_like(order_P).scatter_(0, order_P, slot_P)
+        place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P)))
         weight_Tk = None if self._weight_Tk is None else self._weight_Tk.to(y_PN.dtype)
         return embedding_bag(place_P.view(self._shape), y_PN, mode="sum", per_sample_weights=weight_Tk)
 

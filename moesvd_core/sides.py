@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
+from moesvd_core.batched import Batch
 from moesvd_core.grouped import Pairs, grouped_linear, in_turns, pack, through, times
 
 DISTINCT_RANKS = 8
@@ -30,58 +30,6 @@ def segments(ranks: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
     widths = [1 << bit for bit in reversed(range(distinct[0].bit_length()))]
     slabs = [(width, tuple(e for e, own in enumerate(ranks) if own > 0 and own & width)) for width in widths]
     return [(width, members) for width, members in slabs if members]
-
-
-Batch = tuple[torch.Tensor | None, tuple[torch.Tensor, ...]]
-"""Some experts (ids [G]; None: all of them, in order) and their matrices [G, N, C], which rows pass one after the other."""
-
-
-def every_row(batches: Sequence[Batch], x_EQC: torch.Tensor) -> torch.Tensor:
-    """Each expert's rows through its own matrices [E, Q, N]."""
-    parts = []
-    for ids_G, chain in batches:
-        y_GQN = x_EQC if ids_G is None else x_EQC.index_select(0, ids_G)
-        for weight_GNC in chain:
-            y_GQN = torch.bmm(y_GQN.to(weight_GNC.dtype), weight_GNC.transpose(1, 2))
-        parts.append(y_GQN)
-    return _by_expert(batches, parts)
-
-
-def every_token(batches: Sequence[Batch], x_TC: torch.Tensor) -> torch.Tensor:
-    """Every token through each expert's matrices [E, T, N]; the first step is one matrix for all."""
-    parts = []
-    for _, (first_GNC, *others) in batches:
-        y_TGN = linear(x_TC.to(first_GNC.dtype), first_GNC.flatten(0, 1)).view(len(x_TC), *first_GNC.shape[:2])
-        y_GTN = y_TGN.transpose(0, 1)
-        for weight_GNC in others:
-            y_GTN = torch.bmm(y_GTN, weight_GNC.transpose(1, 2))
-        parts.append(y_GTN)
-    return _by_expert(batches, parts)
-
-
-def weighted_sum(batches: Sequence[Batch], x_ETC: torch.Tensor, weight_TE: torch.Tensor) -> torch.Tensor:
-    """Each expert's rows through its own matrices, added up by weights [T, N]; one matrix for all where the last one stands as needed."""
-    sums = []
-    for ids_G, (*others, last_GNC) in batches:
-        x_GTC = x_ETC if ids_G is None else x_ETC.index_select(0, ids_G)
-        for weight_GNC in others:
-            x_GTC = torch.bmm(x_GTC.to(weight_GNC.dtype), weight_GNC.transpose(1, 2))
-        own_TG = weight_TE if ids_G is None else weight_TE.index_select(1, ids_G)
-        x_TGC = x_GTC.to(last_GNC.dtype).transpose(0, 1) * own_TG[..., None].to(last_GNC.dtype)
-        last_GCN = last_GNC.transpose(1, 2)
-        if last_GCN.is_contiguous():
-            sums.append(torch.mm(x_TGC.flatten(1), last_GCN.flatten(0, 1)))
-        else:
-            sums.append(torch.bmm(x_TGC.transpose(0, 1), last_GCN).sum(0))
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-
-
-def _by_expert(batches: Sequence[Batch], parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The batches' answers in the order of the experts."""
-    if len(parts) == 1:
-        return parts[0]
-    place_E = torch.cat([ids_G for ids_G, _ in batches if ids_G is not None]).argsort()
-    return torch.cat(list(parts)).index_select(0, place_E)
 
 
 def places(members: Sequence[int], experts: int) -> list[int]:
@@ -144,8 +92,16 @@ class Side(nn.Module):
         raise NotImplementedError
 
     def batches(self) -> list[Batch]:
-        """All experts' matrices, where each step is one product for many of them; none where it is not."""
+        """All experts' matrices, as far as each step is one product for many of them; none where it is not."""
         return []
+
+    @property
+    def batchable(self) -> bool:
+        """Whether there are such, or `join` makes them."""
+        return bool(self.batches())
+
+    def join(self) -> None:
+        """Make `batches` of what is none yet (see `FactoredExperts.pack`)."""
 
     def own(self, x_PC: torch.Tensor, name: str, pairs: Pairs) -> torch.Tensor:
         """Every pair's row times its expert's matrix of a parameter [E, N, C], giving [P, N]."""
@@ -170,10 +126,8 @@ class Side(nn.Module):
     def _packed_matrices(self) -> list[torch.Tensor]:
         return [matrix_NC for matrices in self._packed.values() for matrix_NC in matrices]
 
-    def pack(self, small: bool) -> None:
-        """See `FactoredExperts.pack`; what is small and has one rank for all stays as it is."""
-        if small:
-            return
+    def pack(self) -> None:
+        """See `FactoredExperts.pack`."""
         for name, weight in self.named_parameters():
             if weight.numel() > 0 and name not in self._packed:
                 matrices = self.filled_up(name, weight.detach().view(-1, *weight.shape[-2:]))
