@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesvd_core.batched import Batch, Slots, every_row, every_token, sum_of_all, sum_of_rows
+from moesvd_core.batched import Batch, Slots, every_row, every_token, sum_of_all
 from moesvd_core.factor_sides import make_side
 from moesvd_core.grouped import Pairs, in_graph, in_turns, keeps_tail, packed_bytes, usual
 
@@ -174,20 +174,22 @@ class FactoredExperts(nn.Module):
     def _answer_together(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor | None:
         """The answer of all experts in one product for each step; None where they cannot, or where taking turns is faster."""
         sides = self.input.batches(), self.output.batches()
-        if not all(sides):
+        if not all(sides) or self.input.reordered or self.output.reordered:
             return None
-        joined = any(batch.stack is not None for batches in sides for batch in batches)  # and so unable to take turns
         if weight_Tk is not None and self._asks_all(sides, *index_Tk.shape):
             return self._answer_of_all(sides, hidden_TD, index_Tk, weight_Tk)
         size = max(1, JOINED_PAIRS // index_Tk.shape[1])
+        pairs = index_Tk[:size].numel()
+        if not self._joins(sides, pairs, usual(pairs, self.num_experts), min(pairs, self.num_experts)):  # at best
+            return None
         answers = []
         for start in range(0, len(index_Tk), size):
             part = slice(start, start + size)
             slots = Slots(index_Tk[part], self.num_experts)
-            if start == 0 and not joined and not self._joins(sides, slots, index_Tk[part].numel()):
+            if start == 0 and not self._joins(sides, pairs, slots.rows, slots.asked):
                 return None
             own_Tk = None if weight_Tk is None else weight_Tk[part]
-            answers.append(self._answer_in_slots(sides, hidden_TD[part], index_Tk[part], own_Tk, slots))
+            answers.append(self._answer_in_slots(sides, hidden_TD[part], own_Tk, slots))
         return torch.cat(answers)
 
     def _asks_all(self, sides: Sequence[Sequence[Batch]], tokens: int, active: int) -> bool:
@@ -201,48 +203,37 @@ class FactoredExperts(nn.Module):
         in_slots = (tokens - usual(tokens * active, self.num_experts)) * self._size
         return bool(in_turns < _steps(sides) * (asked - 1) * PRODUCT_COST and in_slots < ARRANGING_COST * PRODUCT_COST)
 
-    def _joins(self, sides: Sequence[Sequence[Batch]], slots: Slots, pairs: int) -> bool:
+    def _joins(self, sides: Sequence[Sequence[Batch]], pairs: int, rows: int, asked: int) -> bool:
         """Whether experts are to take their rows together, filled up to the most of them, rather than in turns."""
-        needless = (self.num_experts * slots.rows - pairs) * self._size / self.num_experts
-        return bool(needless < _steps(sides) * (slots.asked - 1) * PRODUCT_COST)
+        unread = READING_COST * (self.num_experts - asked)
+        needless = (self.num_experts * rows - pairs + unread) * self._size / self.num_experts
+        return bool(needless < _steps(sides) * (asked - 1) * PRODUCT_COST)
 
     def _answer_of_all(
         self, sides: Sequence[Sequence[Batch]], hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor
     ) -> torch.Tensor:
         """Every expert answers every token, and the router's weights leave out whom it did not ask."""
         pre_ETN = every_token(sides[0], self.input.narrow(hidden_TD))
-        weight_TE = self._weights(index_Tk, weight_Tk)
-        y_TN = sum_of_all(sides[1], self._neurons(pre_ETN), weight_TE)
-        return self._widened(y_TN, weight_TE)
+        weight_TE = weight_Tk.new_zeros(len(weight_Tk), self.num_experts).scatter_add_(1, index_Tk, weight_Tk)
+        out_TD = self.output.widen(sum_of_all(sides[1], self._neurons(pre_ETN), weight_TE))
+        return out_TD if self.output_bias is None else out_TD + weight_TE @ self.output_bias.to(weight_TE.dtype)
 
     def _answer_in_slots(
-        self,
-        sides: Sequence[Sequence[Batch]],
-        hidden_TD: torch.Tensor,
-        index_Tk: torch.Tensor,
-        weight_Tk: torch.Tensor | None,
-        slots: Slots,
+        self, sides: Sequence[Sequence[Batch]], hidden_TD: torch.Tensor, weight_Tk: torch.Tensor | None, slots: Slots
     ) -> torch.Tensor:
         """Every expert answers its own tokens."""
-        pre_EQN = every_row(sides[0], self.input.narrow(hidden_TD), slots)
-        weight_TE = self._weights(index_Tk, hidden_TD.new_ones(index_Tk.shape) if weight_Tk is None else weight_Tk)
-        y_TN = sum_of_rows(sides[1], self._neurons(pre_EQN), slots, weight_Tk, weight_TE)
-        return self._widened(y_TN, weight_TE)
-
-    def _weights(self, index_Tk: torch.Tensor, weight_Tk: torch.Tensor) -> torch.Tensor:
-        """The router's weight of every expert [T, E]."""
-        return weight_Tk.new_zeros(len(weight_Tk), self.num_experts).scatter_add_(1, index_Tk, weight_Tk)
+        x_XC = self.input.narrow(hidden_TD).index_select(0, slots.token_EQ.flatten())
+        hidden_EQM = self._neurons(every_row(sides[0], x_XC.view(*slots.token_EQ.shape, -1)))
+        out_TD = self.output.widen(slots.add_up(every_row(sides[1], hidden_EQM), weight_Tk))
+        if self.output_bias is not None:
+            out_TD = out_TD + slots.add_up(self.output_bias[:, None].expand(-1, slots.rows, -1), weight_Tk)
+        return out_TD
 
     def _neurons(self, pre_EQN: torch.Tensor) -> torch.Tensor:
         """Hidden neurons [E, Q, m] from what the input side makes of rows."""
         return self.gate(pre_EQN if self.input_bias is None else pre_EQN + self.input_bias[:, None])
 
-    def _widened(self, y_TN: torch.Tensor, weight_TE: torch.Tensor) -> torch.Tensor:
-        """The answer [T, d] from experts' weighted sum."""
-        out_TD = self.output.widen(y_TN)
-        return out_TD if self.output_bias is None else out_TD + weight_TE @ self.output_bias.to(weight_TE.dtype)
-
 
 def _steps(sides: Sequence[Sequence[Batch]]) -> int:
     """In how many products all experts answer together."""
-    return sum(batch.steps for batches in sides for batch in batches)
+    return sum(len(batch.chain) for batches in sides for batch in batches)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from moesvd_core.batched import Batch
-from moesvd_core.grouped import Pairs, Runs, grouped_linear, pack
+from moesvd_core.grouped import Pairs, Runs, grouped_linear
 from moesvd_core.sides import Side, places, segments
 
 
@@ -99,63 +99,52 @@ class PerExpertSide(Side):
         return pad(weight_GNC, (0, 0, 0, missing) if side else (0, missing))
 
     def chains(self, expert: int) -> list[list[torch.Tensor]]:
+        if self._joined and self.ranks[expert] >= 0:
+            rank, place, (right_FRC, left_FNR) = self.ranks[expert], self.factored.index(expert), self._joined
+            return [[right_FRC[place, :rank], left_FNR[place, :, :rank]]]
         return [[self.matrix(name, place) for name in names] for place, names in self._parts[expert]]
 
     def batches(self) -> list[Batch]:
         """Experts with a matrix of their own, and those with factors, where these are joined or have one rank."""
-        found = [Batch(self._ids("whole", self.whole), (self.dense,))] if self.whole else []
-        if self._joined:
-            stack, own_FNC = self._joined
-            found.append(Batch(self._ids("factored", self.factored), (own_FNC,), stack))
-        elif len(self.slabs) == 1 and len(self.slabs[0][1]) == len(self.factored):
-            found.append(Batch(self._ids("factored", self.factored), (self.get_parameter("right_0"), self.get_parameter("left_0"))))
-        elif self.factored:
-            return []
-        return found
+        one_rank = len(self.slabs) == 1 and len(self.slabs[0][1]) == len(self.factored)
+        factors = self._joined or ((self.get_parameter("right_0"), self.get_parameter("left_0")) if one_rank else None)
+        if factors is None:
+            return [] if self.factored else [Batch(None, (self.dense,))]
+        if not self.whole:
+            return [Batch(None, factors)]
+        order, cpu = self.whole + self.factored, torch.device("cpu")
+        place_E = self.table("place", cpu, lambda: [order.index(expert) for expert in range(len(order))])
+        whole_G, factored_F = self.table("whole", cpu, lambda: list(self.whole)), self.table("factored", cpu, lambda: list(self.factored))
+        return [Batch(whole_G, (self.dense,), place_E), Batch(factored_F, factors, place_E)]
 
     @property
     def batchable(self) -> bool:
         return bool(self.slabs or self.batches())
 
     def join(self) -> None:
-        """Fill all factors up to the largest rank: what meets tokens (V of the input side, U of the output side) becomes one packed
-        matrix, the other factor one batch."""
+        """Fill all factors up to the largest rank; U stands transposed, so that on the output side all of them are one matrix."""
         if self._joined or not self.slabs:
             return
         example = self.get_parameter("right_0").detach()
         right_FRC = example.new_zeros(len(self.factored), max(self.ranks), self.columns)
-        left_FRN = example.new_zeros(len(self.factored), max(self.ranks), self.rows)
-        for joined, slab in self._pieces(right_FRC, left_FRN.transpose(1, 2)):
+        self._joined = right_FRC, example.new_zeros(len(self.factored), max(self.ranks), self.rows).transpose(1, 2)
+        for joined, slab in self._pieces(*self._joined):
             joined.copy_(slab)
-        if self.reads_tokens:
-            self._joined = pack(right_FRC.flatten(0, 1)), left_FRN.transpose(1, 2)
-        else:
-            self._joined = pack(left_FRN.flatten(0, 1).T), right_FRC
         for name, slab in self._slabs():
             self.register_parameter(name, nn.Parameter(torch.empty_like(slab, device="meta"), slab.requires_grad))
 
     def unpack(self) -> None:
         super().unpack()
         if self._joined:
-            stack, own_FNC = self._joined
             for name, slab in self._slabs():
-                self.register_parameter(name, nn.Parameter(torch.empty_like(slab, device=own_FNC.device), slab.requires_grad))
-            plain, members = stack.to_dense(), len(self.factored)
-            if self.reads_tokens:
-                parts = self._pieces(plain[: members * max(self.ranks)].unflatten(0, (members, -1)), own_FNC)
-            else:
-                parts = self._pieces(own_FNC, plain[: self.rows, : members * max(self.ranks)].unflatten(1, (members, -1)).transpose(0, 1))
-            for joined, piece in parts:
+                self.register_parameter(name, nn.Parameter(torch.empty_like(slab, device="cpu"), slab.requires_grad))
+            for joined, piece in self._pieces(*self._joined):
                 piece.copy_(joined)
             self._joined = None
 
     @property
     def packed(self) -> list[torch.Tensor]:
         return [*self._packed_matrices(), *(self._joined or ())]
-
-    def _ids(self, name: str, experts: tuple[int, ...]) -> torch.Tensor | None:
-        """The experts as a tensor; None: all of them."""
-        return None if len(experts) == len(self.ranks) else self.table(name, torch.device("cpu"), lambda: list(experts))
 
     def _slabs(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, own) for name, own in self.named_parameters() if name != "dense"]

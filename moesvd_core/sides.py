@@ -115,7 +115,7 @@ class Side(nn.Module):
         """A parameter's matrix, or the one of its place, as the kernels are to read it."""
         if name in self._packed:
             return self._packed[name][place or 0]
-        weight = self.get_parameter(name)
+        weight: torch.Tensor = getattr(self, name)
         return weight if place is None else weight[place]
 
     @property
@@ -125,6 +125,11 @@ class Side(nn.Module):
 
     def _packed_matrices(self) -> list[torch.Tensor]:
         return [matrix_NC for matrices in self._packed.values() for matrix_NC in matrices]
+
+    @property
+    def reordered(self) -> bool:
+        """Whether `pack` has arranged matrices as a CPU's kernels read them."""
+        return bool(self._packed)
 
     def pack(self) -> None:
         """See `FactoredExperts.pack`."""

@@ -16,6 +16,7 @@ from moesvd_core import experts, factor_sides, grouped
 from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.batched import Slots
 from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, replace_experts, unpack
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors, PerExpertFactors
 from moesvd_core.evaluation.speed import _flops, weight_bytes
@@ -151,6 +152,86 @@ def test_only_bfloat16_can_be_packed_and_small_experts_are_left_alone() -> None:
     student = compressed(model, model_factors(model))
     with pytest.raises(ValueError, match=r"got torch\.float32 on cpu"):
         pack(student)
+
+
+SMALL_FORMS = [*product(INPUT_FORMS, ["basis"]), *product(["latent"], OUTPUT_FORMS), ("ragged", "ragged"), ("many-ranks", "ragged")]
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
+@pytest.mark.parametrize("cost", [0, 4_000_000], ids=["in turns", "together"])
+@pytest.mark.parametrize(("input_form", "output_form"), SMALL_FORMS)
+def test_small_factors_are_packed_side_by_side_and_come_back_as_they_were(
+    input_form: str, output_form: str, cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "PRODUCT_COST", cost)
+    factored = rounded_layer("mixtral", input_form, output_form)
+    moved = {"ragged", "equal", "many-ranks"} & {input_form, output_form}
+    before = {name: tensor.clone() for name, tensor in factored.state_dict().items()}
+    calls = [
+        (torch.randn(tokens, factored.expert_layer["hidden"]).bfloat16(), torch.randint(4, (tokens, 2)), torch.rand(tokens, 2))
+        for tokens in (1, 3, 50, 600)
+    ]
+    expected = [factored(*call).detach() for call in calls]
+    with torch.no_grad():
+        factored.pack()
+        factored.pack()
+        assert bool(factored.packed) == bool(moved)
+        for call, answer in zip(calls, expected, strict=True):
+            assert (factored(*call).float() - answer.float()).norm() <= 1e-2 * answer.float().norm()
+    stored = sum(tensor.nbytes for tensor in before.values())
+    assert weight_bytes(factored) >= stored
+    if moved:
+        with pytest.raises(RuntimeError, match="unpack"):
+            factored(*calls[0])
+    factored.unpack()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in factored.state_dict().items())
+    assert weight_bytes(factored) == stored
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text", "nemotron_h"])
+def test_small_factors_of_other_families_answer_side_by_side_as_they_did(name: str) -> None:
+    """With biases, with scaled inputs, without a gate."""
+    factored = rounded_layer(name, "ragged", "ragged")
+    hidden = factored.expert_layer["hidden"]
+    if factored.expert_layer["routing"] == "scaled-inputs":
+        call = ((torch.randn(factored.num_experts, 9, hidden) * (torch.rand(factored.num_experts, 9, 1) < 0.5)).flatten(0, 1).bfloat16(),)
+    else:
+        call = (torch.randn(40, hidden).bfloat16(), torch.stack([torch.randperm(4)[:2] for _ in range(40)]), torch.rand(40, 2))
+    expected = factored(*call).detach()
+    with torch.no_grad():
+        factored.pack()
+        assert factored.packed
+        assert (factored(*call).float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
+
+
+@pytest.mark.parametrize("experts_asked", [[0, 1, 2, 3], [2, 3]])
+def test_every_expert_gets_the_rows_of_its_own_tokens(experts_asked: list[int]) -> None:
+    choice_T2 = torch.stack([torch.randperm(len(experts_asked))[:2] for _ in range(30)])
+    index_Tk = torch.tensor(experts_asked)[choice_T2]
+    slots = Slots(index_Tk, 4)
+    assert slots.rows >= max(index_Tk.flatten().bincount())
+    assert slots.asked == len(experts_asked)
+    assert len(set(slots.place_Tk.flatten().tolist())) == index_Tk.numel()
+    assert torch.equal(slots.place_Tk // slots.rows, index_Tk)
+    assert torch.equal(slots.token_EQ.flatten()[slots.place_Tk], torch.arange(30)[:, None].expand(30, 2))
+    y_EQN, weight_Tk = torch.randn(4, slots.rows, 5), torch.rand(30, 2)
+    expected = (y_EQN.flatten(0, 1)[slots.place_Tk] * weight_Tk[..., None]).sum(1)
+    assert torch.allclose(slots.add_up(y_EQN, weight_Tk), expected)
+
+
+def test_long_runs_pass_in_parts() -> None:
+    row_P = torch.randperm(2000)
+    x_TC = torch.randn(2000, 3)
+    seen = []
+
+    def answer(expert: int, x_QC: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x_QC))
+        return x_QC * (expert + 1)
+
+    y_PN = grouped.in_turns(x_TC, row_P, [(0, 0, 1500), (2, 1500, 2000)], answer, 3)
+    assert torch.equal(y_PN, torch.cat([x_TC[row_P[:1500]], x_TC[row_P[1500:]] * 3]))
+    assert max(seen) <= 1.125 * grouped.CACHED_ROWS
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
