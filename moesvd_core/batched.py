@@ -1,7 +1,7 @@
 """Products of all experts at a time, for small experts on CPUs: calls cost more than arithmetic there, even where some is for nothing.
 
 Few tokens are answered by every expert, and the router's weights leave out whom it did not ask. Of more tokens each expert gets its own
-rows, filled up to the most that any expert gets.
+rows, filled up to a number that few exceed.
 
 An export carries a copy of this file, so it must import torch and the other files that are carried only.
 
@@ -10,11 +10,12 @@ Shapes: T tokens, k active experts a token, E experts, Q rows of each, G experts
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch.nn.functional import embedding_bag, linear
 
-from moesvd_core.grouped import usual
+from moesvd_core.grouped import Run, usual
 
 
 @dataclass(frozen=True)
@@ -36,34 +37,60 @@ class Batch:
         return x_EXC if self.ids_G is None else x_EXC.index_select(dim, self.ids_G)
 
 
+def slot_rows(counts: Sequence[int], turn: float, unread: float) -> int:
+    """How many rows all experts take together, where that and the turns of those that have more take least; 0: turns for all.
+
+    Args:
+        counts: pairs of each expert.
+        turn: rows in the time of calling the products of one expert, beside computing them.
+        unread: rows in the time of reading the matrices of experts that nobody asked.
+    """
+    rows = {usual(count): None for count in sorted(counts) if count > 0}
+
+    def cost(each: int) -> float:
+        return len(counts) * each + (unread if each > 0 else 0) + sum(turn + count - each for count in counts if count > each)
+
+    return min((0, *rows), key=cost)
+
+
 class Slots:
-    """Every expert's own rows.
+    """Every expert's own rows, and a rest of experts that have more than the others.
 
     Attributes:
-        rows: Q.
-        asked: how many experts have any.
         token_EQ: the token of each row; filled up with the first.
-        place_Tk: which of all rows is a token's for each of its experts.
+        token_X: the tokens of the rest, by expert.
+        rest: which expert each run of the rest belongs to, its start and its end.
+        place_Tk: where a token's pairs stand among all rows [E·Q], followed by the rest.
     """
 
-    def __init__(self, index_Tk: torch.Tensor, experts: int) -> None:
-        """Take the router's choice."""
+    def __init__(self, index_Tk: torch.Tensor, counts: Sequence[int], rows: int) -> None:
+        """Take the router's choice, how often it chose each expert, and Q."""
+        experts = len(counts)
         expert_P, order_P = torch.sort(index_Tk.reshape(-1), stable=True)
-        count_E = torch.bincount(expert_P, minlength=experts)
-        counts = count_E.tolist()
-        self.rows, self.asked = usual(max(counts)), sum(count > 0 for count in counts)
-        first_E = torch.arange(experts) * self.rows - (count_E.cumsum(0) - count_E)  # place of the first row, less the pairs before it
+        starts = [0, *accumulate(counts)][:-1]
+        first_E = torch.tensor([expert * rows - start for expert, start in enumerate(starts)])
         place_P = torch.arange(len(order_P)) + first_E.index_select(0, expert_P)
-        token_S = order_P.new_zeros(experts * self.rows).scatter_(0, place_P, order_P // index_Tk.shape[1])
-        self.token_EQ = token_S.view(experts, self.rows)
+        token_P = order_P // index_Tk.shape[1]
+        self.token_X, self.rest = token_P[:0], list[Run]()
+        if max(counts) > rows:
+            beyond_P = place_P - expert_P * rows >= rows
+            (beyond_X,), (within_S,) = beyond_P.nonzero(as_tuple=True), (~beyond_P).nonzero(as_tuple=True)
+            place_P[beyond_X] = experts * rows + torch.arange(len(beyond_X))
+            self.token_X = token_P.index_select(0, beyond_X)
+            ends = list(accumulate(max(0, count - rows) for count in counts))
+            self.rest = [(expert, start, end) for expert, (start, end) in enumerate(pairwise([0, *ends])) if end > start]
+            token_S, place_S = token_P.index_select(0, within_S), place_P.index_select(0, within_S)
+        else:
+            token_S, place_S = token_P, place_P
+        self.token_EQ = order_P.new_zeros(experts * rows).scatter_(0, place_S, token_S).view(experts, rows)
         self.place_Tk = torch.empty_like(order_P).scatter_(0, order_P, place_P).view(index_Tk.shape)
 
-    def add_up(self, y_EQN: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
-        """Each token's weighted sum of its experts' rows [T, N]; weights are rounded to the rows' precision."""
-        weight_Tk = None if weight_Tk is None else weight_Tk.to(y_EQN.dtype)
-        if y_EQN.numel() == 0:
-            return y_EQN.new_zeros(len(self.place_Tk), y_EQN.shape[-1])
-        return embedding_bag(self.place_Tk, y_EQN.flatten(0, 1), mode="sum", per_sample_weights=weight_Tk)
+
+def add_up(y_SN: torch.Tensor, place_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
+    """The weighted sums [T, N] of the rows that stand at places; weights are rounded to the rows' precision."""
+    if y_SN.numel() == 0:
+        return y_SN.new_zeros(len(place_Tk), y_SN.shape[-1])
+    return embedding_bag(place_Tk, y_SN, mode="sum", per_sample_weights=None if weight_Tk is None else weight_Tk.to(y_SN.dtype))
 
 
 def every_token(batches: Sequence[Batch], x_TC: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesvd_core.batched import Batch, Slots, every_row, every_token, sum_of_all
+from moesvd_core.batched import Batch, Slots, add_up, every_row, every_token, slot_rows, sum_of_all
 from moesvd_core.factor_sides import make_side
 from moesvd_core.grouped import Pairs, in_graph, in_turns, keeps_tail, packed_bytes, usual
 
@@ -26,6 +26,8 @@ READING_COST = 13
 """The same for reading one more number of a matrix."""
 JOINED_PAIRS = 1024
 """So many pairs at most pass all experts at once: more take memory that no cache holds."""
+CACHED_NUMBERS = 1 << 19
+"""So many numbers between the sides stay in a CPU's cache; where there are more, each expert in turn passes both sides at once."""
 ARRANGING_COST = 3
 """Products in the time of which pairs are arranged by expert."""
 
@@ -147,7 +149,8 @@ class FactoredExperts(nn.Module):
             if answer_TD is not None:
                 return answer_TD.to(hidden_TD.dtype)
         pairs = Pairs(index_Tk, weight_Tk, self.num_experts)
-        if alone and self.input.by_pair and self.output.by_pair:
+        large = len(pairs.expert_P) * self.input.rows > CACHED_NUMBERS
+        if alone and large and self.input.by_pair and self.output.by_pair:
             y_PN = in_turns(self.input.narrow(hidden_TD), pairs.token_P, pairs.runs or (), self._answer_of, self.output.rows)
             out_TD: torch.Tensor = self.output.widen(pairs.combine(y_PN))
         else:
@@ -178,18 +181,18 @@ class FactoredExperts(nn.Module):
             return None
         if weight_Tk is not None and self._asks_all(sides, *index_Tk.shape):
             return self._answer_of_all(sides, hidden_TD, index_Tk, weight_Tk)
+        pair = self._size / self.num_experts  # multiplications
         size = max(1, JOINED_PAIRS // index_Tk.shape[1])
-        pairs = index_Tk[:size].numel()
-        if not self._joins(sides, pairs, usual(pairs, self.num_experts), min(pairs, self.num_experts)):  # at best
-            return None
         answers = []
         for start in range(0, len(index_Tk), size):
-            part = slice(start, start + size)
-            slots = Slots(index_Tk[part], self.num_experts)
-            if start == 0 and not self._joins(sides, pairs, slots.rows, slots.asked):
+            index_tk = index_Tk[start : start + size]
+            counts = index_tk.reshape(-1).bincount(minlength=self.num_experts).tolist()
+            rows = slot_rows(counts, _steps(sides) * PRODUCT_COST / pair, READING_COST * counts.count(0))
+            if rows == 0 and start == 0:
                 return None
-            own_Tk = None if weight_Tk is None else weight_Tk[part]
-            answers.append(self._answer_in_slots(sides, hidden_TD[part], own_Tk, slots))
+            slots = Slots(index_tk, counts, max(1, rows))
+            weight_tk = None if weight_Tk is None else weight_Tk[start : start + size]
+            answers.append(self._answer_in_slots(sides, hidden_TD[start : start + size], index_tk, weight_tk, slots))
         return torch.cat(answers)
 
     def _asks_all(self, sides: Sequence[Sequence[Batch]], tokens: int, active: int) -> bool:
@@ -203,12 +206,6 @@ class FactoredExperts(nn.Module):
         in_slots = (tokens - usual(tokens * active, self.num_experts)) * self._size
         return bool(in_turns < _steps(sides) * (asked - 1) * PRODUCT_COST and in_slots < ARRANGING_COST * PRODUCT_COST)
 
-    def _joins(self, sides: Sequence[Sequence[Batch]], pairs: int, rows: int, asked: int) -> bool:
-        """Whether experts are to take their rows together, filled up to the most of them, rather than in turns."""
-        unread = READING_COST * (self.num_experts - asked)
-        needless = (self.num_experts * rows - pairs + unread) * self._size / self.num_experts
-        return bool(needless < _steps(sides) * (asked - 1) * PRODUCT_COST)
-
     def _answer_of_all(
         self, sides: Sequence[Sequence[Batch]], hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor
     ) -> torch.Tensor:
@@ -219,15 +216,21 @@ class FactoredExperts(nn.Module):
         return out_TD if self.output_bias is None else out_TD + weight_TE @ self.output_bias.to(weight_TE.dtype)
 
     def _answer_in_slots(
-        self, sides: Sequence[Sequence[Batch]], hidden_TD: torch.Tensor, weight_Tk: torch.Tensor | None, slots: Slots
+        self,
+        sides: Sequence[Sequence[Batch]],
+        hidden_TD: torch.Tensor,
+        index_Tk: torch.Tensor,
+        weight_Tk: torch.Tensor | None,
+        slots: Slots,
     ) -> torch.Tensor:
-        """Every expert answers its own tokens."""
-        x_XC = self.input.narrow(hidden_TD).index_select(0, slots.token_EQ.flatten())
-        hidden_EQM = self._neurons(every_row(sides[0], x_XC.view(*slots.token_EQ.shape, -1)))
-        out_TD = self.output.widen(slots.add_up(every_row(sides[1], hidden_EQM), weight_Tk))
-        if self.output_bias is not None:
-            out_TD = out_TD + slots.add_up(self.output_bias[:, None].expand(-1, slots.rows, -1), weight_Tk)
-        return out_TD
+        """Every expert answers its own tokens, and those that have more than the others take turns with the rest."""
+        x_TC = self.input.narrow(hidden_TD)
+        x_EQC = x_TC.index_select(0, slots.token_EQ.flatten()).view(*slots.token_EQ.shape, -1)
+        y_SN = every_row(sides[1], self._neurons(every_row(sides[0], x_EQC))).flatten(0, 1)
+        if slots.rest:
+            y_SN = torch.cat([y_SN, in_turns(x_TC, slots.token_X, slots.rest, self._answer_of, self.output.rows)])
+        out_TD = self.output.widen(add_up(y_SN, slots.place_Tk, weight_Tk))
+        return out_TD if self.output_bias is None else out_TD + add_up(self.output_bias, index_Tk, weight_Tk)
 
     def _neurons(self, pre_EQN: torch.Tensor) -> torch.Tensor:
         """Hidden neurons [E, Q, m] from what the input side makes of rows."""

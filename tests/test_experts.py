@@ -16,7 +16,7 @@ from moesvd_core import experts, factor_sides, grouped
 from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.batched import Slots
+from moesvd_core.batched import Slots, add_up, slot_rows
 from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, replace_experts, unpack
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors, PerExpertFactors
 from moesvd_core.evaluation.speed import _flops, weight_bytes
@@ -60,8 +60,11 @@ def test_what_rivals_store_answers_as_the_multiplied_out_experts_in_every_family
 
 
 @pytest.mark.parametrize(("input_form", "output_form"), [*product(INPUT_FORMS, ["dense"]), *product(["latent"], OUTPUT_FORMS)])
-@pytest.mark.parametrize("count", [4, 12])
-def test_every_structure_equals_its_matrices(input_form: str, output_form: str, count: int) -> None:
+@pytest.mark.parametrize(("count", "cached"), [(4, 0), (12, 1 << 20)])
+def test_every_structure_equals_its_matrices(
+    input_form: str, output_form: str, count: int, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "CACHED_NUMBERS", cached)
     model = tiny_model("mixtral", num_local_experts=count)
     layer = expert_layers(model)[0]
     factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), input_form, output_form)
@@ -164,6 +167,7 @@ def test_small_factors_are_packed_side_by_side_and_come_back_as_they_were(
     input_form: str, output_form: str, cost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experts, "PRODUCT_COST", cost)
+    monkeypatch.setattr(experts, "CACHED_NUMBERS", 0)
     factored = rounded_layer("mixtral", input_form, output_form)
     moved = {"ragged", "equal", "many-ranks"} & {input_form, output_form}
     before = {name: tensor.clone() for name, tensor in factored.state_dict().items()}
@@ -205,19 +209,29 @@ def test_small_factors_of_other_families_answer_side_by_side_as_they_did(name: s
         assert (factored(*call).float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
 
 
-@pytest.mark.parametrize("experts_asked", [[0, 1, 2, 3], [2, 3]])
-def test_every_expert_gets_the_rows_of_its_own_tokens(experts_asked: list[int]) -> None:
+@pytest.mark.parametrize(("experts_asked", "rows"), [([0, 1, 2, 3], 30), ([2, 3], 30), ([0, 1, 2, 3], 5), ([1, 3], 1)])
+def test_every_pair_has_a_row_of_its_expert_or_one_of_the_rest(experts_asked: list[int], rows: int) -> None:
     choice_T2 = torch.stack([torch.randperm(len(experts_asked))[:2] for _ in range(30)])
     index_Tk = torch.tensor(experts_asked)[choice_T2]
-    slots = Slots(index_Tk, 4)
-    assert slots.rows >= max(index_Tk.flatten().bincount())
-    assert slots.asked == len(experts_asked)
+    counts = index_Tk.flatten().bincount(minlength=4).tolist()
+    slots = Slots(index_Tk, counts, rows)
+    assert len(slots.token_X) == sum(max(0, count - rows) for count in counts)
+    token_S = torch.cat([slots.token_EQ.flatten(), slots.token_X])
+    rest = [expert for expert, start, end in slots.rest for _ in range(start, end)]
+    expert_S = torch.tensor([*(place // rows for place in range(4 * rows)), *rest])
     assert len(set(slots.place_Tk.flatten().tolist())) == index_Tk.numel()
-    assert torch.equal(slots.place_Tk // slots.rows, index_Tk)
-    assert torch.equal(slots.token_EQ.flatten()[slots.place_Tk], torch.arange(30)[:, None].expand(30, 2))
-    y_EQN, weight_Tk = torch.randn(4, slots.rows, 5), torch.rand(30, 2)
-    expected = (y_EQN.flatten(0, 1)[slots.place_Tk] * weight_Tk[..., None]).sum(1)
-    assert torch.allclose(slots.add_up(y_EQN, weight_Tk), expected)
+    assert torch.equal(expert_S[slots.place_Tk], index_Tk)
+    assert torch.equal(token_S[slots.place_Tk], torch.arange(30)[:, None].expand(30, 2))
+    y_SN, weight_Tk = torch.randn(len(token_S), 5), torch.rand(30, 2)
+    assert torch.allclose(add_up(y_SN, slots.place_Tk, weight_Tk), (y_SN[slots.place_Tk] * weight_Tk[..., None]).sum(1))
+
+
+def test_rows_together_are_as_many_as_take_least_time() -> None:
+    assert slot_rows([8, 8, 8, 8], turn=10, unread=0) == 8
+    assert slot_rows([100, 8, 8, 8], turn=10, unread=0) == 8, "one turn for the rest of the first"
+    assert slot_rows([100, 8, 8, 8], turn=1000, unread=0) == 104, "where turns are dear"
+    assert slot_rows([100, 8, 8, 8], turn=0, unread=0) == 0, "where they cost nothing"
+    assert slot_rows([1, 1, 0, 0], turn=10, unread=100) == 0, "where nobody reads the others"
 
 
 def test_long_runs_pass_in_parts() -> None:
