@@ -25,7 +25,7 @@ PRODUCT_COST = 4_000_000
 READING_COST = 13
 """The same for reading one more number of a matrix."""
 JOINED_PAIRS = 1024
-"""So many pairs at most pass all experts at once: more take memory that no cache holds."""
+"""So many pairs at most pass all experts at once: with more, calls cost less than what is filled up."""
 CACHED_NUMBERS = 1 << 19
 """So many numbers between the sides stay in a CPU's cache; where there are more, each expert in turn passes both sides at once."""
 ARRANGING_COST = 3
@@ -177,23 +177,14 @@ class FactoredExperts(nn.Module):
     def _answer_together(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor | None:
         """The answer of all experts in one product for each step; None where they cannot, or where taking turns is faster."""
         sides = self.input.batches(), self.output.batches()
-        if not all(sides) or self.input.reordered or self.output.reordered:
+        if not all(sides) or self.input.reordered or self.output.reordered or index_Tk.numel() > JOINED_PAIRS:
             return None
         if weight_Tk is not None and self._asks_all(sides, *index_Tk.shape):
             return self._answer_of_all(sides, hidden_TD, index_Tk, weight_Tk)
-        pair = self._size / self.num_experts  # multiplications
-        size = max(1, JOINED_PAIRS // index_Tk.shape[1])
-        answers = []
-        for start in range(0, len(index_Tk), size):
-            index_tk = index_Tk[start : start + size]
-            counts = index_tk.reshape(-1).bincount(minlength=self.num_experts).tolist()
-            rows = slot_rows(counts, _steps(sides) * PRODUCT_COST / pair, READING_COST * counts.count(0))
-            if rows == 0 and start == 0:
-                return None
-            slots = Slots(index_tk, counts, max(1, rows))
-            weight_tk = None if weight_Tk is None else weight_Tk[start : start + size]
-            answers.append(self._answer_in_slots(sides, hidden_TD[start : start + size], index_tk, weight_tk, slots))
-        return torch.cat(answers)
+        counts = index_Tk.reshape(-1).bincount(minlength=self.num_experts).tolist()
+        turn = _steps(sides) * PRODUCT_COST * self.num_experts / self._size
+        rows = slot_rows(counts, turn, READING_COST * counts.count(0))
+        return self._answer_in_slots(sides, hidden_TD, index_Tk, weight_Tk, Slots(index_Tk, counts, rows)) if rows > 0 else None
 
     def _asks_all(self, sides: Sequence[Sequence[Batch]], tokens: int, active: int) -> bool:
         """Whether all experts are to answer all tokens, rather than each its own or those that are asked in turns.
