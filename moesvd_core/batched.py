@@ -42,13 +42,14 @@ def slot_rows(counts: Sequence[int], turn: float, unread: float) -> int:
 
     Args:
         counts: pairs of each expert.
-        turn: rows in the time of calling the products of one expert, beside computing them.
+        turn: rows in the time of calling the products of one expert, beside computing them; setting a rest apart takes as long once more.
         unread: rows in the time of reading the matrices of experts that nobody asked.
     """
     rows = {usual(count): None for count in sorted(counts) if count > 0}
 
     def cost(each: int) -> float:
-        return len(counts) * each + (unread if each > 0 else 0) + sum(turn + count - each for count in counts if count > each)
+        turns = sum(turn + count - each for count in counts if count > each)
+        return turns if each == 0 else len(counts) * each + unread + turns + (turn if turns > 0 else 0)
 
     return min((0, *rows), key=cost)
 
