@@ -182,7 +182,7 @@ class FactoredExperts(nn.Module):
         if weight_Tk is not None and self._asks_all(sides, *index_Tk.shape):
             return self._answer_of_all(sides, hidden_TD, index_Tk, weight_Tk)
         counts = index_Tk.reshape(-1).bincount(minlength=self.num_experts).tolist()
-        turn = _steps(sides) * PRODUCT_COST * self.num_experts / self._size
+        turn = _steps(sides) * PRODUCT_COST * self.num_experts / max(1, self._size)
         rows = slot_rows(counts, turn, READING_COST * counts.count(0))
         return self._answer_in_slots(sides, hidden_TD, index_Tk, weight_Tk, Slots(index_Tk, counts, rows)) if rows > 0 else None
 
