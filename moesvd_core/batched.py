@@ -9,8 +9,7 @@ Shapes: T tokens, k active experts a token, E experts, Q rows of each, G experts
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import embedding_bag, linear
@@ -18,8 +17,7 @@ from torch.nn.functional import embedding_bag, linear
 from moesvd_core.grouped import Run, usual
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Experts whose matrices are of one shape.
 
     Attributes:
@@ -68,8 +66,7 @@ class Slots:
         """Take the router's choice, how often it chose each expert, and Q."""
         experts = len(counts)
         expert_P, order_P = torch.sort(index_Tk.reshape(-1), stable=True)
-        starts = [0, *accumulate(counts)][:-1]
-        first_E = torch.tensor([expert * rows - start for expert, start in enumerate(starts)])
+        first_E = torch.tensor([expert * rows - sum(counts[:expert]) for expert in range(experts)])  # less the pairs before it
         place_P = torch.arange(len(order_P)) + first_E.index_select(0, expert_P)
         token_P = order_P // index_Tk.shape[1]
         self.token_X, self.rest = token_P[:0], list[Run]()
@@ -78,8 +75,11 @@ class Slots:
             (beyond_X,), (within_S,) = beyond_P.nonzero(as_tuple=True), (~beyond_P).nonzero(as_tuple=True)
             place_P[beyond_X] = experts * rows + torch.arange(len(beyond_X))
             self.token_X = token_P.index_select(0, beyond_X)
-            ends = list(accumulate(max(0, count - rows) for count in counts))
-            self.rest = [(expert, start, end) for expert, (start, end) in enumerate(pairwise([0, *ends])) if end > start]
+            start = 0
+            for expert, count in enumerate(counts):
+                if count > rows:
+                    self.rest.append((expert, start, start + count - rows))
+                    start += count - rows
             token_S, place_S = token_P.index_select(0, within_S), place_P.index_select(0, within_S)
         else:
             token_S, place_S = token_P, place_P
