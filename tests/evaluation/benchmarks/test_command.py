@@ -57,7 +57,7 @@ def test_inference_times_the_original_and_every_compressed_model() -> None:
     size = ("--hidden", "64", "--width", "96", "--experts", "4", "--layers", "1")
     test = ("--prompts", "4", "16", "--batches", "2", "--new-tokens", "2", "--repeats", "1", "--kept", "0.5")
     table = benchmark("inference", *size, *test, *CALIBRATION, "--methods", "latent", "auto").records
-    names = ["original, grouped_mm", "original, eager", "original, batched_mm", "latent 50% kept", "auto 50% kept"]
+    names = ["original, grouped_mm", "original, eager", "original, batched_mm", "latent 50% kept", "auto 50% kept", "auto 50% kept, packed"]
     expected = [f"{name}, 2 × 4" for name in names] + [f"{name}, 2 × 16" for name in names if "batched" not in name]
     assert [row["model"] for row in table] == expected, "copying a matrix for each pair is for few pairs"
     original, _, _, latent, auto = table[:5]
