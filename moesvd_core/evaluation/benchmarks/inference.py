@@ -5,6 +5,7 @@ held against the fastest of them there.
 """
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -31,6 +32,9 @@ IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 """How transformers computes experts; the last copies a matrix for every pair of a token and an expert, so only for few of them."""
 FEW_PAIRS = 16
 PHASES = ("prefill", "decode")
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000"
+"""A CPU's compiled kernels that are kept. The library's own bound, 1024, suits one model in a process; here a dozen take turns, and would
+compile anew what the others drove out. Read when the first kernel is made."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class InferenceBenchmark:
         Raises:
             InputError: settings that the model does not allow.
         """
+        os.environ.setdefault(*KERNELS)
         with TemporaryDirectory() as folder:
             if self.model is None:
                 write_random_mixtral(Path(folder), self.size)
