@@ -15,7 +15,7 @@ from pages.components import assets, demo
 from pages.components.context import Context, PageLink
 from pages.components.settings import Settings
 from pages.components.theme import theme
-from pages.components.visitor import OPEN_TABS, forget_closed_tabs
+from pages.components.visitor import OPEN_TABS, forget_closed_tabs, pass_over_closed_tabs
 
 # One line a page: title, path, what lays it out.
 PAGES: tuple[tuple[str, str, Callable[[Context], None]], ...] = (
@@ -42,6 +42,7 @@ def create(settings: Settings) -> gr.Blocks:
         with app.route(title, path, show_in_navbar=False):  # the header has the way, with the view in its links
             build(context)
     app.queue(default_concurrency_limit=8)
+    pass_over_closed_tabs(app)
     return app
 
 

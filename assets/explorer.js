@@ -301,15 +301,6 @@
     next.click();
   });
 
-  // -- leaving ---------------------------------------------------------------------------------------------------------------------
-
-  /* When a page is left, Gradio's client gives up the answers that it still waits for, and catches nothing of it: that is no error. */
-  let left = false;
-  addEventListener("beforeunload", () => (left = true));
-  addEventListener("unhandledrejection", event => {
-    if (left && event.reason?.name === "AbortError") event.preventDefault();
-  });
-
   window.explorer = { head, figure, save, make, token, dark };
   if (document.body) startShade();
   else document.addEventListener("DOMContentLoaded", startShade);

@@ -20,7 +20,7 @@ ARGUMENTS = (
 )
 EVIL = "<img src=x onerror=alert(1)>"
 Open = Callable[..., Page]
-_LEFT = ("BodyStreamBuffer was aborted", "Unexpected error Connection errored out")
+_LEFT = ("AbortError: BodyStreamBuffer was aborted", "AbortError: signal is aborted", "Unexpected error Connection errored out")
 
 
 def chromium_path(playwright: Playwright) -> str:

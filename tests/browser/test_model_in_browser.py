@@ -85,6 +85,15 @@ def test_light_and_dark_can_be_switched_and_are_kept(visit: Open) -> None:
     assert page.evaluate(background) == "rgb(16, 19, 24)"
 
 
+def test_whoever_leaves_pages_before_they_have_answered_stops_nobody(visit: Open) -> None:
+    page = visit()
+    for turn in range(24):
+        page.goto(page.url, wait_until="commit")
+        page.wait_for_selector(".head h1")
+        page.wait_for_timeout(100 * (turn % 5))
+    settled(visit())
+
+
 def test_the_table_can_be_downloaded(visit: Open) -> None:
     page = settled(visit())
     with page.expect_download() as download:

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from gradio.queueing import EventQueue
 from runs.run_helpers import new_run
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
@@ -25,6 +27,15 @@ def test_every_page_of_the_list_is_a_route(tmp_path: Path) -> None:
     made = app.create(Settings(runs=tmp_path / "runs", demo=False))
     assert [f"/{path}" for path, *_ in made.pages] == [path for _, path, _ in app.PAGES]
     assert (tmp_path / "runs").is_dir()
+
+
+def test_a_closed_tab_does_not_end_the_loop_that_all_events_wait_for(tmp_path: Path) -> None:
+    queue = app.create(Settings(runs=tmp_path / "runs", demo=False))._queue
+    waiting = EventQueue("pages", 1)
+    waiting.queue.append(SimpleNamespace(session_hash="closed", alive=True, _id="1", fn="look"))  # type: ignore[arg-type]
+    queue.event_queue_per_concurrency_id["pages"] = waiting
+    queue.broadcast_estimations("pages")  # Gradio does so in its loop, after every event
+    assert not queue.pending_event_ids_session["closed"]
 
 
 def test_health_tells_whether_runs_can_be_kept(client: TestClient, tmp_path: Path) -> None:
