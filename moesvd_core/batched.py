@@ -9,10 +9,11 @@ Shapes: T tokens, k active experts a token, E experts, Q rows of each, G experts
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import linear
 
 from moesvd_core.grouped import Run, usual
 
@@ -66,7 +67,8 @@ class Slots:
         """Take the router's choice, how often it chose each expert, and Q."""
         experts = len(counts)
         expert_P, order_P = torch.sort(index_Tk.reshape(-1), stable=True)
-        first_E = torch.tensor([expert * rows - sum(counts[:expert]) for expert in range(experts)])  # less the pairs before it
+        before_E = accumulate(counts[:-1], initial=0)
+        first_E = torch.tensor([expert * rows - before for expert, before in enumerate(before_E)])  # less the pairs before it
         place_P = torch.arange(len(order_P)) + first_E.index_select(0, expert_P)
         token_P = order_P // index_Tk.shape[1]
         self.token_X, self.rest = token_P[:0], list[Run]()
@@ -85,13 +87,6 @@ class Slots:
             token_S, place_S = token_P, place_P
         self.token_EQ = order_P.new_zeros(experts * rows).scatter_(0, place_S, token_S).view(experts, rows)
         self.place_Tk = torch.empty_like(order_P).scatter_(0, order_P, place_P).view(index_Tk.shape)
-
-
-def add_up(y_SN: torch.Tensor, place_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
-    """The weighted sums [T, N] of the rows that stand at places; weights are rounded to the rows' precision."""
-    if y_SN.numel() == 0:
-        return y_SN.new_zeros(len(place_Tk), y_SN.shape[-1])
-    return embedding_bag(place_Tk, y_SN, mode="sum", per_sample_weights=None if weight_Tk is None else weight_Tk.to(y_SN.dtype))
 
 
 def every_token(batches: Sequence[Batch], x_TC: torch.Tensor) -> torch.Tensor:

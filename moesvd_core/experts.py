@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesvd_core.batched import Batch, Slots, add_up, every_row, every_token, slot_rows, sum_of_all
+from moesvd_core.batched import Batch, Slots, every_row, every_token, slot_rows, sum_of_all
 from moesvd_core.factor_sides import make_side
-from moesvd_core.grouped import Pairs, in_graph, in_turns, keeps_tail, packed_bytes, usual
+from moesvd_core.grouped import Pairs, add_up, in_graph, in_turns, keeps_tail, packed_bytes, usual
 
 SMALL_EXPERT = 1 << 20
 """Parameters of an expert up to which calls cost more than reading its matrices in whatever order."""
@@ -193,9 +193,9 @@ class FactoredExperts(nn.Module):
         """
         asked = min(self.num_experts, tokens * active)  # at most
         unread = READING_COST * (self.num_experts - asked)
-        in_turns = (tokens * (self.num_experts - active) + unread) * self._size / self.num_experts
-        in_slots = (tokens - usual(tokens * active, self.num_experts)) * self._size
-        return bool(in_turns < _steps(sides) * (asked - 1) * PRODUCT_COST and in_slots < ARRANGING_COST * PRODUCT_COST)
+        needless = (tokens * (self.num_experts - active) + unread) * self._size / self.num_experts
+        filled_up = (tokens - usual(tokens * active, self.num_experts)) * self._size
+        return bool(needless < _steps(sides) * (asked - 1) * PRODUCT_COST and filled_up < ARRANGING_COST * PRODUCT_COST)
 
     def _answer_of_all(
         self, sides: Sequence[Sequence[Batch]], hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor

@@ -10,7 +10,6 @@ arranged by group, G groups; N rows and C columns of one matrix.
 """
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from torch.nn.functional import embedding_bag, linear
@@ -207,17 +206,19 @@ class Pairs:
             exact = torch.promote_types(y_PN.dtype, self._weight_Tk.dtype)
             return torch.mm(self._weight_Tk.to(exact), y_PN.to(exact))
         if self.runs is not None and self._order_P is not None and y_PN.numel() > 0:
-            return self._combine_at_once(y_PN)
+            place_P = torch.empty_like(self._order_P).scatter_(0, self._order_P, torch.arange(len(self._order_P)))
+            return add_up(y_PN, place_P.view(self._shape), self._weight_Tk)
         chosen_PN = y_PN if self._order_P is None else torch.empty_like(y_PN).index_copy_(0, self._order_P, y_PN)
         chosen_TkN = chosen_PN.view(*self._shape, y_PN.shape[1])
         return (chosen_TkN if self._weight_Tk is None else chosen_TkN * self._weight_Tk[..., None]).sum(1)
 
-    def _combine_at_once(self, y_PN: torch.Tensor) -> torch.Tensor:
-        """`combine` in one pass over the answers, for CPUs and without gradients; weights are rounded to the answers' precision."""
-        order_P = cast(torch.Tensor, self._order_P)
-        place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P)))
-        weight_Tk = None if self._weight_Tk is None else self._weight_Tk.to(y_PN.dtype)
-        return embedding_bag(place_P.view(self._shape), y_PN, mode="sum", per_sample_weights=weight_Tk)
+
+def add_up(y_SN: torch.Tensor, place_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
+    """The weighted sums [T, N] of the rows that stand at places, in one pass, for CPUs and without gradients; weights are rounded to the
+    rows' precision."""
+    if y_SN.numel() == 0:
+        return y_SN.new_zeros(len(place_Tk), y_SN.shape[-1])
+    return embedding_bag(place_Tk, y_SN, mode="sum", per_sample_weights=None if weight_Tk is None else weight_Tk.to(y_SN.dtype))
 
 
 def _runs(expert_P: torch.Tensor) -> list[Run]:

@@ -123,7 +123,7 @@ class Side(nn.Module):
         """What `pack` made of the parameters."""
         return self._packed_matrices()
 
-    def _packed_matrices(self) -> list[torch.Tensor]:
+    def _packed_matrices(self) -> list[torch.Tensor]:  # for those who add to them: a graph cannot be made of `super().packed`
         return [matrix_NC for matrices in self._packed.values() for matrix_NC in matrices]
 
     @property

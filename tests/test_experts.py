@@ -16,13 +16,13 @@ from moesvd_core import experts, factor_sides, grouped
 from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.batched import Slots, add_up, slot_rows
+from moesvd_core.batched import Slots, slot_rows
 from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, replace_experts, unpack
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors, PerExpertFactors
 from moesvd_core.evaluation.speed import _flops, weight_bytes
 from moesvd_core.experts import FactoredExperts
 from moesvd_core.factor_sides import make_side
-from moesvd_core.grouped import Runs
+from moesvd_core.grouped import Runs, add_up
 from moesvd_core.sides import segments
 
 torch.set_num_threads(1)

@@ -69,7 +69,7 @@ class RunStatus:
 def launch(run: RunFolder) -> None:
     """Start a worker as a process of its own session: no terminal, no parent to die with."""
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # idle threads of torch leave the cores to the pages
-    with (run.station("work") / "worker.log").open("ab") as output:
+    with run.worker_log.open("ab") as output:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter, and a path of ours
             [sys.executable, "-m", "moesvd_core", "worker", str(run.path.resolve())],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment,

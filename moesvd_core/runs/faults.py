@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moesvd_core.atomic import is_disk_full
 from moesvd_core.errors import ResourceError
+from moesvd_core.runs.folder import WORKER_LOG
 from moesvd_core.runs.free_memory import free_memory
 
 _ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTPE]iB)")
@@ -27,7 +28,7 @@ def translate(error: Exception, where: Path) -> Exception:
         free = shutil.disk_usage(where).free / 2**30
         place = getattr(error, "filename", None) or where
         return ResourceError(f"disk full while writing {place}; {free:.1f} GiB are free now: make room, then resume")
-    return RuntimeError(f"unexpected {type(error).__name__}: {text or 'no message'} (details in {where.name}/work/worker.log)")
+    return RuntimeError(f"unexpected {type(error).__name__}: {text or 'no message'} (details in {where.name / WORKER_LOG})")
 
 
 def _is_memory(error: Exception, text: str) -> bool:

@@ -34,6 +34,8 @@ FORMAT = 1
 """Version of the layout; a run of another version is refused, not guessed at."""
 ROOT_VARIABLE = "MOESVD_RUNS"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+WORKER_LOG = Path("work", "worker.log")
+"""In a run's folder."""
 STATIONS = ("statistics", "curves", "factors", "plans", "evaluations", "exports", "work")
 
 
@@ -175,6 +177,11 @@ class RunFolder:
     def worker_file(self) -> Path:
         """Who works on the run; its time of change is the heartbeat."""
         return self.path / "worker.json"
+
+    @property
+    def worker_log(self) -> Path:
+        """What workers say that is for nobody but who looks for a fault."""
+        return self.station(WORKER_LOG.parent.name) / WORKER_LOG.name
 
     @property
     def cancel_file(self) -> Path:

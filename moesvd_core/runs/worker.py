@@ -48,7 +48,7 @@ def work(run: RunFolder, actions: Callable[[], Mapping[str, Action]] | None = No
         return []
     done: list[Job] = []
     try:
-        with _Attendant(run) as attendant, logging_to(run.station("work") / "worker.log"):
+        with _Attendant(run) as attendant, logging_to(run.worker_log):
             while not attendant.closing and (job := _next(run)) is not None:
                 attendant.attend(job.id)
                 _do(run, job, actions or _all_actions, attendant, watch)
