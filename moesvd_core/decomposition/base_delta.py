@@ -19,20 +19,18 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from moesvd_core.decomposition.curves import base_curve, break_even
-from moesvd_core.decomposition.factors import BaseDeltaFactors, DenseFactors, PerExpertFactors, SideFactors, balanced
+from moesvd_core.decomposition.curves import base_curve
+from moesvd_core.decomposition.factors import BaseDeltaFactors, PerExpertFactors, SideFactors
 from moesvd_core.decomposition.grams import symmetric_product
-from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
-from moesvd_core.decomposition.parallel import in_parallel
-from moesvd_core.decomposition.projection import best_projection
-from moesvd_core.planning import DENSE, Metric, Side, SideCurve
+from moesvd_core.decomposition.per_expert import PerExpertBasis, best_directions
+from moesvd_core.planning import Metric, Side, SideCurve
 
 COMMON = 2.0
 """How many experts' squared entries a base must stand for to be on offer beside structures that do without (see `have_in_common`)."""
 
 
-class BaseDeltaBasis:
+class BaseDeltaBasis(PerExpertBasis):
     """The base of one side of a layer, and the directions that each expert's delta keeps, best first.
 
     Attributes:
@@ -42,8 +40,8 @@ class BaseDeltaBasis:
     def __init__(
         self, metric: LayerMetric, side: Side, kind: Metric, base_NM: torch.Tensor, basis_ERS: torch.Tensor, curve: SideCurve
     ) -> None:
-        self.curve = curve
-        self._metric, self._side, self._kind, self._base_NM, self._basis_ERS = metric, side, kind, base_NM, basis_ERS
+        super().__init__(metric, side, kind, basis_ERS, curve)
+        self._base_NM = base_NM
 
     @classmethod
     def made(cls, metric: LayerMetric, side: Side, kind: Metric) -> "BaseDeltaBasis":
@@ -54,50 +52,25 @@ class BaseDeltaBasis:
             side: which matrices.
             kind: the metric that the deltas minimise; losses are predicted in the output metric whichever it is.
         """
-        rows, columns = metric.shape(side)
-        ranks = break_even(rows * columns, rows + columns, min(rows, columns))
         base_NM = fisher_mean(metric, side)
 
-        def decomposed(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            delta_NM = metric.weight(side, expert) - base_NM
-            inner = metric.inner(side, kind, expert)
-            found = best_projection(inner, _carried(metric, side, kind, expert, delta_NM), ranks)
-            if kind == "output":
-                loss_R = tail_losses(found.gain_R, found.rest)
-            else:
-                true_inner, true_outer_SS = metric.inner(side, "output", expert), _carried(metric, side, "output", expert, delta_NM)
-                loss_R = projection_losses(inner.times(found.basis_RS), found.basis_RS, true_inner, true_outer_SS)
-            return found.basis_RS.to(metric.dtype).cpu(), loss_R * metric.unit, found.gain_R
+        def carried(kind: Metric, expert: int) -> torch.Tensor:
+            return _carried(metric, side, kind, expert, metric.weight(side, expert) - base_NM)
 
-        bases, losses, gains = zip(*in_parallel(decomposed, metric.layer.experts, metric.device), strict=True)
-        curve = base_curve(metric, side, torch.stack(losses), torch.stack(gains))
-        return cls(metric, side, kind, base_NM.cpu(), torch.stack(bases), curve)
+        basis_ERS, loss_ER, gain_ER = best_directions(metric, side, kind, carried)
+        return cls(metric, side, kind, base_NM.cpu(), basis_ERS, base_curve(metric, side, loss_ER, gain_ER))
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
         """The base, and deltas at one rank an expert; DENSE keeps the original matrix."""
-        stored = self._metric.stored(self._side)
-        if all(rank == DENSE for rank in ranks):
-            return DenseFactors(stored)
-        pairs = [self._pair(expert, max(rank, 0)) for expert, rank in enumerate(ranks)]
-        dense = {expert: stored[expert] for expert, rank in enumerate(ranks) if rank == DENSE}
-        own = PerExpertFactors(tuple(ranks), tuple(left for left, _ in pairs), tuple(right for _, right in pairs), dense)
-        return BaseDeltaFactors(self._base_NM, own)
+        own = super().factors(ranks)
+        return BaseDeltaFactors(self._base_NM, own) if isinstance(own, PerExpertFactors) else own
 
-    def _pair(self, expert: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left [rows, rank] and right [rank, columns] factor of one expert's delta."""
-        metric, side = self._metric, self._side
-        delta_NM = metric.weight(side, expert) - self._base_NM.to(metric.device)
-        basis_RS = self._basis_ERS[expert, :rank].to(metric.device, torch.float64)
-        read_RS = metric.inner(side, self._kind, expert).times(basis_RS).to(metric.dtype)
-        basis_RS = basis_RS.to(metric.dtype)
-        right = metric.works_right(side)
-        left_NR, right_RM = balanced(delta_NM @ read_RS.T, basis_RS) if right else balanced(basis_RS.T, read_RS @ delta_NM)
-        return left_NR.cpu(), right_RM.cpu()
+    def _weight(self, expert: int) -> torch.Tensor:
+        return super()._weight(expert) - self._base_NM.to(self._metric.device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file has to keep so that `loaded` can slice again."""
-        curve = {"loss": torch.from_numpy(self.curve.loss_SR), "gain": torch.from_numpy(self.curve.gain_SR)}
-        return {"base": self._base_NM, "basis": self._basis_ERS, **curve}
+        return {"base": self._base_NM, **super().tensors()}
 
     @classmethod
     def loaded(cls, metric: LayerMetric, side: Side, kind: Metric, tensors: Mapping[str, torch.Tensor]) -> "BaseDeltaBasis":

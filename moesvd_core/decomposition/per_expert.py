@@ -3,7 +3,8 @@
 Shapes: E experts, S size of the smaller space of a side's matrices, R ranks worth storing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -36,21 +37,8 @@ class PerExpertBasis:
             side: which matrices.
             kind: the metric that the factors minimise; losses are predicted in the output metric whichever it is.
         """
-        rows, columns = metric.shape(side)
-        ranks = break_even(rows * columns, rows + columns, min(rows, columns))
-
-        def decomposed(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            inner = metric.inner(side, kind, expert)
-            found = best_projection(inner, metric.outer(side, kind, expert), ranks)
-            if kind == "output":
-                loss_R = tail_losses(found.gain_R, found.rest)
-            else:
-                true_inner, true_outer_SS = metric.inner(side, "output", expert), metric.outer(side, "output", expert)
-                loss_R = projection_losses(inner.times(found.basis_RS), found.basis_RS, true_inner, true_outer_SS)
-            return found.basis_RS.to(metric.dtype).cpu(), loss_R * metric.unit, found.gain_R
-
-        bases, losses, gains = zip(*in_parallel(decomposed, metric.layer.experts, metric.device), strict=True)
-        return cls(metric, side, kind, torch.stack(bases), per_expert_curve(metric, side, torch.stack(losses), torch.stack(gains)))
+        basis_ERS, loss_ER, gain_ER = best_directions(metric, side, kind, partial(metric.outer, side))
+        return cls(metric, side, kind, basis_ERS, per_expert_curve(metric, side, loss_ER, gain_ER))
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
         """Factors at one rank an expert; DENSE keeps the original matrix, 0 drops it."""
@@ -63,13 +51,17 @@ class PerExpertBasis:
 
     def _pair(self, expert: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Left [rows, rank] and right [rank, columns] factor of one expert."""
-        weight_NM = self._metric.weight(self._side, expert)
+        weight_NM = self._weight(expert)
         basis_RS = self._basis_ERS[expert, :rank].to(self._metric.device, torch.float64)
         read_RS = self._metric.inner(self._side, self._kind, expert).times(basis_RS)
         basis_RS, read_RS = basis_RS.to(weight_NM.dtype), read_RS.to(weight_NM.dtype)
         right = self._metric.works_right(self._side)
         left_NR, right_RM = balanced(weight_NM @ read_RS.T, basis_RS) if right else balanced(basis_RS.T, read_RS @ weight_NM)
         return left_NR.cpu(), right_RM.cpu()
+
+    def _weight(self, expert: int) -> torch.Tensor:
+        """What an expert's factors stand for, [rows, columns]."""
+        return self._metric.weight(self._side, expert)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file has to keep so that `loaded` can slice again."""
@@ -79,3 +71,31 @@ class PerExpertBasis:
     def loaded(cls, metric: LayerMetric, side: Side, kind: Metric, tensors: Mapping[str, torch.Tensor]) -> "PerExpertBasis":
         """The basis that `tensors` came from, for the same weights and statistics."""
         return cls(metric, side, kind, tensors["basis"], per_expert_curve(metric, side, tensors["loss"], tensors["gain"]))
+
+
+def best_directions(
+    metric: LayerMetric, side: Side, kind: Metric, outer: Callable[[Metric, int], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For every expert the directions worth storing [E, R, S], the loss at every rank [E, R+1] and the gains [E, R].
+
+    Args:
+        metric: the layer's inner products.
+        side: which matrices.
+        kind: the metric that is minimised; losses are predicted in the output metric whichever it is.
+        outer: what an expert's matrix carries into the smaller space in a metric (see `LayerMetric.outer`).
+    """
+    rows, columns = metric.shape(side)
+    ranks = break_even(rows * columns, rows + columns, min(rows, columns))
+
+    def found(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inner = metric.inner(side, kind, expert)
+        best = best_projection(inner, outer(kind, expert), ranks)
+        if kind == "output":
+            loss_R = tail_losses(best.gain_R, best.rest)
+        else:
+            true_inner, true_outer_SS = metric.inner(side, "output", expert), outer("output", expert)
+            loss_R = projection_losses(inner.times(best.basis_RS), best.basis_RS, true_inner, true_outer_SS)
+        return best.basis_RS.to(metric.dtype).cpu(), loss_R * metric.unit, best.gain_R
+
+    bases, losses, gains = zip(*in_parallel(found, metric.layer.experts, metric.device), strict=True)
+    return torch.stack(bases), torch.stack(losses), torch.stack(gains)
