@@ -9,7 +9,6 @@ Shapes: T tokens, k active experts a token, E experts, Q rows of each, G experts
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -67,8 +66,8 @@ class Slots:
         """Take the router's choice, how often it chose each expert, and Q."""
         experts = len(counts)
         expert_P, order_P = torch.sort(index_Tk.reshape(-1), stable=True)
-        before_E = accumulate(counts[:-1], initial=0)
-        first_E = torch.tensor([expert * rows - before for expert, before in enumerate(before_E)])  # less the pairs before it
+        count_E = torch.tensor(counts)
+        first_E = torch.arange(experts) * rows - (count_E.cumsum(0) - count_E)  # less the pairs before it
         place_P = torch.arange(len(order_P)) + first_E.index_select(0, expert_P)
         token_P = order_P // index_Tk.shape[1]
         self.token_X, self.rest = token_P[:0], list[Run]()
