@@ -1,9 +1,15 @@
 """The backward pass: how much the loss bends under an error of each layer's experts (what is summed up there: `curvature`).
 
-It streams like the forward pass, from the top: a layer is run again from the hidden states that entered it, and the gradient that came
-from above is pushed through. Between layers only that gradient lives. Weights need no gradients.
+It streams like the forward pass, from the top: a layer is run again from the hidden states that entered it, and the gradients that came
+from above are pushed through. Between layers only those gradients live. Weights need no gradients.
 
-Shapes: B windows a batch, T tokens a window, D hidden size, V vocabulary.
+The squares of gradients stand for the Hessian as Fisher's information does, which takes its labels from what the model itself predicts
+(Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", 2015; Kunstner et al., "Limitations of the
+empirical Fisher approximation for natural gradient descent", 2019). So next tokens are drawn beside the one that stands in the text, and
+every label has a gradient of its own, scaled so that squares summed over labels are their mean.
+
+Shapes: K labels a position, the text's own first; B windows a batch, T tokens a window, S positions in a chunk, D hidden size,
+V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -16,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from moesvd_core.calibration.curvature import LayerCurvature
 from moesvd_core.calibration.job import Job, Step, hidden, hooked
+from moesvd_core.calibration.settings import Calibration
 from moesvd_core.errors import StatisticsError
 
 CHUNK_ELEMENTS = 2**24
@@ -36,7 +43,7 @@ def backward_steps(job: Job) -> Iterator[Step]:
 
 
 def _gradient(index: int) -> str:
-    """Name of the gradient at the hidden states that enter a layer."""
+    """Name of the gradients at the hidden states that enter a layer."""
     return f"gradient-{index:03d}"
 
 
@@ -52,34 +59,64 @@ def _batches(job: Job) -> Iterator[tuple[int, Tensor]]:
 
 def _loss_gradient(job: Job) -> None:
     def gradients() -> Iterator[Tensor]:
+        seen = 0
         for number, ids_BT in _batches(job):
-            yield loss_gradient(job, ids_BT, job.states.get(hidden(job.depth), number)[: len(ids_BT)])
+            hidden_BTD = job.states.get(hidden(job.depth), number)[: len(ids_BT)]
+            yield loss_gradient(job, ids_BT, hidden_BTD, _chances(job.calibration, seen, ids_BT))
+            seen += len(ids_BT)
 
     job.states.put(_gradient(job.depth), gradients())
 
 
-def loss_gradient(job: Job, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
-    """Gradient [B, T, D] of the summed NLL of every window's next tokens at the last hidden states, a chunk of tokens at a time."""
+def _chances(calibration: Calibration, first: int, ids_BT: Tensor) -> Tensor:
+    """Numbers in [0, 1) that decide which labels are drawn, [K-1, B, T]; a window's own, whatever batch it is in."""
     windows, length = ids_BT.shape
+    chance_BKT = torch.empty(windows, calibration.drawn_labels, length, dtype=torch.float64)
+    for place, chance_KT in enumerate(chance_BKT):
+        generator = torch.Generator().manual_seed(calibration.seed * 1_000_003 + first + place)
+        chance_KT.copy_(torch.rand(chance_KT.shape, generator=generator, dtype=torch.float64))
+    return chance_BKT.transpose(0, 1)
+
+
+def loss_gradient(job: Job, ids_BT: Tensor, hidden_BTD: Tensor, chance_KBT: Tensor) -> Tensor:
+    """Gradients [K, B, T, D] of the summed NLL of every window's next tokens at the last hidden states, a chunk of tokens at a time.
+
+    Args:
+        chance_KBT: a number in [0, 1) for each label to draw, K - 1 a position.
+    """
+    windows, length = ids_BT.shape
+    labels, device = 1 + len(chance_KBT), job.stream.device
     tokens = max(1, CHUNK_ELEMENTS // int(job.stream.config.get_text_config().vocab_size))
     rows, step = max(1, tokens // length), min(tokens, length)
-    gradient_BTD = torch.zeros_like(hidden_BTD)
+    gradient_KBTD = hidden_BTD.new_zeros(labels, *hidden_BTD.shape)
     for row in range(0, windows, rows):
         for start in range(0, length - 1, step):
             part = (slice(row, row + rows), slice(start, min(start + step, length - 1)))
-            target_S = ids_BT[part[0], part[1].start + 1 : part[1].stop + 1].reshape(-1).to(job.stream.device)
-            chunk_BTD = hidden_BTD[part].to(job.stream.device).requires_grad_()
+            target_S = ids_BT[part[0], part[1].start + 1 : part[1].stop + 1].reshape(-1).to(device)
+            chunk_BTD = hidden_BTD[part].to(device).requires_grad_()
             with torch.enable_grad():
                 logits_BTV = job.stream.head(chunk_BTD, {"input_ids": ids_BT[part]})
-                loss = cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]).float(), target_S, reduction="sum")
-            if not torch.isfinite(loss):
+                logits_SV = logits_BTV.reshape(-1, logits_BTV.shape[-1]).float()
+                targets = [target_S, *(_drawn(logits_SV, chance_BT[part].reshape(-1).to(device)) for chance_BT in chance_KBT)]
+                losses = [cross_entropy(logits_SV, target_S, reduction="sum") for target_S in targets]
+            if not torch.isfinite(losses[0]):
                 raise StatisticsError("the loss is NaN or infinite, the hidden states are not: check the weights of norm and head")
-            gradient_BTD[part] = torch.autograd.grad(loss, chunk_BTD)[0].cpu()
-    return gradient_BTD
+            for label, loss in enumerate(losses):
+                (found_BTD,) = torch.autograd.grad(loss, chunk_BTD, retain_graph=label < labels - 1)
+                gradient_KBTD[label][part] = (found_BTD / labels**0.5).cpu()
+    return gradient_KBTD
+
+
+@torch.no_grad()
+def _drawn(logits_SV: Tensor, chance_S: Tensor) -> Tensor:
+    """A next token for each position, drawn from what the model predicts: where the summed probabilities pass a number in [0, 1)."""
+    summed_SV = logits_SV.softmax(-1, dtype=torch.float64).cumsum(-1)
+    drawn_S1 = torch.searchsorted(summed_SV, chance_S[:, None] * summed_SV[:, -1:], right=True)
+    return drawn_S1[:, 0].clamp(max=logits_SV.shape[-1] - 1)
 
 
 def _backward_layer(job: Job, index: int, push: bool) -> None:
-    """Curvature of one layer's experts (if it has any), and the gradient at what enters the layer (if a layer below needs it)."""
+    """Curvature of one layer's experts (if it has any), and the gradients at what enters the layer (if a layer below needs them)."""
     layer = job.experts.get(index)
     with job.stream.layer(index):
         row_gram = layer is not None and job.calibration.collects_rows(layer.input_rows)
@@ -100,27 +137,27 @@ def _push(job: Job, index: int, curvature: LayerCurvature | None, push: bool) ->
     """Gradients at what enters a loaded layer, batch by batch (none unless `push`); those at its experts are added to `curvature`."""
     for number, ids_BT in _batches(job):
         hidden_BTD = job.states.get(hidden(index), number)[: len(ids_BT)]
-        above_BTD = job.states.get(_gradient(index + 1), number)
-        at_input_BTD, at_experts = layer_gradient(job, index, ids_BT, hidden_BTD, above_BTD, push)
+        above_KBTD = job.states.get(_gradient(index + 1), number)
+        at_input_KBTD, at_experts = layer_gradients(job, index, ids_BT, hidden_BTD, above_KBTD, push)
         if curvature is not None and at_experts is not None:
             curvature.add(*at_experts)
-        if at_input_BTD is not None:
-            yield at_input_BTD
+        if at_input_KBTD is not None:
+            yield at_input_KBTD
 
 
-def layer_gradient(
-    job: Job, index: int, ids_BT: Tensor, hidden_BTD: Tensor, above_BTD: Tensor, push: bool
+def layer_gradients(
+    job: Job, index: int, ids_BT: Tensor, hidden_BTD: Tensor, above_KBTD: Tensor, push: bool
 ) -> tuple[Tensor | None, tuple[tuple[Tensor, ...], Tensor] | None]:
-    """Push a gradient through one loaded layer.
+    """Push gradients through one loaded layer, which is run once for all of them.
 
     Args:
         hidden_BTD: what enters the layer.
-        above_BTD: gradient at what leaves it.
-        push: whether the gradient at what enters the layer is wanted.
+        above_KBTD: gradients at what leaves it.
+        push: whether the gradients at what enters the layer are wanted.
 
     Returns:
-        the gradient at the layer's input [B, T, D]; and what its experts module was called with, beside the gradient at their output
-        [tokens, D], float32. None where not asked for or not there.
+        the gradients at the layer's input [K, B, T, D]; and what its experts module was called with, beside the gradients at their output
+        [K, tokens, D], float32. None where not asked for or not there.
 
     Raises:
         NotDifferentiableError: an operation of the layer has no backward pass.
@@ -142,13 +179,17 @@ def layer_gradient(
             else:
                 after_BTD = job.run_layer(index, ids_BT, hidden_BTD)
             wanted = [*([hidden_BTD] if push else []), *outputs]
-            found = list(torch.autograd.grad(after_BTD, wanted, above_BTD.to(job.stream.device)))
+            each = [
+                torch.autograd.grad(after_BTD, wanted, above_BTD.to(job.stream.device), retain_graph=label < len(above_KBTD) - 1)
+                for label, above_BTD in enumerate(above_KBTD)
+            ]
     except (RuntimeError, NotImplementedError) as error:
         if any(phrase in str(error) for phrase in _NO_DERIVATIVE):
             raise NotDifferentiableError(f"layer {index} has no backward pass ({error}): calibrate with gradient=False") from error
         raise
-    at_input_BTD = found.pop(0) if push else None
-    if not found:
-        return at_input_BTD, None
+    at_input_KBTD = torch.stack([found[0] for found in each]) if push else None
+    if not outputs:
+        return at_input_KBTD, None
     # llama4 sums the outputs of all experts, one below the other: each block has the same gradient, the first stands for all.
-    return at_input_BTD, (calls[0], found[0].reshape(-1, found[0].shape[-1])[: ids_BT.numel()].float())
+    at_output_KTD = torch.stack([found[int(push)].reshape(-1, found[int(push)].shape[-1])[: ids_BT.numel()].float() for found in each])
+    return at_input_KBTD, (calls[0], at_output_KTD)

@@ -7,7 +7,8 @@ one is sent to bend the loss in directions of their own, and the tokens with a l
 
 Products are made in float32 a batch at a time and summed in float64.
 
-Shapes: E experts, d hidden size (D), m expert width (M), n input rows (N); lower-case n in a name: the tokens of one expert in one batch.
+Shapes: E experts, d hidden size (D), m expert width (M), n input rows (N), K labels a position; lower-case n in a name: the tokens of one
+expert in one batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,37 +50,37 @@ class LayerCurvature:
         self.weighted_input_gram_EDD = zeros(layer.experts, layer.hidden, layer.hidden)
 
     @torch.no_grad()
-    def add(self, args: Sequence[Tensor], gradient_TD: Tensor) -> None:
+    def add(self, args: Sequence[Tensor], gradient_KTD: Tensor) -> None:
         """Add one call of the experts module.
 
         Args:
             args: its positional arguments.
-            gradient_TD: gradient of the summed NLL at its output, float32.
+            gradient_KTD: gradients of the summed NLL at its output, float32, of which each label of a position brings its share.
         """
-        self.tokens += len(gradient_TD)
-        self.gram_DD += gram(gradient_TD)
+        self.tokens += gradient_KTD.shape[1]
+        self.gram_DD += gram(gradient_KTD.flatten(0, 1))
         for expert, rows_n, x_nD, p_n in routed_tokens(self.layer, args):
-            self._add_expert(expert, x_nD, p_n.float().unsqueeze(1), gradient_TD[rows_n])
+            self._add_expert(expert, x_nD, p_n.float().unsqueeze(1), gradient_KTD[:, rows_n])
 
-    def _add_expert(self, e: int, x_nD: Tensor, p_n1: Tensor, gradient_nD: Tensor) -> None:
-        gradient_nD = p_n1 * gradient_nD
-        delta_nN = self._row_gradients(e, x_nD, gradient_nD)
-        square_nN = delta_nN.square()
+    def _add_expert(self, e: int, x_nD: Tensor, p_n1: Tensor, gradient_KnD: Tensor) -> None:
+        gradient_KnD = p_n1 * gradient_KnD
+        delta_KnN = self._row_gradients(e, x_nD, gradient_KnD)
+        square_nN = delta_KnN.square().sum(0)
         self.weight_square_E[e] += p_n1.square().sum()
-        self.gram_EDD[e] += gram(gradient_nD)
+        self.gram_EDD[e] += gram(gradient_KnD.flatten(0, 1))
         self.row_square_EN[e] += square_nN.sum(0)
         if self.row_gram_ENN is not None:
-            self.row_gram_ENN[e] += gram(delta_nN)
+            self.row_gram_ENN[e] += gram(delta_KnN.flatten(0, 1))
         self.weighted_input_gram_EDD[e] += gram(square_nN.sum(1, keepdim=True).sqrt() * x_nD.float())
 
-    def _row_gradients(self, e: int, x_nD: Tensor, gradient_nD: Tensor) -> Tensor:
-        """δ of one expert's tokens from the gradients at its own output, [n, N], float32."""
-        at_neurons_nM = (gradient_nD.to(x_nD.dtype) @ self.weights.output_EDM[e]).float()
-        pre_nN = pre_activations(self.weights, e, x_nD)
+    def _row_gradients(self, e: int, x_nD: Tensor, gradient_KnD: Tensor) -> Tensor:
+        """δ of one expert's tokens from the gradients at its own output, [K, n, N], float32."""
+        at_neurons_KnM = (gradient_KnD.to(x_nD.dtype) @ self.weights.output_EDM[e]).float()
+        pre_KnN = pre_activations(self.weights, e, x_nD).expand(len(gradient_KnD), -1, -1)
         with torch.enable_grad():
-            h_nM = self.gate(pre_nN.requires_grad_())
-            (delta_nN,) = torch.autograd.grad(h_nM, pre_nN, at_neurons_nM)
-        return delta_nN
+            h_KnM = self.gate(pre_KnN.requires_grad_())
+            (delta_KnN,) = torch.autograd.grad(h_KnM, pre_KnN, at_neurons_KnM)
+        return delta_KnN
 
     def finish(self) -> dict[str, Any]:
         """The fields of `LayerStatistics` that a backward pass fills, on the host, sums in float32.

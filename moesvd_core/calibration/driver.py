@@ -86,7 +86,7 @@ def calibrate(
         finished = _finished(path, planned)
         shutil.rmtree(path / _WORK, ignore_errors=True)  # left over if the process ended right after the summary was written
         return finished
-    with _workplace(path, _state_bytes(stream, window_NL)) as place:
+    with _workplace(path, _state_bytes(stream, window_NL, calibration)) as place:
         job = Job(
             stream=stream,
             calibration=calibration,
@@ -210,6 +210,7 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**plain, **settings}.items() if name != "model.source"}
 
 
-def _state_bytes(stream: DecoderStream, window_NL: torch.Tensor) -> int:
-    """Bytes of the hidden states of all layers, and of a gradient on its way."""
-    return (len(stream.layers) + 2) * window_NL.numel() * int(stream.config.get_text_config().hidden_size) * stream.dtype.itemsize
+def _state_bytes(stream: DecoderStream, window_NL: torch.Tensor, calibration: Calibration) -> int:
+    """Bytes of the hidden states of all layers, and of the gradients on their way."""
+    states = len(stream.layers) + 2 + calibration.drawn_labels
+    return states * window_NL.numel() * int(stream.config.get_text_config().hidden_size) * stream.dtype.itemsize

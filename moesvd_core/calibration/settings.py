@@ -25,6 +25,8 @@ class Calibration:
         outlier_threshold: τ of Eq. 10; > 0.
         gradient: make the gradient Gram by a backward pass; without it, one measured probe a layer gives its scale.
         gradient_samples: windows of the backward pass, the first ones; None: all.
+        drawn_labels: next tokens drawn for every position from what the model itself predicts, each with a gradient of its own beside that
+            of the text's next token; >= 0. Fisher's information takes its labels from the model, and more of them are a better mean.
         intermediate_gram: collect H_e; None: when the experts are at most 2048 wide.
         row_gram: collect Σ δ δᵀ in the backward pass, not its diagonal alone; None: when an expert has at most 2048 input rows.
         dtype: number format of the weights when the model is opened for calibration; None: the model's own.
@@ -38,6 +40,7 @@ class Calibration:
     outlier_threshold: float = 2.0
     gradient: bool = True
     gradient_samples: int | None = None
+    drawn_labels: int = 2
     intermediate_gram: bool | None = None
     row_gram: bool | None = None
     dtype: Dtype | None = None
@@ -48,6 +51,7 @@ class Calibration:
         _at_least("samples", self.samples, 1, "windows")
         _at_least("batch", self.batch, 1, "windows")
         _at_least("seed", self.seed, 0, "")
+        _at_least("drawn_labels", self.drawn_labels, 0, "")
         if self.length is not None:
             _at_least("length", self.length, 2, "tokens")
         if isinstance(self.outlier_threshold, bool) or not isinstance(self.outlier_threshold, int | float):

@@ -71,7 +71,8 @@ def estimate(
     batch = calibration.batch * length * (8 * hidden + 4 * facts["active"] * width) * 4
     return Estimate(
         memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * max(forward, backward) + batch,
-        run_disk=(facts["layers"] + 2) * states + layers * ((forward + backward) // 4 + _factor_bytes(facts, methods))
+        run_disk=(facts["layers"] + 2 + 2 * calibration.drawn_labels) * states
+        + layers * ((forward + backward) // 4 + _factor_bytes(facts, methods))
         + (0 if form is None else _compensation_bytes(facts, methods, calibration.samples * length, number)),
         export_disk=0 if form is None else int(facts["bytes"] * 1.1),
         flops=6 * facts["active_parameters"] * calibration.samples * length,

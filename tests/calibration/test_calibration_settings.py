@@ -22,6 +22,7 @@ from moesvd_core.errors import InputError
         ("outlier_threshold", float("nan"), "got nan"),
         ("outlier_threshold", "2", "got '2'"),
         ("gradient_samples", 0, "gradient_samples"),
+        ("drawn_labels", -1, "drawn_labels must be a whole number of at least 0"),
         ("gradient_samples", 129, r"in \[1, 128\]"),
         ("dtype", "float64", "float32, bfloat16, float16"),
     ],

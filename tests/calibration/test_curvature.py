@@ -33,7 +33,7 @@ def call(layer: ExpertLayer) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Te
 def measure(module: torch.nn.Module, layer: ExpertLayer, args: Any, gradient_TD: torch.Tensor, *, row_gram: bool = True) -> dict[str, Any]:
     curvature = LayerCurvature(module, layer, row_gram=row_gram)
     for part in (slice(0, 70), slice(70, TOKENS)):
-        curvature.add(tuple(arg[part] for arg in args), gradient_TD[part])
+        curvature.add(tuple(arg[part] for arg in args), gradient_TD[None, part])
     return curvature.finish()
 
 
@@ -76,10 +76,10 @@ def test_half_precision_is_summed_in_full() -> None:
     layer = expert_layers(model)[0]
     curvature = LayerCurvature(model.get_submodule(layer.name), layer, row_gram=True)
     one = (torch.ones(1, layer.hidden).bfloat16(), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1).bfloat16())
-    curvature.add(one, torch.ones(1, layer.hidden))
+    curvature.add(one, torch.ones(1, 1, layer.hidden))
     single = curvature.finish()
     for _ in range(10):
-        curvature.add(tuple(arg.repeat(1000, 1) for arg in one), torch.ones(1000, layer.hidden))
+        curvature.add(tuple(arg.repeat(1000, 1) for arg in one), torch.ones(1, 1000, layer.hidden))
     for field in ("gradient_gram_EDD", "row_square_EN", "weighted_input_gram_EDD"):
         close(curvature.finish()[field][0], 10_001 * single[field][0].double(), relative=1e-3)
 

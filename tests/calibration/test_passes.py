@@ -1,6 +1,7 @@
 """Streamed calibration against the whole model with hooks, for every family."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moesvd_core.errors import InputError, StatisticsError, UnsupportedModelErro
 from moesvd_core.progress import Progress
 
 torch.set_num_threads(1)
-SETTINGS = Calibration(samples=5, length=24, batch=2, gradient_samples=3)
+SETTINGS = Calibration(samples=5, length=24, batch=2, gradient_samples=3, drawn_labels=0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*causal_conv1d.*", "ignore:.*mamba.*")
 
 
@@ -47,9 +48,14 @@ def captured(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[tuple[Any, t
         yield layer, *seen[layer.index], gradient
 
 
-def traced(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[tuple[Any, dict[int, tuple[torch.Tensor, ...]], torch.Tensor]]:
+def traced(
+    model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor | None = None
+) -> Iterator[tuple[Any, dict[int, tuple[torch.Tensor, ...]], torch.Tensor]]:
     """Layer, (rows, x, p, δ) of every used expert, and gradient at the output of every experts module, from one backward pass of the
-    whole model, in which every experts module is written out so that the gradients at the pre-activations can be seen."""
+    whole model, in which every experts module is written out so that the gradients at the pre-activations can be seen.
+
+    The loss is that of the text itself, or of other labels in the places of its tokens."""
+    labels = ids if labels is None else labels
     layers = expert_layers(model)
     seen: dict[int, tuple[dict[int, Any], torch.Tensor]] = {}
     hooks = []
@@ -72,7 +78,7 @@ def traced(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[tuple[Any, dic
 
         hooks.append(model.get_submodule(layer.name).register_forward_hook(written_out))
     logits = model(input_ids=ids, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").backward()
     model.zero_grad()
     for handle in hooks:
         handle.remove()
@@ -134,11 +140,45 @@ def test_batches_do_not_change_the_result() -> None:
 
 
 def test_a_head_in_chunks_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), SETTINGS)
+    settings = replace(SETTINGS, drawn_labels=2)
+    whole = calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), settings)
     monkeypatch.setattr(backward_pass, "CHUNK_ELEMENTS", 128 * 7)
-    chunked = calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), SETTINGS)
+    chunked = calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), settings)
     for index in whole.layers:
         close(chunked.layers[index].gradient_gram_DD, whole.layers[index].gradient_gram_DD)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4_text", "gpt_oss"])
+def test_sums_are_means_over_the_labels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every label has a gradient of its own: the text's, and (instead of drawn ones) token 7 everywhere."""
+    monkeypatch.setattr(backward_pass, "_drawn", lambda logits_SV, _: torch.full((len(logits_SV),), 7))
+    model = TINY[name]()
+    ids = windows(model)[: SETTINGS.gradient_samples]
+    both = calibrate(MemoryStream(model), tiny_tokenizer(), replace(SETTINGS, drawn_labels=1))
+    of_text = calibrate(MemoryStream(model), tiny_tokenizer(), SETTINGS)
+    sevens = torch.cat([ids[:, :1], torch.full_like(ids[:, 1:], 7)], 1)
+    for layer, calls, gradient in traced(model, ids, sevens):
+        got, text = both.layers[layer.index], of_text.layers[layer.index]
+        per_token = gradient.reshape(-1, layer.hidden)[: ids.numel()]
+        assert got.gradient_tokens == text.gradient_tokens == ids.numel()
+        assert torch.equal(got.gradient_weight_square_E, text.gradient_weight_square_E)
+        close(2 * got.gradient_gram_DD - text.gradient_gram_DD, per_token.T @ per_token)
+        for e, (rows, x, p, delta) in calls.items():
+            weighted = p[:, None] * per_token[rows]
+            close(2 * got.gradient_gram_EDD[e] - text.gradient_gram_EDD[e], weighted.T @ weighted)
+            close(2 * got.row_gram_ENN[e] - text.row_gram_ENN[e], delta.T @ delta)
+            weighted = (delta.square().sum(1, keepdim=True) * x).T @ x
+            close(2 * got.weighted_input_gram_EDD[e] - text.weighted_input_gram_EDD[e], weighted)
+
+
+def test_labels_are_drawn_as_often_as_the_model_predicts_them() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0], [5.0, -5.0, 5.0, -90.0]])
+    chance = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    for logits_V in logits:
+        drawn = backward_pass._drawn(logits_V.expand(len(chance), -1), chance)
+        torch.testing.assert_close(drawn.bincount(minlength=4) / len(chance), logits_V.softmax(-1), rtol=0, atol=1 / 4000)
+    ends = backward_pass._drawn(logits[:1].expand(2, -1), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
+    assert ends.tolist() == [0, 3]
 
 
 def test_leaves_the_model_as_it_was() -> None:

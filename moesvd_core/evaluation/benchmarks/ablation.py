@@ -62,6 +62,7 @@ VARIANTS = (
     Variant("not compensated", "compensation", _recipe(compensate=False)),
     Variant("input metric", "the output metric", _recipe(metric="input")),
     Variant("estimated curvature", "each expert's own measured curvature", without=(*BACKWARD_SUMS, "row_gram_ENN")),
+    Variant("the text's labels alone", "labels drawn from the model's predictions", calibration={"drawn_labels": 0}),
     Variant("no backward pass", "gradients: a probe gives their scale", calibration={"gradient": False}),
     Variant("diagonal of the rows' Gram", "what neurons have to do with each other", without=("row_gram_ENN",)),
     Variant("rare experts by themselves", "leaning on the layer's average", methods=_with(shrink=False)),
