@@ -134,6 +134,7 @@ class Plan:
         layers: in the model's order.
         metric: what the factors are to minimise; None: what the method says.
         compensate: shared bases are refined, output factors fitted to the compressed stream; ranks and sizes do not depend on it.
+        refit_router: routers are fitted to the compressed stream, so that they choose as before; the same.
     """
 
     method: str
@@ -152,6 +153,16 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     metric: Metric | None = None
     compensate: bool = False
+    refit_router: bool = False
+
+    @property
+    def fitted(self) -> bool:
+        """Whether something is fitted to the compressed stream."""
+        return self.compensate or self.refit_router
+
+    def layer(self, index: int) -> LayerPlan | None:
+        """The plan of a decoder layer; None where it says nothing of it."""
+        return next((layer for layer in self.layers if layer.layer == index), None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the fields above, layers as a list."""
