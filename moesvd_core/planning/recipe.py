@@ -19,8 +19,20 @@ Allocation = Literal["uniform", "selective", "owl", "greedy"]
 Budget = Literal["parameters", "flops"]
 
 
+class Finished:
+    """What a recipe and a plan say of the finished model alike."""
+
+    compensate: bool
+    refit_router: bool
+
+    @property
+    def fits(self) -> tuple[str, ...]:
+        """What is fitted to the stream that compressed layers have changed, once the ranks are chosen; the words for it."""
+        return tuple(word for word, chosen in (("compensated", self.compensate), ("router refitted", self.refit_router)) if chosen)
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Finished):
     """One request for a plan.
 
     Attributes:
@@ -70,11 +82,6 @@ class Recipe:
         _check_choice("allocation", self.allocation, get_args(Allocation))
         if self.budget not in get_args(Budget):
             raise InputError(f"budget must be one of {', '.join(get_args(Budget))}, got {self.budget!r}")
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the finished model is fitted to what its compressed layers have changed, after the ranks are chosen."""
-        return self.compensate or self.refit_router
 
     def unfitted(self) -> "Recipe":
         """The recipe of the same ranks that leaves factors and routers as they are sliced."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from moesvd_core.errors import InputError
 from moesvd_core.planning.curves import SIDES, Structure
-from moesvd_core.planning.recipe import Metric
+from moesvd_core.planning.recipe import Finished, Metric
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Finished):
     """Ranks of every layer for one method and ratio; `as_dict` is its JSON.
 
     Attributes:
@@ -154,11 +154,6 @@ class Plan:
     metric: Metric | None = None
     compensate: bool = False
     refit_router: bool = False
-
-    @property
-    def fitted(self) -> bool:
-        """Whether something is fitted to the compressed stream."""
-        return self.compensate or self.refit_router
 
     def layer(self, index: int) -> LayerPlan | None:
         """The plan of a decoder layer; None where it says nothing of it."""
