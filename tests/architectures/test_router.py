@@ -83,7 +83,7 @@ def test_a_router_of_another_kind_is_refused() -> None:
     stream = MemoryStream(model)
     layer = stream.expert_layers[1]
     router(model).other = nn.Parameter(torch.zeros(EXPERTS, 3))
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.gate \(MixtralTopKRouter\) must hold one matrix .* got 2: leave refit"):
+    with pytest.raises(UnsupportedModelError, match=r"1\.mlp\.gate \(MixtralTopKRouter\) must hold one matrix .* got 2: leave refit"):
         router_step(model, layer)
 
 
@@ -95,7 +95,7 @@ def test_a_router_that_does_more_than_multiply_is_refused() -> None:
     step = router_step(model, stream.expert_layers[1])
     gate, native = router(model), router(model).forward
     gate.forward = lambda x_TD: native(x_TD.square())  # type: ignore[method-assign]
-    with pytest.raises(UnsupportedModelError, match="must multiply what it gets by model.layers.1.mlp.gate.weight to be refitted"):
+    with pytest.raises(UnsupportedModelError, match=r"must multiply what it gets by model\.layers\.1\.mlp\.gate\.weight to be"):
         router_input(step, partial(stream.run_layer, 1, hidden_BTD, calls[1]))
     with pytest.raises(UnsupportedModelError, match="was not used when its layer ran"):
         router_input(step, lambda: None)
