@@ -186,6 +186,10 @@ def _add_compensation(kind: argparse.ArgumentParser) -> None:
         "--compensate", action=argparse.BooleanOptionalAction,
         help="fit each layer's output factors to what the layers before it have changed (default: with auto; a recipe file says it itself)",
     )
+    kind.add_argument(
+        "--refit-router", action=argparse.BooleanOptionalAction,
+        help="refit each router to what the layers before it have changed, to choose as before (default: no; a recipe file says it itself)",
+    )
 
 
 def _add_calibration(kind: argparse.ArgumentParser) -> None:

@@ -200,7 +200,8 @@ def _recipe(given: Namespace) -> dict[str, Any]:
     recipe = Recipe.from_dict(base.as_dict() | chosen)
     usual = method_of(recipe).compensate if given.recipe is None else recipe.compensate
     if "compensate" in given:  # a command that makes a model, not a plan alone
-        recipe = replace(recipe, compensate=usual if given.compensate is None else given.compensate)
+        routers = recipe.refit_router if given.refit_router is None else given.refit_router
+        recipe = replace(recipe, compensate=usual if given.compensate is None else given.compensate, refit_router=routers)
     return recipe.as_dict()
 
 

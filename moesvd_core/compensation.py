@@ -6,29 +6,35 @@ share of what the stream is off by then: the experts' sum is what gets added to 
 (`decomposition.compensation`), shared bases having been refined before (`decomposition.alternating`), and the compressed stream goes on
 through the fitted layer. Ranks, parameters and bytes stay what they were.
 
+Where it is asked for, a layer's router is refitted before its experts are (`decomposition.router_fit`), so that they are fitted to the
+tokens that the finished model sends them; also in layers whose experts stay, since what they read has changed as well.
+
 Shapes: N windows, L tokens a window, T tokens of a batch, k active experts, D hidden size, N (in names) input rows, M width; lower-case n:
 tokens of one expert.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
 from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.architectures.router import router_input, router_step
 from moesvd_core.architectures.streaming import DecoderStream
 from moesvd_core.calibration.job import hidden, hooked
 from moesvd_core.calibration.moments import pre_activations
 from moesvd_core.calibration.settings import WIDE
 from moesvd_core.calibration.states import States
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.checkpoint.apply import replaced_experts
+from moesvd_core.checkpoint.apply import changed
 from moesvd_core.decomposition.compensation import OutputFit, can_compensate
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.metrics import LayerMetric
+from moesvd_core.decomposition.router_fit import RouterFit
 from moesvd_core.planning import Metric
 from moesvd_core.progress import Progress, Report
 
@@ -60,6 +66,8 @@ class Compensation:
         states: where both streams wait between layers.
         finished: factors of a layer that was done before, or None; asked inside `stream.layer`.
         keep: keeps a layer's factors as they are in the end.
+        fits_outputs: fit output factors.
+        refits: whether a layer's router, by its index, is to be refitted.
     """
 
     stream: DecoderStream
@@ -70,6 +78,8 @@ class Compensation:
     states: States
     finished: Callable[[int], LayerFactors | None]
     keep: Callable[[int, LayerFactors], None]
+    fits_outputs: bool
+    refits: Callable[[int], bool]
 
     @torch.no_grad()
     def run(self, report: Report) -> None:
@@ -95,9 +105,9 @@ class Compensation:
     def _layer(self, index: int, layer: ExpertLayer | None, *, last: bool) -> None:
         """Fit a loaded layer, and move both streams behind it (the last one has nobody to move them for)."""
         done = None if layer is None else self.finished(index)
-        factors = self.factors(index) if layer is not None and done is None else done
+        factors = self._planned(layer) if layer is not None and done is None else done
         fit = None
-        if layer is not None and factors is not None and done is None and can_compensate(factors):
+        if layer is not None and factors is not None and done is None and self.fits_outputs and can_compensate(factors):
             fit = self._fit(layer, factors)
         originals = self._all(index, _original) if layer is None or fit is None else self._fitting(layer, fit)
         if not last:
@@ -109,7 +119,7 @@ class Compensation:
             factors = factors if fit is None else fit.factors()
             self.keep(index, factors)
         if not last:
-            with nullcontext() if layer is None or factors is None else replaced_experts(self.stream.model, layer, factors):
+            with nullcontext() if layer is None or factors is None else changed(self.stream.model, layer, factors):
                 self.states.put(_compressed(index + 1), self._all(index, _compressed))
 
     def _all(self, index: int, which: Callable[[int], str]) -> Iterator[Tensor]:
@@ -119,6 +129,18 @@ class Compensation:
     def _run(self, index: int, which: Callable[[int], str], number: int) -> Tensor:
         call = self.stream.embed({"input_ids": self.batches[number]})[1][index]
         return self.stream.run_layer(index, self.states.get(which(index), number).to(self.stream.device), call)
+
+    def _planned(self, layer: ExpertLayer) -> LayerFactors | None:
+        """A loaded layer's factors as planned, with its router refitted where that is asked for; None where nothing changes."""
+        factors = self.factors(layer.index)
+        if not self.refits(layer.index):
+            return factors
+        step = router_step(self.stream.model, layer)
+        fit = RouterFit(step.weight)
+        for number in range(len(self.batches)):
+            fit.add(*(router_input(step, partial(self._run, layer.index, which, number)) for which in (_original, _compressed)))
+        factors = factors or LayerFactors.unchanged(layer.index, read_experts(self.stream.model.get_submodule(layer.name), layer))
+        return replace(factors, router_EF=fit.weight())
 
     def _fit(self, layer: ExpertLayer, factors: LayerFactors) -> OutputFit:
         """The fit of a loaded layer, without a token yet."""
@@ -135,7 +157,7 @@ class Compensation:
             with _listening(native) as before:
                 after_BTD = self._run(layer.index, _original, number)
             after_TD = after_BTD.reshape(-1, layer.hidden)
-            with replaced_experts(self.stream.model, layer, fit.planned) as module:
+            with changed(self.stream.model, layer, fit.planned) as module:
                 neurons: list[Tensor] = []
                 listener = module.get_submodule("output").register_forward_pre_hook(lambda _, args, kept=neurons: kept.append(args[0]))
                 with hooked(listener), _listening(module) as now:

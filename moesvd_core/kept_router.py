@@ -38,7 +38,8 @@ def router_of(block: nn.Module) -> nn.Module:
         router = getattr(block, name, None)
         if isinstance(router, nn.Module):
             return router
-    raise UnsupportedModelError(f"{type(block).__name__} must have a router named {' or '.join(ROUTERS)} to prune experts, got neither")
+    named = " or ".join(ROUTERS)
+    raise UnsupportedModelError(f"{type(block).__name__} must have a router named {named} to be restricted or refitted, got neither")
 
 
 def restrict(block: nn.Module, experts: int, kept: Sequence[int], active: int) -> None:

@@ -4,8 +4,6 @@ A layer is decomposed once for each metric and structure, whichever methods and 
 decomposed is kept in a folder (a run) or in memory (a session), layer by layer, so that work which was interrupted goes on where it was.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -25,19 +23,18 @@ from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import DecoderStream, LayerCall, LayerStream
 from moesvd_core.calibration.states import DiskStates, MemoryStates
 from moesvd_core.calibration.statistics import Statistics
-from moesvd_core.checkpoint.apply import replaced_experts
+from moesvd_core.checkpoint.apply import changed
 from moesvd_core.compensation import Compensation, batches_of
 from moesvd_core.curve_files import load_curves, save_curves
-from moesvd_core.decomposition.compensation import fitted_tensors, is_changed, with_fitted
 from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.decompose import load as load_decomposition
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS, Method, method
 from moesvd_core.errors import InputError, RunError, StatisticsError
-from moesvd_core.planning import LayerPlan, ModelShape, Plan, Recipe, SideCurve, SidePlan, layer_plans, max_ratio, plans
+from moesvd_core.fitted import FittedLayers, fit_key, is_fitted, is_refitted
+from moesvd_core.planning import ModelShape, Plan, Recipe, SideCurve, SidePlan, layer_plans, max_ratio, plans
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.sensitivity import LayerSensitivity, scores, sensitivities
-from moesvd_core.tensor_files import MADE_AGAIN, load_tensors, save_tensors
 
 Cache = MutableMapping[tuple[str, int], Decomposition]
 """Decompositions by key (`decomposition_key`) and layer."""
@@ -103,7 +100,6 @@ class Pipeline:
         folder: where decompositions (`factors/`) and curves (`curves/`) are kept; None: in `cache`.
         dtype: floating type of what is written; None: that of the source.
         cache: decompositions of this session.
-        compensated: fitted factors of this session, by plan (`compensation_key`) and layer, where there is no folder.
         resident: keep decompositions in `cache` although there is a folder: for whoever changes the ratio often, and has the memory.
         methods: what the names of recipes and plans stand for.
     """
@@ -113,9 +109,13 @@ class Pipeline:
     folder: Path | None = None
     dtype: torch.dtype | None = None
     cache: Cache = field(default_factory=dict)
-    compensated: dict[tuple[str, int], LayerFactors] = field(default_factory=dict)
     resident: bool = False
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+
+    @cached_property
+    def fitted(self) -> FittedLayers:
+        """What was fitted of finished plans."""
+        return FittedLayers(None if self.folder is None else self.folder / "factors")
 
     @cached_property
     def layers(self) -> dict[int, ExpertLayer]:
@@ -194,7 +194,7 @@ class Pipeline:
         """
         chosen, filled = self._filled(recipe)
         made = plans(self.curves(chosen, report), self.shape, filled, ratios, scores(self.sensitivities, chosen.allocation))
-        return [replace(plan, metric=chosen.metric, compensate=recipe.compensate) for plan in made]
+        return [replace(plan, metric=chosen.metric, compensate=recipe.compensate, refit_router=recipe.refit_router) for plan in made]
 
     def plan(self, recipe: Recipe, report: Report = silent) -> Plan:
         """The plan of a recipe at its ratio.
@@ -226,80 +226,56 @@ class Pipeline:
 
         Raises:
             InputError: the plan is of another model.
-            RunError: the plan is to be compensated, and was not yet.
+            RunError: the plan is to be compensated, or its routers refitted, and that was not done yet.
         """
-        factors = self._planned_factors(plan, index)
-        if factors is None or not plan.compensate or not _is_changed(plan, index):
-            return factors
-        fitted = self._fitted_factors(plan, index, factors)
+        if not is_fitted(plan, index):
+            return self._planned_factors(plan, index)
+        fitted = self._fitted_factors(plan, index)
         if fitted is None:
-            raise RunError(f"layer {index} of the plan is not compensated yet: call `compensate` first, or plan without compensation")
+            fix = "call `compensate` first, or plan without compensation and refitted routers"
+            raise RunError(f"layer {index} of the plan is not compensated yet: {fix}")
         return fitted
 
     def compensate(self, plan: Plan, report: Report = silent) -> None:
-        """Refine a plan's shared bases and fit its factors to the compressed stream, where it asks for that and it was not done before.
+        """Refine a plan's shared bases, fit its factors to the compressed stream, and refit its routers, as far as it asks for that.
 
-        Goes on where it was interrupted when there is a folder.
+        What was done before is not done again, and it goes on where it was interrupted when there is a folder.
 
         Raises:
             StatisticsError: the token ids of the calibration were not kept.
+            UnsupportedModelError: routers that cannot be refitted.
         """
-        if not plan.compensate or all(self._is_fitted(plan, layer.layer) for layer in plan.layers):
+        if all(self.fitted.has(plan, index) for index in self.layers):
             return
         window_NL = self.statistics.window_NL
         if window_NL is None:
             raise StatisticsError("compensation reads the calibration text again, and these statistics do not hold it: calibrate again")
         chosen = method(plan.method, self.methods)
-
-        def finished(index: int) -> LayerFactors | None:
-            if not (_is_changed(plan, index) and self._is_fitted(plan, index)):
-                return None  # before slices are made that nobody needs
-            return self._fitted_factors(plan, index, self._planned_factors(plan, index))
-
-        work = None if self.folder is None else self.folder / "work" / f"compensate-{compensation_key(plan)}"
+        work = None if self.folder is None else self.folder / "work" / f"compensate-{fit_key(plan)}"
         Compensation(
             stream=self.stream,
             batches=batches_of(window_NL),
             statistics=self.statistics.layers.__getitem__,
-            factors=lambda index: self._planned_factors(plan, index, refined=chosen.alternate),
+            factors=lambda index: self._planned_factors(plan, index, refined=plan.compensate and chosen.alternate),
             kind=plan.metric or chosen.metric,
             states=MemoryStates() if work is None else DiskStates(work),
-            finished=finished,
-            keep=lambda index, factors: self._keep_fitted(plan, index, factors),
+            finished=lambda index: self._fitted_factors(plan, index) if is_fitted(plan, index) else None,
+            keep=lambda index, factors: self.fitted.keep(plan, index, factors),
+            fits_outputs=plan.compensate,
+            refits=lambda index: is_refitted(plan, index),
         ).run(report)
         if work is not None:
             shutil.rmtree(work)
 
-    def _is_fitted(self, plan: Plan, index: int) -> bool:
-        """Whether nothing is left to fit in a layer."""
-        if not _is_changed(plan, index):
-            return True
-        file = self._fitted_file(plan, index)
-        return (compensation_key(plan), index) in self.compensated if file is None else file.exists()
-
-    def _fitted_factors(self, plan: Plan, index: int, planned: LayerFactors | None) -> LayerFactors | None:
-        """What `_keep_fitted` kept, in the place of the planned factors; None where there is nothing."""
-        file = self._fitted_file(plan, index)
-        if file is None:
-            return self.compensated.get((compensation_key(plan), index))
-        if planned is None or not file.exists():
-            return None
-        return with_fitted(planned, load_tensors(file, error_type=RunError, fix=MADE_AGAIN)[0])
-
-    def _keep_fitted(self, plan: Plan, index: int, factors: LayerFactors) -> None:
-        if not _is_changed(plan, index):
-            return
-        file = self._fitted_file(plan, index)
-        if file is None:
-            self.compensated[compensation_key(plan), index] = factors
-        elif not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(file, fitted_tensors(factors), {})
-
-    def _fitted_file(self, plan: Plan, index: int) -> Path | None:
-        if self.folder is None:
-            return None
-        return self.folder / "factors" / f"compensated-{compensation_key(plan)}" / f"layer-{index:03d}.safetensors"
+    def _fitted_factors(self, plan: Plan, index: int) -> LayerFactors | None:
+        """A layer as it was fitted; None where it was not yet."""
+        if not self.fitted.has(plan, index):
+            return None  # before slices are made that nobody needs
+        planned = self._planned_factors(plan, index)
+        if planned is None:
+            layer = self.layers[index]
+            planned = LayerFactors.unchanged(index, read_experts(self.stream.model.get_submodule(layer.name), layer))
+        return self.fitted.of(plan, index, planned)
 
     def _planned_factors(self, plan: Plan, index: int, *, refined: bool = False) -> LayerFactors | None:
         """Slices of the layer's decompositions.
@@ -307,7 +283,7 @@ class Pipeline:
         Args:
             refined: with shared bases that are refined at their rank; in factors that were fitted they are already.
         """
-        layer_plan = _layer_plan(plan, index)
+        layer_plan = plan.layer(index)
         if layer_plan is None or not layer_plan.selected:
             return None
         if index not in self.layers:
@@ -356,7 +332,7 @@ class CompressedStream:
                 yield module
                 return
             layer = self._pipeline.layers[index]
-            with replaced_experts(self.model, layer, factors):
+            with changed(self.model, layer, factors):
                 self._held[index] = 1
                 try:
                     yield module
@@ -378,19 +354,3 @@ def decomposition_key(single: Method) -> str:
     """Name under which a method of one structure keeps its decompositions: what decides them and nothing else."""
     options = {"refit": single.refit, "unshrunk": not single.shrink, "screened": single.screen}
     return "-".join([single.metric, single.structures[0], *(name for name, chosen in options.items() if chosen)])
-
-
-def compensation_key(plan: Plan) -> str:
-    """Name under which a plan's fitted factors are kept: what decides them and nothing else."""
-    decided = ["refined bases", plan.method, plan.metric, [(layer.layer, vars(layer.input), vars(layer.output)) for layer in plan.layers]]
-    return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]
-
-
-def _layer_plan(plan: Plan, index: int) -> LayerPlan | None:
-    return next((layer for layer in plan.layers if layer.layer == index), None)
-
-
-def _is_changed(plan: Plan, index: int) -> bool:
-    """Whether compensation changes one of the plan's layers."""
-    layer = _layer_plan(plan, index)
-    return layer is not None and layer.selected and is_changed(layer)

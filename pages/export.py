@@ -31,6 +31,7 @@ from pages.components.text import empty, notice, share
 OWN = "as the original"
 NUMBERS = (OWN, "bfloat16", "float16", "float32")
 _FORMS = [("Factored: small on disk and in memory", "factored"), ("Dense: as large as the original, loads anywhere", "dense")]
+_RECIPE = ("run", "method", "ratio", "flops_ratio")
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 PUSH_SECONDS = 2.0
 
@@ -49,6 +50,11 @@ def build(context: Context) -> None:
                     METHODS[ViewState.method].compensate, label="Compensate: fit each layer to what the layers before it have changed",
                     info="Better answers at the same size, for two more passes over some of the calibration text.",
                     elem_id="export-compensate",
+                )
+                refit = gr.Checkbox(
+                    False, label="Refit routers: let them choose from changed inputs as they did before",
+                    info="Changes little in what was measured; no size changes. Without it routers stay those of the original.",
+                    elem_id="export-refit-router",
                 )
                 summary = gr.HTML("", elem_id="export-summary", min_height=220)
             with gr.Column(scale=5, min_width=300):
@@ -74,10 +80,11 @@ def build(context: Context) -> None:
                     pushed = gr.HTML("", elem_id="push-state", min_height=44)
         watch = gr.Timer(PUSH_SECONDS, active=False)
 
+        chosen_how = [form, dtype, fit, refit]
         page.view(lambda state: METHODS[state.method].compensate, [fit], fields=("method",))
-        page.view(_preview(context), [summary, twin, write], fields=("run", "method", "ratio", "flops_ratio"), controls=[form, dtype, fit])
+        page.view(_preview(context), [summary, twin, write], fields=_RECIPE, controls=chosen_how)
         page.view(_listed(context), [chosen], fields=("run",))
-        write.click(page.changes(_write(context)), [page.state, form, dtype, fit], page.wake, **_PRIVATE)
+        write.click(page.changes(_write(context)), [page.state, *chosen_how], page.wake, **_PRIVATE)
         details = [files, about, card, pushed, watch]
         chosen.change(page.changes(_shown(context, pushes)), [page.state, chosen], details, **_PRIVATE)
         sent = [page.state, chosen, repository, token, private]
@@ -98,13 +105,13 @@ def place(run: RunFolder, recipe: Recipe, form: str, dtype: str) -> tuple[str, s
 
 
 def _preview(context: Context) -> Callable[..., Any]:
-    def preview(state: ViewState, form: str, dtype: str, fit: bool) -> tuple[Any, ...]:
+    def preview(state: ViewState, form: str, dtype: str, fit: bool, refit: bool) -> tuple[Any, ...]:
         """What the button would write, and the commands that do the same."""
         run = context.open(state)
         facts = None if run is None else context.facts(run)
         if run is None or facts is None:
             return empty("No analysed model", "Analyse a model on the Model page first."), "", gr.Button(interactive=False)
-        recipe = replace(recipe_of(state), compensate=fit)
+        recipe = replace(recipe_of(state), compensate=fit, refit_router=refit)
         name, number = place(run, recipe, form, dtype)
         most = reach(run, state.method)
         if most is not None and state.ratio > most:
@@ -119,10 +126,10 @@ def _preview(context: Context) -> Callable[..., Any]:
 
 
 def _write(context: Context) -> Callable[..., Any]:
-    def write(state: ViewState, form: str, dtype: str, fit: bool) -> Any:
+    def write(state: ViewState, form: str, dtype: str, fit: bool, refit: bool) -> Any:
         """Ask the worker for the export."""
         run = context.require_run(state)
-        recipe = replace(recipe_of(state), compensate=fit)
+        recipe = replace(recipe_of(state), compensate=fit, refit_router=refit)
         name, number = place(run, recipe, form, dtype)
         output = str((run.station("exports") / name).absolute())
         jobs_now = context.client.status(run).jobs

@@ -13,8 +13,9 @@ import torch
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from moesvd_core import commands
 from moesvd_core.architectures.files import ModelFiles
-from moesvd_core.cli import main
+from moesvd_core.cli import main, parser
 
 FAST = ["--samples", "4", "--length", "24", "--windows", "4"]
 IS_A_SHARE = "the share of the model's parameters to remove"
@@ -30,6 +31,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def runs_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOESVD_RUNS", str(tmp_path / "runs"))
     return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(("words", "file", "expected"), [
+    ([], "", False), (["--refit-router"], "", True), ([], "refit_router: true\nratio: 0.2", True),
+    (["--no-refit-router"], "refit_router: true\nratio: 0.2", False),
+])
+def test_a_recipe_file_says_whether_routers_are_refitted_unless_the_command_does(
+    words: list[str], file: str, expected: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(file)
+    source = ["--recipe", str(tmp_path / "recipe.yaml")] if file else ["--ratio", "0.2"]
+    typed = ["compress", "model", *source, "--output", "out", *words]
+    assert commands._recipe(parser(typed).parse_args(typed))["refit_router"] is expected
 
 
 def test_compress_prints_figures_of_what_it_wrote(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

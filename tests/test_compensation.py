@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TINY, save_tiny, tiny_tokenizer
+from tiny_models import TINY
+from tiny_pipeline import StoppedError, calibrated
 from transformers import AutoModelForCausalLM
 
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.architectures.streaming import DecoderStream, LayerStream
-from moesvd_core.calibration import Calibration, Statistics, calibrate
+from moesvd_core.architectures.streaming import DecoderStream
+from moesvd_core.calibration import Statistics
 from moesvd_core.checkpoint.apply import factored_modules
 from moesvd_core.checkpoint.export import export_streamed
 from moesvd_core.compensation import batches_of
@@ -26,19 +27,9 @@ from moesvd_core.progress import Progress
 RECIPE = Recipe(method="auto", ratio=0.3, compensate=True)
 
 
-class StoppedError(Exception):
-    """The process ended here."""
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def calibrated(folder: Path, name: str = "mixtral", samples: int = 40, keep: Path | None = None) -> Pipeline:
-    stream = LayerStream(save_tiny(name, folder / name))
-    statistics = calibrate(stream, tiny_tokenizer(), Calibration(samples=samples, length=24, batch=8))
-    return Pipeline(stream, statistics, keep)
 
 
 def as_they_slide(pipeline: Pipeline) -> Pipeline:

@@ -18,7 +18,9 @@ FOUNDATION = {"moesvd_core.errors", "moesvd_core.progress", "moesvd_core.atomic"
 
 STATIONS = {
     # One gate, and one rule of groups, for reading and for running; exports copy the modules of running whole.
-    "moesvd_core.architectures": ("moesvd_core.experts.gate_of", "moesvd_core.kept_router.router_groups"),
+    "moesvd_core.architectures": (
+        "moesvd_core.experts.gate_of", "moesvd_core.kept_router.router_groups", "moesvd_core.kept_router.router_of",
+    ),
     "moesvd_core.calibration": ("moesvd_core.architectures", "moesvd_core.tensor_files"),
     "moesvd_core.sensitivity": ("moesvd_core.calibration",),
     "moesvd_core.similarity": (),

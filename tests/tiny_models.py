@@ -144,7 +144,7 @@ def tiny_model(name: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=torch.float32).eval()
     with torch.no_grad():
         for tensor_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor_name.endswith("bias"):  # biases start at zero: a forgotten one would go unseen
+            if tensor_name.endswith("bias") or (tensor.ndim > 1 and not tensor.any()):  # a forgotten zero would go unseen
                 tensor.normal_(std=0.1)
     return model
 

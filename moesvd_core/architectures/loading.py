@@ -93,6 +93,17 @@ class WeightLoader:
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
         _compute_buffers(model, device)
 
+    def key_of(self, name: str) -> str:
+        """The tensor on disk that is stored as it is for a parameter of the model.
+
+        Raises:
+            CheckpointError: there is none, because it is made from several, or in another form.
+        """
+        for target in self._targets[self._layer_of(name)]:
+            if target.name == name and target.converter is None:
+                return target.keys[0]
+        raise CheckpointError(f"{self._files.folder}: no tensor is stored as {name} of the model, so that another cannot be written for it")
+
     def load(self, layer: int | None) -> None:
         """Load one decoder layer, or (None) everything outside the layers.
 

@@ -164,6 +164,14 @@ class LayerStream(_Decoder):
         self._holders = [0] * len(self.layers)
         self._last = -1
 
+    def key_of(self, name: str) -> str:
+        """The tensor on disk that holds a parameter of the model, by their names.
+
+        Raises:
+            CheckpointError: it is made from several, or in another form.
+        """
+        return self._loader.key_of(name)
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """The decoder layer with its weights, for as long as the context lasts; nested uses of one layer load it once.

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.architectures.router import rerouted, router_step
 from moesvd_core.checkpoint.factored import Spec, is_dense, layer_spec, layer_tensors
 from moesvd_core.checkpoint.plugin import METHOD, attach, replace_module
 from moesvd_core.decomposition.factors import LayerFactors
@@ -47,10 +48,17 @@ def replaced(model: nn.Module, spec: Spec, tensors: Iterable[tuple[str, torch.Te
             release(model.get_submodule(name.rpartition(".")[0]))
 
 
-def replaced_experts(model: nn.Module, layer: ExpertLayer, factors: LayerFactors) -> AbstractContextManager[FactoredExperts]:
-    """What `replace_experts` does, for as long as the context lasts."""
-    dtype = next(model.get_submodule(layer.name).parameters()).dtype
-    return replaced(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype))
+@contextmanager
+def changed(model: nn.Module, layer: ExpertLayer, factors: LayerFactors) -> Iterator[nn.Module]:
+    """A layer as its factors make it, its router included, for as long as the context lasts; gives its experts, factored or not."""
+    with rerouted(model, layer, factors.router_EF):
+        native = model.get_submodule(layer.name)
+        if is_dense(factors):
+            yield native
+            return
+        dtype = next(native.parameters()).dtype
+        with replaced(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype)) as module:
+            yield module
 
 
 def compressed(model: PreTrainedModel, layers: Iterable[tuple[ExpertLayer, LayerFactors]]) -> PreTrainedModel:
@@ -60,11 +68,14 @@ def compressed(model: PreTrainedModel, layers: Iterable[tuple[ExpertLayer, Layer
     itself stays as it is. Layers left out, and those with two dense sides, keep their native experts.
     """
     tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    result = copy.deepcopy(model, tensors)
+    result, refitted = copy.deepcopy(model, tensors), []
     for layer, factors in layers:
+        if factors.router_EF is not None:
+            router_step(result, layer).put(factors.router_EF)
+            refitted.append(layer.index)
         if not is_dense(factors):
             replace_experts(result, layer, factors)
-    attach(result, [module.spec for module in factored_modules(result).values()])
+    attach(result, [module.spec for module in factored_modules(result).values()], refitted)
     return result
 
 

@@ -38,6 +38,7 @@ class Counts:
         bytes, original_bytes: their bytes.
         factored_layers: layers whose experts are factored.
         layers: decoder layers.
+        refitted_routers: layers whose routers were refitted.
     """
 
     parameters: int
@@ -46,6 +47,7 @@ class Counts:
     original_bytes: int
     factored_layers: int
     layers: int
+    refitted_routers: int = 0
 
     @property
     def ratio(self) -> float:
@@ -78,11 +80,13 @@ def model_card(facts: CardFacts, counts: Counts, format_name: str) -> str:
     table = "\n".join(f"| {_cell(what)} | {_cell(original)} | {_cell(here)} |" for what, original, here in rows)
     made = [("Method", facts.method), ("Calibration", facts.calibration), ("Command", facts.command)]
     lines = "\n".join(f"- {name}: {_code(text)}" for name, text in made if text)
+    refitted = f"{counts.refitted_routers} routers were refitted to what the layers before them have changed; all other "
+    kept = f"{refitted if counts.refitted_routers else ''}routers"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {_cell(facts.source)}, compressed by {100 * counts.ratio:.1f} %",
         f"Low-rank factors stand in for the routed experts of {counts.factored_layers} of {counts.layers} layers ({format_name} format); "
-        "routers, shared experts, attention and everything else are those of the original, bit for bit.",
+        f"{kept}, shared experts, attention and everything else are those of the original, bit for bit.",
         _DENSE if format_name == "dense" else _FACTORED,
         f"| | original | this model |\n|---|---|---|\n{table}",
         lines,

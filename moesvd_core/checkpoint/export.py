@@ -21,6 +21,7 @@ from moesvd_core.architectures.experts_io import write_experts
 from moesvd_core.architectures.families import Family, family_of
 from moesvd_core.architectures.files import CONFIG, ModelFiles, file_inside
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.architectures.router import rerouted, router_step
 from moesvd_core.architectures.streaming import LayerStream
 from moesvd_core.checkpoint import fewer_experts
 from moesvd_core.checkpoint.apply import factored_modules, is_factored, replaced
@@ -78,7 +79,7 @@ def export_streamed(
 ) -> Export:
     """Write a compressed copy of a checkpoint, holding one decoder layer in memory at a time.
 
-    Tensors that are not factored are copied bit for bit under their own names.
+    Tensors that are neither factored nor a refitted router's are copied bit for bit under their own names.
 
     Args:
         source: a checked folder, or a stream over one: then that stream holds the layer whose factors are asked for.
@@ -109,8 +110,10 @@ def export_streamed(
         config = files.config
         if work.kept:
             config = fewer_experts.configured(config, stream.expert_layers[0].experts, len(next(iter(work.kept.values()))))
-        _write_config(folder, config, work.specs, type(stream.model).__name__, format, dtype)
-        counts = Counts(writer.parameters, _parameters(files), writer.bytes, files.bytes, work.factored, len(stream.layers))
+        settings = MoesvdConfig(layers=work.specs, refitted_routers=work.refitted)
+        _write_config(folder, config, settings, type(stream.model).__name__, format, dtype)
+        sizes = writer.parameters, _parameters(files), writer.bytes, files.bytes
+        counts = Counts(*sizes, work.factored, len(stream.layers), len(work.refitted))
         _describe(folder, card or CardFacts(files.folder.name), counts, format)
         verification = verify(folder, expected=expected, dtype=stream.dtype, device=stream.device, report=report)
     return Export(Path(destination), format, counts, verification)
@@ -123,9 +126,11 @@ class _Streamed:
         self, stream: LayerStream, factors: Factors, writer: ShardWriter, format_name: Format, dtype: torch.dtype | None
     ) -> None:
         self.specs: list[Spec] = []
+        self.refitted: list[int] = []
         self.factored = 0
         self.kept: dict[int, Sequence[int]] = {}
         self._seen: list[ExpertLayer] = []
+        self._replaced: set[str] = set()
         self._stream, self._factors, self._writer, self._format, self._dtype = stream, factors, writer, format_name, dtype
         self._files = stream.files
         self._family: Family = family_of(stream.config)
@@ -140,7 +145,6 @@ class _Streamed:
 
     def write(self, report: Report) -> Tensor:
         """Write every tensor; returns the logits of `check_batch`."""
-        replaced: set[str] = set()
         total = len(self._stream.layers)
 
         def each_layer() -> Iterator[int]:
@@ -150,24 +154,29 @@ class _Streamed:
                     found = self._factors(layer) if layer else None
                     if layer is not None and self._format == "dense":
                         self._note_kept(layer, found)
-                    if layer is None or found is None or is_dense(found):
+                    if layer is None or found is None:
                         yield index
                     else:
-                        replaced.update(self._keys[index])
-                        self.factored += 1
-                        yield from self._layer(layer, found)
+                        with rerouted(self._stream.model, layer, self._router(layer, found.router_EF)):
+                            yield from self._layer(layer, found)
                     del found  # before the next layer's are made
                 report(Progress("export", index + 1, total + 1, f"layer {index} of {total}"))
 
         expected = run_layers(self._stream, check_batch(self._stream.config), each_layer())
         for key in self._files.weight_map:
-            if key not in replaced:
-                self._writer.add(key, self._cast(self._rows(key, self._files.read(key))))
+            if key not in self._replaced:
+                tensor = self._rows(key, self._files.read(key))
+                self._writer.add(key, tensor.to(self._stored(tensor.dtype)))
         report(Progress("export", total + 1, total + 1, "everything else copied"))
         return expected
 
     def _layer(self, layer: ExpertLayer, factors: LayerFactors) -> Iterator[int]:
         """Write one layer's factors, and let the layer run with them while its number is out."""
+        if is_dense(factors):
+            yield layer.index
+            return
+        self._replaced.update(self._keys[layer.index])
+        self.factored += 1
         stored, model = self._dtype or self._main, self._stream.model
         if self._format == "dense" and factors.kept is not None:
             yield from self._kept_layer(layer, factors, stored)
@@ -185,6 +194,17 @@ class _Streamed:
             self._writer.add(f"{layer.name}.{name}", tensor)
         with replaced(model, self.specs[-1], tensors.items()):
             yield layer.index
+
+    def _router(self, layer: ExpertLayer, weight_EF: Tensor | None) -> Tensor | None:
+        """Write a refitted router's matrix in the place of the original's; gives it as it is read again, None where there is none."""
+        if weight_EF is None:
+            return None
+        key = self._stream.key_of(router_step(self._stream.model, layer).name)
+        written_EF = weight_EF.to(self._stored(self._files.header(key)[0]))
+        self._writer.add(key, self._rows(key, written_EF))
+        self._replaced.add(key)
+        self.refitted.append(layer.index)
+        return written_EF
 
     def _note_kept(self, layer: ExpertLayer, factors: LayerFactors | None) -> None:
         """Remember which experts a layer keeps, and stop at the first one that does not go with those before it."""
@@ -210,9 +230,9 @@ class _Streamed:
         index = fewer_experts.layer_beside(key, self._family) if self.kept else None
         return tensor if index not in self.kept else fewer_experts.rows(tensor, self._layers[index].experts, self.kept[index])
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        """Only what is stored in the experts' dtype is cast: some families keep single tensors in float32 on purpose."""
-        return tensor.to(self._dtype) if self._dtype is not None and tensor.dtype == self._main else tensor
+    def _stored(self, own: torch.dtype) -> torch.dtype:
+        """Only what has the experts' dtype is written in another: some families keep single tensors in float32 on purpose."""
+        return self._dtype if self._dtype is not None and own == self._main else own
 
 
 def export(
@@ -247,13 +267,15 @@ def export(
         device = written.get_input_embeddings().weight.device
         batch = {name: ids.to(device) for name, ids in check_batch(model.config).items()}
         expected = written(**batch, use_cache=False).logits.cpu()
+    refitted = list(getattr(getattr(model.config, "quantization_config", None), "refitted_routers", []))
     with staged(Path(destination), overwrite=overwrite) as folder:
         written.save_pretrained(folder, max_shard_size=shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        _write_config(folder, config, [module.spec for module in modules.values()], type(model).__name__, format, None)
-        counts = _counts(model, modules, ModelFiles.open(folder))
+        settings = MoesvdConfig(layers=[module.spec for module in modules.values()], refitted_routers=refitted)
+        _write_config(folder, config, settings, type(model).__name__, format, None)
+        counts = _counts(model, modules, ModelFiles.open(folder), len(refitted))
         _describe(folder, card or CardFacts(), counts, format)
         verification = verify(folder, expected=expected, dtype=model.dtype, report=report)
     return Export(Path(destination), format, counts, verification)
@@ -283,7 +305,7 @@ def _copy_side_files(source: Path, folder: Path) -> None:
 
 
 def _write_config(
-    folder: Path, source: dict[str, Any], specs: list[Spec], architecture: str, format_name: Format, dtype: torch.dtype | None
+    folder: Path, source: dict[str, Any], settings: MoesvdConfig, architecture: str, format_name: Format, dtype: torch.dtype | None
 ) -> None:
     """config.json, and where transformers alone is not enough, what makes it load: the plug-in's settings and the file of code.
 
@@ -294,7 +316,7 @@ def _write_config(
         config["dtype"] = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
     if format_name == "factored":
-        config["quantization_config"] = MoesvdConfig(layers=specs).to_dict()
+        config["quantization_config"] = settings.to_dict()
     (folder / FILE).unlink(missing_ok=True)
     if needs_code(architecture, format_name == "factored"):
         config["auto_map"] = auto_map(architecture)
@@ -314,7 +336,7 @@ def _parameters(files: ModelFiles) -> int:
     return sum(torch.Size(files.header(key)[1]).numel() for key in files.weight_map)
 
 
-def _counts(model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles) -> Counts:
+def _counts(model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles, refitted: int) -> Counts:
     """Counts of a written model, and of the same with its experts unfactored."""
     parameters, layers = _parameters(files), model.config.get_text_config().num_hidden_layers
     held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values() if tensor.numel()}  # tied ones once
@@ -322,4 +344,4 @@ def _counts(model: PreTrainedModel, modules: dict[str, FactoredExperts], files: 
     factored = sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
     original = sum(held.values()) - factored + native
     saved_bytes = (original - parameters) * model.dtype.itemsize
-    return Counts(parameters, original, files.bytes, files.bytes + saved_bytes, len(modules), layers)
+    return Counts(parameters, original, files.bytes, files.bytes + saved_bytes, len(modules), layers, refitted)

@@ -21,9 +21,18 @@ FORMAT_VERSION = 1
 
 
 class MoesvdConfig(QuantizationConfigMixin):
-    """`quantization_config` of a factored checkpoint: one description for each layer whose experts are factored (see `FactoredExperts`)."""
+    """`quantization_config` of a factored checkpoint: one description for each layer whose experts are factored (see `FactoredExperts`).
 
-    def __init__(self, layers: list[dict[str, Any]] | None = None, format_version: int = FORMAT_VERSION, **ignored: Any) -> None:
+    `refitted_routers` names the layers whose routers are not the original's; they load as any tensor, so that nothing has to be done.
+    """
+
+    def __init__(
+        self,
+        layers: list[dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        refitted_routers: list[int] | None = None,
+        **ignored: Any,
+    ) -> None:
         """Take what the checkpoint's configuration says.
 
         Raises:
@@ -33,6 +42,7 @@ class MoesvdConfig(QuantizationConfigMixin):
             raise ValueError(f"format_version must be {FORMAT_VERSION} for this version of moesvd, got {format_version}: update moesvd")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layers = layers or []
+        self.refitted_routers = refitted_routers or []
         self.format_version = format_version
 
 
@@ -77,9 +87,9 @@ def replace_module(model: nn.Module, spec: dict[str, Any], device: torch.device 
     return factored
 
 
-def attach(model: Any, layers: list[dict[str, Any]]) -> None:
+def attach(model: Any, layers: list[dict[str, Any]], refitted_routers: list[int]) -> None:
     """Mark a model whose experts were replaced in memory as what loading the same checkpoint would have given."""
-    quantizer = MoesvdQuantizer(MoesvdConfig(layers=layers))
+    quantizer = MoesvdQuantizer(MoesvdConfig(layers=layers, refitted_routers=refitted_routers))
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, METHOD
     model.config.quantization_config = quantizer.quantization_config

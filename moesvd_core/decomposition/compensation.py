@@ -16,7 +16,7 @@ tokens.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -32,12 +32,10 @@ from moesvd_core.decomposition.factors import (
     balanced,
 )
 from moesvd_core.decomposition.grams import ridged
+from moesvd_core.decomposition.least_squares import RIDGE, FitSums
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.projection import best_projection, reader
 from moesvd_core.planning import DENSE, LayerPlan, Metric
-
-RIDGE = 1e-4
-"""Ridge on E[h̃ h̃ᵀ], as a share of its mean diagonal."""
 
 
 def is_changed(plan: LayerPlan) -> bool:
@@ -96,37 +94,6 @@ def _shared_input(factors: LayerFactors) -> RightGroup | None:
     return side.groups[0] if isinstance(side, SharedRightFactors) and len(side.groups) == 1 else None
 
 
-@dataclass
-class ExpertSums:
-    """One expert's sums for the fit, float64.
-
-    Attributes:
-        tokens: n.
-        gram_FF: Σ p² φ φᵀ, φ the features.
-        error_DF: Σ p² (t − B φ) φᵀ, B the matrix that is there before the fit.
-        error_square: Σ p² ‖t − B φ‖².
-    """
-
-    tokens: int
-    gram_FF: torch.Tensor
-    error_DF: torch.Tensor
-    error_square: float
-
-    def plus(self, other: "ExpertSums") -> "ExpertSums":
-        """Sums over both."""
-        return ExpertSums(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    def change(self) -> torch.Tensor:
-        """What the fit adds to B, [D, F], shrunk by its adjusted R²; zero where the tokens are too few to tell."""
-        features = len(self.gram_FF)
-        if self.tokens <= features + 1 or self.error_square <= 0:
-            return torch.zeros_like(self.error_DF)
-        change_DF: torch.Tensor = torch.linalg.solve(ridged(self.gram_FF, RIDGE), self.error_DF.T).T
-        explained = float((change_DF * self.error_DF).sum()) / self.error_square
-        adjusted = 1 - (1 - explained) * (self.tokens - 1) / (self.tokens - features - 1)
-        return change_DF * (max(0.0, adjusted / explained) if explained > 0 else 0.0)
-
-
 class OutputFit:
     """Gathers one layer's sums while both streams run, and fits its output factors.
 
@@ -143,7 +110,7 @@ class OutputFit:
     def __init__(self, metric: LayerMetric, factors: LayerFactors, kind: Metric, *, narrow: bool) -> None:
         self.planned = factors
         self._metric, self._kind, self._narrow = metric, kind, narrow
-        self._sums: dict[int, ExpertSums] = {}
+        self._sums: dict[int, FitSums] = {}
 
     @torch.no_grad()
     def add(self, expert: int, h_nM: torch.Tensor, target_nD: torch.Tensor, p_n: torch.Tensor) -> None:
@@ -162,9 +129,7 @@ class OutputFit:
             target_nD = target_nD - h_nM.to(target_nD.dtype) @ output.base_NM.to(target_nD).T
         p_n1 = p_n.float()[:, None]
         feature_nF = read(h_nM.float()) * p_n1
-        error_nD = target_nD.float() * p_n1 - feature_nF @ before_DF.T
-        error_square = float(error_nD.double().square().sum())
-        added = ExpertSums(len(p_n), (feature_nF.T @ feature_nF).double(), (error_nD.T @ feature_nF).double(), error_square)
+        added = FitSums.of(feature_nF, target_nD.float() * p_n1 - feature_nF @ before_DF.T)
         self._sums[expert] = added if expert not in self._sums else self._sums[expert].plus(added)
 
     def factors(self) -> LayerFactors:
@@ -208,7 +173,7 @@ class OutputFit:
             left[expert], right[expert] = (each.to(self._metric.dtype).cpu() for each in balanced(*fitted))
         return PerExpertFactors(output.ranks, tuple(left), tuple(right), output.dense)
 
-    def _truncated(self, expert: int, change_DM: torch.Tensor, sums: ExpertSums, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _truncated(self, expert: int, change_DM: torch.Tensor, sums: FitSums, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Best factors [D, R] and [R, M] of the fitted matrix, errors weighed by L on the left and E[h̃ h̃ᵀ] on the right."""
         target_DM = self._metric.weight("output", expert).double() + change_DM
         if isinstance(self.planned.output, BaseDeltaFactors):
@@ -228,6 +193,6 @@ class OutputFit:
             return SharedLeftFactors(*balanced(output.left_NR, right_ERM))
         if not self._sums:
             return output
-        pooled = reduce(ExpertSums.plus, self._sums.values())
+        pooled = reduce(FitSums.plus, self._sums.values())
         left_DR = output.left_NR + pooled.change().to(output.left_NR)
         return SharedLeftFactors(*balanced(left_DR, output.right_ERM))

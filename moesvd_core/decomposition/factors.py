@@ -231,7 +231,7 @@ class MergedFactors(SideFactors):
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """Both sides of one layer, and the biases, which methods that look at matrices do not touch.
+    """Both sides of one layer, the biases, which methods that look at matrices do not touch, and what became of its router.
 
     Attributes:
         layer: index of the decoder layer.
@@ -239,6 +239,8 @@ class LayerFactors:
         output: factors of down, d × m.
         input_bias_EN, output_bias_ED: the biases, or None; the input bias has the rows that the input side stores.
         kept: experts among which the router chooses, where some were pruned; None: all of them.
+        router_EF: the router's matrix, a row for every expert, where it was refitted (F: what it reads); None: as it is. It takes the
+            original's place, so it is no parameter more.
     """
 
     layer: int
@@ -247,6 +249,13 @@ class LayerFactors:
     input_bias_EN: torch.Tensor | None = None
     output_bias_ED: torch.Tensor | None = None
     kept: tuple[int, ...] | None = None
+    router_EF: torch.Tensor | None = None
+
+    @classmethod
+    def unchanged(cls, layer: int, weights: ExpertWeights) -> "LayerFactors":
+        """A layer whose experts stay as they are."""
+        sides = DenseFactors(weights.input_END), DenseFactors(weights.output_EDM)
+        return cls(layer, *sides, weights.input_bias_EN, weights.output_bias_ED)
 
     @property
     def parameters(self) -> int:

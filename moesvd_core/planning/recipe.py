@@ -1,6 +1,6 @@
 """What a person asks for: method, ratio and the choices behind them. The same YAML drives pages and command line."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any, Literal, get_args
 
@@ -19,8 +19,20 @@ Allocation = Literal["uniform", "selective", "owl", "greedy"]
 Budget = Literal["parameters", "flops"]
 
 
+class Finished:
+    """What a recipe and a plan say of the finished model alike."""
+
+    compensate: bool
+    refit_router: bool
+
+    @property
+    def fits(self) -> tuple[str, ...]:
+        """What is fitted to the stream that compressed layers have changed, once the ranks are chosen; the words for it."""
+        return tuple(word for word, chosen in (("compensated", self.compensate), ("router refitted", self.refit_router)) if chosen)
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Finished):
     """One request for a plan.
 
     Attributes:
@@ -35,6 +47,9 @@ class Recipe:
         compensate: refine the bases that experts share at their ranks, and fit each layer's output factors to what the layers before it
             have changed, after the ranks are chosen (`compensation`); costs two passes over some of the calibration text for each ratio,
             and no parameter.
+        refit_router: let each router choose, from what the layers before it have changed, as much as it can like the original's from what
+            it was before (`compensation`); with or without `compensate`, at the cost of running some of the calibration text through
+            everything before each router twice more, and of no parameter.
 
     Raises:
         InputError: a value out of its bounds or of a wrong type.
@@ -49,6 +64,7 @@ class Recipe:
     budget: Budget = "parameters"
     flops_ratio: float | None = None
     compensate: bool = False
+    refit_router: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or not self.method:
@@ -58,13 +74,18 @@ class Recipe:
             _check_share("flops_ratio", self.flops_ratio, "the floating-point operations a token")
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
             raise InputError(f"block must be a whole number of ranks, at least 1 (8 suits grouped kernels), got {self.block!r}")
-        if not isinstance(self.compensate, bool):
-            raise InputError(f"compensate must be true or false, got {self.compensate!r}")
+        for name in ("compensate", "refit_router"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
         _check_choice("metric", self.metric, get_args(Metric))
         _check_choice("structure", self.structure, get_args(Structure))
         _check_choice("allocation", self.allocation, get_args(Allocation))
         if self.budget not in get_args(Budget):
             raise InputError(f"budget must be one of {', '.join(get_args(Budget))}, got {self.budget!r}")
+
+    def unfitted(self) -> "Recipe":
+        """The recipe of the same ranks that leaves factors and routers as they are sliced."""
+        return replace(self, compensate=False, refit_router=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for YAML and JSON; choices left to the method are left out."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from moesvd_core.errors import InputError
 from moesvd_core.planning.curves import SIDES, Structure
-from moesvd_core.planning.recipe import Metric
+from moesvd_core.planning.recipe import Finished, Metric
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Finished):
     """Ranks of every layer for one method and ratio; `as_dict` is its JSON.
 
     Attributes:
@@ -134,6 +134,7 @@ class Plan:
         layers: in the model's order.
         metric: what the factors are to minimise; None: what the method says.
         compensate: shared bases are refined, output factors fitted to the compressed stream; ranks and sizes do not depend on it.
+        refit_router: routers are fitted to the compressed stream, so that they choose as before; the same.
     """
 
     method: str
@@ -152,6 +153,11 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     metric: Metric | None = None
     compensate: bool = False
+    refit_router: bool = False
+
+    def layer(self, index: int) -> LayerPlan | None:
+        """The plan of a decoder layer; None where it says nothing of it."""
+        return next((layer for layer in self.layers if layer.layer == index), None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the fields above, layers as a list."""

@@ -63,7 +63,7 @@ def plan_at_once(run: RunFolder, recipe: Recipe) -> Plan | None:
     file = plans_file(run, recipe.method)
     if plan is not None or recipe.flops_ratio is None or not file.exists():
         return plan
-    return _plan(run.path, replace(recipe, compensate=False), file.stat().st_mtime_ns)
+    return _plan(run.path, recipe.unfitted(), file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)

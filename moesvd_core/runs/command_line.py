@@ -58,7 +58,8 @@ def _recipe(recipe: Recipe, file: str) -> list[str]:
     fewer = [] if recipe.flops_ratio is None else ["--flops-ratio", f"{recipe.flops_ratio:g}"]
     usually = METHODS[recipe.method].compensate
     fitted = [] if recipe.compensate == usually else ["--no-compensate" if usually else "--compensate"]
-    return [*named, "--method", recipe.method, "--ratio", f"{recipe.ratio:g}", *fewer, *fitted]
+    routers = ["--refit-router"] if recipe.refit_router else []
+    return [*named, "--method", recipe.method, "--ratio", f"{recipe.ratio:g}", *fewer, *fitted, *routers]
 
 
 def _calibration(settings: Mapping[str, Any]) -> list[str] | None:

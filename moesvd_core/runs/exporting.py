@@ -84,7 +84,7 @@ def card_facts(bench: Workbench, plan: Plan, known: Mapping[str, Any], command: 
     active = ("active parameters a token", f"{plan.original_active_parameters:,}", f"{plan.active_parameters:,}")
     return CardFacts(
         source=Path(bench.run.identity.model).name,
-        method=f"{plan.method}, compensated" if plan.compensate else plan.method,
+        method=", ".join([plan.method, *plan.fits]),
         calibration=f"{calibration.dataset}, {statistics.windows} windows of {statistics.length} tokens, seed {calibration.seed}",
         command=command,
         figures=(active, *figures),

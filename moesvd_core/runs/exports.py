@@ -77,7 +77,7 @@ def export_name(model: str, recipe: Recipe, form: str, dtype: str | None = None)
     """Name of the folder that an export goes to: model, method, percent removed, format; then what else was chosen (operations, ...)."""
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-.")[:80] or "model"
     fewer = [] if recipe.flops_ratio is None else [f"flops-{100 * recipe.flops_ratio:.4g}"]
-    further = [*fewer, *(["compensated"] if recipe.compensate else []), *([dtype] if dtype else [])]
+    further = [*fewer, *(word.replace(" ", "-") for word in recipe.fits), *([dtype] if dtype else [])]
     return "-".join([readable, recipe.method, f"{100 * recipe.ratio:.4g}", form, *further])
 
 

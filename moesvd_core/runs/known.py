@@ -1,7 +1,7 @@
 """What a run already knows of plans and of how good they are, read from its files; nothing is planned or measured here."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def reach(run: RunFolder, method: str) -> float | None:
 def known_plan(run: RunFolder, recipe: Recipe) -> Plan | None:
     """The plan of a recipe if it was made: alone, or (for a method as it is) among the plans of all whole percents.
 
-    Compensation changes no rank: plans with and without it are the same.
+    Neither compensation nor a refitted router changes a rank: plans with and without them are the same.
 
     Raises:
         RunError: its file is damaged.
@@ -61,7 +61,7 @@ def known_plan(run: RunFolder, recipe: Recipe) -> Plan | None:
     if made is not None:
         return _plan(made)
     file = plans_file(run, recipe.method)
-    recipe = replace(recipe, compensate=False)
+    recipe = recipe.unfitted()
     if recipe != Recipe(method=recipe.method, ratio=recipe.ratio) or not file.exists():
         return None
     return _planned(run.path, file.name, file.stat().st_mtime_ns, recipe.ratio)
@@ -87,13 +87,13 @@ def loss_laws(run: RunFolder, methods: Iterable[str], dataset: str) -> dict[str,
     """What predicted losses of each method have to be made of to be of the size of measured ones on a data set, whatever its part.
 
     Fitted to the method's own measured plans where there are enough of them, and to its cuts of single layers (an analysis of sensitivity
-    makes them); else to the plans of all methods; none before enough was measured. What was compensated is left out: predictions are of
-    factors as they are sliced.
+    makes them); else to the plans of all methods; none before enough was measured. What was fitted when it was finished is left out:
+    predictions are of factors as they are sliced.
     """
     points = _told(
         (plan_key(recipe), recipe.method, layer_losses(_plan(record)), record)
         for record in _records(run)
-        if not (recipe := Recipe.from_dict(record["recipe"])).compensate and record["dataset"] == dataset
+        if not (recipe := Recipe.from_dict(record["recipe"])).fits and record["dataset"] == dataset
     )
     laws: dict[str, LossLaw] = {}
     for method in methods:

@@ -184,12 +184,13 @@ class Workbench:
 
 
 def plan_key(recipe: Recipe) -> str:
-    """Name of a recipe's files: method and ratio, whether it compensates, and digits for further choices where there are some."""
-    shown = ("method", "compensate", *(["ratio"] if recipe.ratio == round(recipe.ratio, 4) else []))
+    """Name of a recipe's files: method and ratio, what is fitted, and digits for further choices where there are some."""
+    shown = ("method", "compensate", "refit_router", *(["ratio"] if recipe.ratio == round(recipe.ratio, 4) else []))
     choices = {name: value for name, value in recipe.as_dict().items() if name not in shown}
     plain = {name: value for name, value in Recipe().as_dict().items() if name not in shown}
     further = "" if choices == plain else f"-{_digest(json.dumps(choices, sort_keys=True))[:6]}"
-    return f"{recipe.method}{'-compensated' if recipe.compensate else ''}{further}@{recipe.ratio:.4f}"
+    name = "-".join([recipe.method, *recipe.fits]).replace(" ", "-")
+    return f"{name}{further}@{recipe.ratio:.4f}"
 
 
 def _digest(text: str) -> str:

@@ -1,7 +1,6 @@
 """What the Export page shows: what would be written, what was written, and how a push stands."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def _unknown(recipe: Recipe, facts: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _quality(run: RunFolder, recipe: Recipe, plan: Plan | None) -> tuple[str, str, str]:
-    for wanted, when in ((recipe, ""), (replace(recipe, compensate=False), ", before compensation")):
+    for wanted, when in ((recipe, ""), (recipe.unfitted(), ", before it is fitted")):
         measured = [row for row in measurements(run) if row.recipe == wanted]
         if measured:
             figures = measured[-1].figures

@@ -1,7 +1,6 @@
 """What a smaller model costs, over all methods: predicted by their plans, and measured; and the figures of one measured plan."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import exp, isfinite
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,8 @@ def curve(run: RunFolder, method: str, text: Text, flops_ratio: float | None = N
     windows and on many stand beside each other.
 
     Args:
-        flops_ratio: of the view; plans with another bound on operations are left out.
+        flops_ratio: of the view; plans with another bound on operations are left out, as are those with refitted routers, which the
+            explorer has on offer for exports alone.
 
     Raises:
         RunError: a file of the run is damaged.
@@ -59,7 +59,7 @@ def curve(run: RunFolder, method: str, text: Text, flops_ratio: float | None = N
     if not names or base is None:
         return figure.nothing("Nothing to compare yet", "The curve of every planned method appears here once the original is measured.")
     points: dict[str, list[Measured]] = {}
-    for row in {row.recipe: row for row in on_dataset(run, text)}.values():
+    for row in {row.recipe: row for row in on_dataset(run, text) if row.recipe and not row.recipe.refit_router}.values():
         if row.recipe and row.recipe.flops_ratio in (None, flops_ratio if row.recipe.method == method else None):
             points.setdefault(_line(row.recipe), []).append(row)
     lines = {_line(recipe): recipe for recipe in (Recipe(method=name) for name in sorted(names, key=lambda name: name == method))}
@@ -103,7 +103,7 @@ def curve(run: RunFolder, method: str, text: Text, flops_ratio: float | None = N
 
 def _line(recipe: Recipe) -> str:
     """Name of the line that a recipe's plans lie on."""
-    return recipe_name(replace(recipe, compensate=False))
+    return recipe_name(recipe.unfitted())
 
 
 def _predicted(run: RunFolder, line: Recipe, law: LossLaw | None) -> list[float]:

@@ -13,9 +13,9 @@ def escape(text: object) -> str:
 
 
 def recipe_name(recipe: Recipe) -> str:
-    """What was made of a model: the method, how many operations it was to save, and whether it was compensated."""
+    """What was made of a model: the method, how many operations it was to save, and what was fitted when it was finished."""
     fewer = [] if recipe.flops_ratio is None else [f"{share(recipe.flops_ratio, 0)} fewer operations"]
-    return ", ".join([recipe.method, *fewer, *(["compensated"] if recipe.compensate else [])])
+    return ", ".join([recipe.method, *fewer, *recipe.fits])
 
 
 def count(value: float) -> str:

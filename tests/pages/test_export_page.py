@@ -59,8 +59,10 @@ def state(**changes: Any) -> ViewState:
     return ViewState(**{"run": RUN, "ratio": 0.2, **changes})
 
 
-def preview(context: Context, view: ViewState, form: str = "factored", dtype: str = export.OWN) -> tuple[str, str, gr.Button]:
-    return export._preview(context)(view, form, dtype, True)
+def preview(
+    context: Context, view: ViewState, form: str = "factored", dtype: str = export.OWN, *, refit: bool = False
+) -> tuple[str, str, gr.Button]:
+    return export._preview(context)(view, form, dtype, True, refit)
 
 
 def test_the_preview_is_the_plan_s_size_before_anything_is_written(context: Context) -> None:
@@ -95,6 +97,14 @@ def test_fewer_operations_go_into_size_name_and_commands(context: Context) -> No
         preview(context, state(flops_ratio=0.99))
 
 
+def test_refitted_routers_go_into_name_and_commands_and_change_no_size(context: Context) -> None:
+    plain, refitted = preview(context, state()), preview(context, state(), refit=True)
+    name = "model-mixtral-auto-20-factored-compensated"
+    assert refitted[0] == plain[0].replace(name, f"{name}-router-refitted")
+    assert "--refit-router" in refitted[1] and "--refit-router" not in plain[1]
+    assert "refit_router: true" in refitted[1] and "refit_router: false" in plain[1]
+
+
 def test_a_plan_that_was_not_made_is_said_to_be_about(context: Context) -> None:
     shown, _, button = preview(context, state(method="latent"))
     assert "about" in shown
@@ -114,14 +124,14 @@ def test_forged_choices_are_refused(context: Context, form: str, dtype: str) -> 
     with pytest.raises(InputError, match="format must be one of"):
         preview(context, state(), form, dtype)
     with pytest.raises(InputError, match="format must be one of"):
-        export._write(context)(state(), form, dtype, False)
+        export._write(context)(state(), form, dtype, False, False)
 
 
 def test_an_export_is_written_into_its_run_verified_and_shown(context: Context) -> None:
     view, run = state(), context.client.open(RUN)
-    export._write(context)(view, "factored", "bfloat16", True)
+    export._write(context)(view, "factored", "bfloat16", True, False)
     with pytest.raises(InputError, match="is being written already"):
-        export._write(context)(view, "factored", "bfloat16", True)
+        export._write(context)(view, "factored", "bfloat16", True, False)
     (job,) = work(run)
     assert job.state == "finished", job.error
     name = "model-mixtral-auto-20-factored-compensated-bfloat16"
@@ -136,6 +146,18 @@ def test_an_export_is_written_into_its_run_verified_and_shown(context: Context) 
     assert "library_name" not in card
     assert f"`moesvd export {RUN} --method auto --ratio 0.2 --output out/{name} --format factored --dtype bfloat16`" in card
     assert (pushed, clock.active) == ("", False)
+
+
+def test_an_export_with_refitted_routers_says_so(context: Context) -> None:
+    run = context.client.open(RUN)
+    export._write(context)(state(), "factored", export.OWN, False, True)
+    (job,) = work(run)
+    assert job.state == "finished", job.error
+    name = "model-mixtral-auto-20-factored-router-refitted"
+    card = export._shown(context, Pushes())(state(), name)[2]
+    assert "- Method: `auto, router refitted`" in card
+    assert "2 routers were refitted to what the layers before them have changed; all other routers" in card
+    assert "--no-compensate --refit-router" in card
 
 
 @pytest.mark.parametrize("name", ["../..", "gone", "..", f"../{RUN}/exports"])

@@ -38,8 +38,23 @@ def test_refuses_an_empty_method() -> None:
         Recipe(method="")
 
 
+@pytest.mark.parametrize("field", ["compensate", "refit_router"])
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_refuses_a_switch_that_is_neither_on_nor_off(field: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"{field} must be true or false, got {value!r}"):
+        Recipe(**{field: value})  # type: ignore[arg-type]
+
+
+def test_what_is_fitted_has_its_words_and_goes_without() -> None:
+    recipe = Recipe("latent", 0.25, compensate=True, refit_router=True)
+    assert recipe.fits == ("compensated", "router refitted")
+    assert Recipe("latent", refit_router=True).fits == ("router refitted",)
+    assert recipe.unfitted() == Recipe("latent", 0.25)
+    assert not Recipe().fits
+
+
 def test_yaml_there_and_back() -> None:
-    recipe = Recipe("latent", 0.25, allocation="greedy", block=4, budget="flops")
+    recipe = Recipe("latent", 0.25, allocation="greedy", block=4, budget="flops", refit_router=True)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     assert "metric" not in recipe.to_yaml()
 

@@ -62,6 +62,14 @@ def test_a_model_that_is_fitted_otherwise_than_usual_says_so(recipe: Recipe, giv
     assert word is None or word in command.split()
 
 
+def test_a_refitted_router_has_a_word() -> None:
+    usual = Recipe(compensate=True)
+    for recipe, given in ((usual, None), (Recipe(compensate=True, refit_router=True), True)):
+        command = compress_command(identity(), recipe, output="out", form="factored")
+        assert command is not None
+        assert understood(command)["refit_router"] is given
+
+
 def test_what_has_no_words_has_no_command() -> None:
     assert compress_command(identity(gradient=False), Recipe(), output="out", form="factored") is None
     assert compress_command(identity(), Recipe(), output="out", form="factored", dtype="bfloat16") is None

@@ -60,6 +60,7 @@ def _with(**options: Any) -> Mapping[str, Method]:
 VARIANTS = (
     Variant(WHOLE, "nothing"),
     Variant("not compensated", "compensation", _recipe(compensate=False)),
+    Variant("router refitted", "the original's routers", _recipe(refit_router=True)),
     Variant("input metric", "the output metric", _recipe(metric="input")),
     Variant("estimated curvature", "each expert's own measured curvature", without=(*BACKWARD_SUMS, "row_gram_ENN")),
     Variant("the text's labels alone", "labels drawn from the model's predictions", calibration={"drawn_labels": 0}),
