@@ -1,38 +1,118 @@
-"""Products of all experts at a time, for small experts on CPUs: calls cost more than arithmetic there, even where some is for nothing.
+"""Products of many experts at a time, for small experts on CPUs: calls cost more than arithmetic there, even where some is for nothing.
 
-Few tokens are answered by every expert, and the router's weights leave out whom it did not ask. Of more tokens each expert gets its own
-rows, filled up to a number that few exceed.
+Of few pairs of a token and an expert each reads the rows of its expert's matrix that its numbers stand for, and adds them up. Of more, each
+expert gets its own rows, filled up to a number that few exceed.
 
 An export carries a copy of this file, so it must import torch and the other files that are carried only.
 
-Shapes: T tokens, k active experts a token, E experts, Q rows of each, G experts of one batch, N rows and C columns of one matrix.
+Shapes: T tokens, k active experts a token, P pairs, E experts in an order of a side's own (their places in it), Q rows of each, G experts
+of one batch, R rows in memory, N rows and C columns of one matrix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import linear
+from torch import nn
 
-from moesvd_core.grouped import Run, usual
+from moesvd_core.grouped import Run, add_up, usual
 
 
-class Batch(NamedTuple):
-    """Experts whose matrices are of one shape.
+class Step(NamedTuple):
+    """One matrix of each expert of a batch.
 
     Attributes:
-        ids_G: who they are; None: all, in order.
-        chain: matrices [G, N, C] that their rows pass one after the other.
-        place_E: where each expert stands when the experts of all batches follow each other; None where there is one batch.
+        weight_GCN: the matrices, transposed; one piece of memory.
+        rows_RN: the same as rows, C for each expert.
+        row_GC: which of these are whose, int32.
+        first: the place of the first expert.
     """
 
-    ids_G: torch.Tensor | None
-    chain: tuple[torch.Tensor, ...]
-    place_E: torch.Tensor | None = None
+    weight_GCN: torch.Tensor
+    rows_RN: torch.Tensor
+    row_GC: torch.Tensor
+    first: int
 
-    def own(self, x_EXC: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """What concerns these experts of what is given for all."""
-        return x_EXC if self.ids_G is None else x_EXC.index_select(dim, self.ids_G)
+    @classmethod
+    def of(cls, weight_GNC: torch.Tensor, first: int = 0) -> "Step":
+        """Take matrices that stand transposed in memory."""
+        weight_GCN = weight_GNC.transpose(1, 2)
+        rows_RN = weight_GCN.view(-1, weight_GCN.shape[2])
+        return cls(weight_GCN, rows_RN, torch.arange(len(rows_RN), dtype=torch.int32).view(weight_GCN.shape[:2]), first)
+
+
+Batch = tuple[Step, ...]
+"""What rows of some experts pass, one step after the other."""
+
+
+class Arranged:
+    """A side's matrices as products of many experts need them, in memory that the side's parameters are views of.
+
+    Attributes:
+        batches: of experts that follow each other in `order`.
+        order: all experts.
+        chains: of each expert, the matrices [C, N] that its rows pass.
+        shared: what every token meets once, before the input side's batches or after the output side's.
+        steps: products that all experts take together.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter | None],
+        batches: Sequence[Sequence[torch.Tensor]],
+        order: Sequence[int] | None = None,
+        ranks: Sequence[int] = (),
+        shared_NC: torch.Tensor | None = None,
+    ) -> None:
+        """Take what `parameters` are views of.
+
+        Args:
+            parameters: who replaces or moves one makes this outdated (see `holds`).
+            batches: matrices [G, N, C] of consecutive experts, standing transposed in memory.
+            order: None: as they are counted.
+            ranks: of each expert; what pairs of matrices are filled up with beyond is left out of `chains`.
+            shared_NC: one matrix for all.
+        """
+        self.batches, count = list[Batch](), 0
+        for batch in batches:
+            self.batches.append(tuple(Step.of(weight_GNC, count) for weight_GNC in batch))
+            count += len(batch[0])
+        self.shared = None if shared_NC is None else Step.of(shared_NC[None])
+        self.steps = sum(len(batch) for batch in batches)
+        self.order = tuple(range(count)) if order is None else tuple(order)
+        places = inverse(self.order)
+        self.chains = [self._chain(place, ranks[expert] if ranks else 0) for expert, place in enumerate(places)]
+        self._place_E = None if places == list(self.order) == sorted(places) else torch.tensor(places)
+        self._found = [(name, parameter.data_ptr()) for name, parameter in parameters.items() if parameter is not None]
+
+    def _chain(self, place: int, rank: int) -> list[torch.Tensor]:
+        batch = next(batch for batch in reversed(self.batches) if batch[0].first <= place)
+        matrices = [step.weight_GCN[place - step.first] for step in batch]
+        return matrices if len(matrices) == 1 else [matrices[0][:, :rank], matrices[1][:rank]]
+
+    def holds(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
+        """Whether the parameters are still where they were."""
+        return all((now := parameters[name]) is not None and now.data_ptr() == place for name, place in self._found)
+
+    def places(self, expert: torch.Tensor) -> torch.Tensor:
+        """Where experts stand in the order."""
+        return expert if self._place_E is None else self._place_E.index_select(0, expert.flatten()).view(expert.shape)
+
+    def once(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """Few tokens through what all experts share."""
+        return x_TC if self.shared is None else _sums(self.shared, x_TC, torch.zeros(len(x_TC), dtype=torch.int64))
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """Where each number stands in an order."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def transposed(parameter: nn.Parameter) -> torch.Tensor:
+    """Let a parameter's matrices stand transposed in memory; nothing else about it changes."""
+    if not parameter.transpose(-1, -2).is_contiguous():
+        parameter.data = parameter.detach().transpose(-1, -2).contiguous().transpose(-1, -2)
+    return parameter.detach()
 
 
 def slot_rows(counts: Sequence[int], turn: float, unread: float) -> int:
@@ -88,44 +168,75 @@ class Slots:
         self.place_Tk = torch.empty_like(order_P).scatter_(0, order_P, place_P).view(index_Tk.shape)
 
 
-def every_token(batches: Sequence[Batch], x_TC: torch.Tensor) -> torch.Tensor:
-    """Every token through each expert's matrices [E, T, N]; the first step is one matrix for all."""
+def every_pair(batches: Sequence[Batch], x_PC: torch.Tensor, place_P: torch.Tensor) -> torch.Tensor:
+    """Every pair's row through the matrices of its expert [P, N], in any order of pairs."""
+    order: list[int] = []
     parts = []
+    for batch, pairs in _shares(batches, place_P):
+        if pairs is None:
+            return _through(batch, x_PC, place_P)
+        pair_O = torch.tensor(pairs)
+        parts.append(_through(batch, x_PC.index_select(0, pair_O), place_P.index_select(0, pair_O)))
+        order += pairs
+    y_PN = torch.cat(parts)
+    return torch.empty_like(y_PN).index_copy_(0, torch.tensor(order), y_PN)
+
+
+def sum_of_pairs(batches: Sequence[Batch], x_PC: torch.Tensor, place_P: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
+    """The same, added up by weights [T, N] (None: one pair a token, which counts fully)."""
+    (batch, pairs), *others = _shares(batches, place_P)
+    if weight_Tk is None:
+        return every_pair(batches, x_PC, place_P)
+    if others or pairs is not None:
+        return add_up(every_pair(batches, x_PC, place_P), torch.arange(len(place_P)).view(weight_Tk.shape), weight_Tk)
+    x_PC = _through(batch[:-1], x_PC, place_P) * weight_Tk.view(-1, 1)
+    return _sums(batch[-1], x_PC, place_P, weight_Tk.shape[1])
+
+
+def _shares(batches: Sequence[Batch], place_P: torch.Tensor) -> list[tuple[Batch, list[int] | None]]:
+    """Which of the pairs each batch answers; None: all of them."""
+    if len(batches) == 1:
+        return [(batches[0], None)]
+    places, shares, start = place_P.tolist(), list[tuple[Batch, list[int] | None]](), 0
     for batch in batches:
-        first_GNC, *others = batch.chain
-        y_TGN = linear(x_TC.to(first_GNC.dtype), first_GNC.flatten(0, 1)).view(len(x_TC), *first_GNC.shape[:2])
-        parts.append(_through(others, y_TGN.transpose(0, 1)))
-    return _by_expert(batches, parts)
+        stop = start + len(batch[0].row_GC)
+        pairs = [pair for pair, place in enumerate(places) if start <= place < stop]
+        if len(pairs) == len(places):
+            return [(batch, None)]
+        if pairs:
+            shares.append((batch, pairs))
+        start = stop
+    return shares
+
+
+def _through(batch: Batch, x_PC: torch.Tensor, place_P: torch.Tensor) -> torch.Tensor:
+    for step in batch:
+        x_PC = _sums(step, x_PC, place_P)
+    return x_PC
+
+
+def _sums(step: Step, x_PC: torch.Tensor, place_P: torch.Tensor, pairs: int = 1) -> torch.Tensor:
+    """Products as sums of weighted rows in memory, each of so many pairs: one call reads the matrices that are asked for, and no others."""
+    row_PC = step.row_GC.index_select(0, place_P - step.first if step.first else place_P)
+    start_S = torch.arange(0, row_PC.numel(), pairs * row_PC.shape[1], dtype=torch.int32)
+    weight_X = x_PC.to(step.rows_RN.dtype).reshape(-1)
+    return torch.embedding_bag(step.rows_RN, row_PC.view(-1), start_S, False, 0, False, weight_X)[0]
 
 
 def every_row(batches: Sequence[Batch], x_EQC: torch.Tensor) -> torch.Tensor:
     """Each expert's rows through its own matrices [E, Q, N]."""
-    return _by_expert(batches, [_through(batch.chain, batch.own(x_EQC)) for batch in batches])
-
-
-def sum_of_all(batches: Sequence[Batch], x_ETC: torch.Tensor, weight_TE: torch.Tensor) -> torch.Tensor:
-    """Every token's rows of all experts through their matrices, added up by weights [T, N]; where the last matrices stand transposed, they
-    are one for all."""
-    sums = []
+    parts, start = [], 0
     for batch in batches:
-        *others, last_GNC = batch.chain
-        x_TGC = _through(others, batch.own(x_ETC)).to(last_GNC.dtype).transpose(0, 1)
-        x_TGC = x_TGC * batch.own(weight_TE, 1)[..., None].to(last_GNC.dtype)
-        last_GCN = last_GNC.transpose(1, 2)
-        if last_GCN.is_contiguous():
-            sums.append(torch.mm(x_TGC.flatten(1), last_GCN.flatten(0, 1)))
-        else:
-            sums.append(torch.bmm(x_TGC.transpose(0, 1), last_GCN).sum(0))
-    return sum(sums[1:], sums[0])
+        x_GQC = x_EQC[start : start + len(batch[0].row_GC)]
+        start += len(x_GQC)
+        for step in batch:
+            x_GQC = torch.bmm(x_GQC.to(step.weight_GCN.dtype), step.weight_GCN)
+        parts.append(x_GQC)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _through(chain: Sequence[torch.Tensor], x_GQC: torch.Tensor) -> torch.Tensor:
-    for weight_GNC in chain:
-        x_GQC = torch.bmm(x_GQC.to(weight_GNC.dtype), weight_GNC.transpose(1, 2))
-    return x_GQC
-
-
-def _by_expert(batches: Sequence[Batch], parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The batches' answers in the order of the experts."""
-    place_E = batches[0].place_E
-    return parts[0] if place_E is None else torch.cat(list(parts)).index_select(0, place_E)
+def chained(x_QC: torch.Tensor, chain: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of one expert through its matrices [C, N], one after the other."""
+    for matrix_CN in chain:
+        x_QC = torch.mm(x_QC, matrix_CN)
+    return x_QC

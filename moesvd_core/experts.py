@@ -8,15 +8,15 @@ width, n input rows, G members of a group, R rank, N rows and C columns of one e
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from moesvd_core.batched import Batch, Slots, every_row, every_token, slot_rows, sum_of_all
+from moesvd_core.batched import Arranged, Slots, chained, every_pair, every_row, slot_rows, sum_of_pairs
 from moesvd_core.factor_sides import make_side
-from moesvd_core.grouped import Pairs, add_up, in_graph, in_turns, keeps_tail, packed_bytes, usual
+from moesvd_core.grouped import Pairs, add_up, in_graph, in_turns, packed_bytes, spans_of
 
 SMALL_EXPERT = 1 << 20
 """Parameters of an expert up to which calls cost more than reading its matrices in whatever order."""
@@ -24,12 +24,12 @@ PRODUCT_COST = 4_000_000
 """Multiplications that a CPU does in the time of calling one more product."""
 READING_COST = 13
 """The same for reading one more number of a matrix."""
-JOINED_PAIRS = 1024
+JOINED_PAIRS = 512
 """So many pairs at most pass all experts at once: with more, calls cost less than what is filled up."""
 CACHED_NUMBERS = 1 << 19
 """So many numbers between the sides stay in a CPU's cache; where there are more, each expert in turn passes both sides at once."""
-ARRANGING_COST = 3
-"""Products in the time of which pairs are arranged by expert."""
+FEW_MULTIPLICATIONS = 16_000_000
+"""So many multiplications of all pairs cost less, one pair at a time, than arranging pairs by expert."""
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -83,6 +83,7 @@ class FactoredExperts(nn.Module):
         own_rows = spec["input"].get("size", rows)  # of the rows that the input side stores
         self.input_bias = nn.Parameter(torch.empty(experts, own_rows, **kind)) if layer["biased"] else None
         self.output_bias = nn.Parameter(torch.empty(experts, hidden, **kind)) if layer["biased"] else None
+        self._arrangeable = self.input.batchable and self.output.batchable
         self._size = sum(parameter.numel() for parameter in self.parameters())
         # A tripwire without content: where the plug-in is missing, transformers would warn and go on with random experts, but it stops at
         # a shape that does not fit. This shape survives the conversion to one tensor an expert and back.
@@ -107,8 +108,9 @@ class FactoredExperts(nn.Module):
     def pack(self) -> None:
         """Arrange the factors, where they are, for faster answers on a CPU: exact, and undone by `unpack`.
 
-        Large ones as its kernels read them, in as many bytes; small ones of different ranks, where calls cost more than bytes, side by
-        side, filled up to the largest rank. Until `unpack` they answer without gradients only, and cannot be saved, moved or compiled.
+        Large ones as its kernels read them, in as many bytes. Small ones are arranged without being asked (`Side.arranged`), but for those
+        of so many ranks that parameters cannot be views: they are filled up to the largest rank here. Until `unpack` packed factors answer
+        without gradients only, and cannot be saved, moved or compiled.
 
         Raises:
             ValueError: the factors are not on a CPU in bfloat16, or its kernels know no such order.
@@ -118,10 +120,10 @@ class FactoredExperts(nn.Module):
             return
         if example.device.type != "cpu" or example.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ValueError(f"only bfloat16 on a CPU that computes with it can be packed, got {example.dtype} on {example.device}")
-        if self._size > self.num_experts * SMALL_EXPERT:
+        if not self._small:
             self.input.pack()
             self.output.pack()
-        elif self.input.batchable and self.output.batchable:
+        elif self._arrangeable:
             self.input.join()
             self.output.join()
 
@@ -141,16 +143,17 @@ class FactoredExperts(nn.Module):
         return sum(packed_bytes(matrix_NC) for matrix_NC in self.packed)
 
     def _answer(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
-        if self.packed and (torch.is_grad_enabled() or in_graph()):
+        recorded = torch.is_grad_enabled() or in_graph()
+        if recorded and self.packed:
             raise RuntimeError("packed experts answer without gradients and graphs only: use torch.no_grad(), or unpack() them")
-        alone = not (keeps_tail(index_Tk) or torch.is_grad_enabled() or self._heard) and len(index_Tk) > 0
-        if alone:
-            answer_TD = self._answer_together(hidden_TD, index_Tk, weight_Tk)
-            if answer_TD is not None:
-                return answer_TD.to(hidden_TD.dtype)
+        alone = not recorded and index_Tk.device.type == "cpu" and len(index_Tk) > 0 and not self._heard
+        if alone and self._arrangeable and self._small:
+            first, then = self.input.arranged(), self.output.arranged()
+            if first is not None and then is not None:
+                return self._answer_arranged(first, then, hidden_TD, index_Tk, weight_Tk).to(hidden_TD.dtype)
         pairs = Pairs(index_Tk, weight_Tk, self.num_experts)
         large = len(pairs.expert_P) * self.input.rows > CACHED_NUMBERS
-        if alone and large and self.input.by_pair and self.output.by_pair:
+        if alone and large and all(side.by_pair and side.here for side in (self.input, self.output)):
             y_PN = in_turns(self.input.narrow(hidden_TD), pairs.token_P, pairs.runs or (), self._answer_of, self.output.rows)
             out_TD: torch.Tensor = self.output.widen(pairs.combine(y_PN))
         else:
@@ -174,60 +177,69 @@ class FactoredExperts(nn.Module):
         """Whether somebody listens to the output side and expects all pairs there, as compensation does."""
         return bool(self.output._forward_pre_hooks)
 
-    def _answer_together(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor | None:
-        """The answer of all experts in one product for each step; None where they cannot, or where taking turns is faster."""
-        sides = self.input.batches(), self.output.batches()
-        if not all(sides) or self.input.reordered or self.output.reordered or index_Tk.numel() > JOINED_PAIRS:
-            return None
-        if weight_Tk is not None and self._asks_all(sides, *index_Tk.shape):
-            return self._answer_of_all(sides, hidden_TD, index_Tk, weight_Tk)
-        counts = index_Tk.reshape(-1).bincount(minlength=self.num_experts).tolist()
-        turn = _steps(sides) * PRODUCT_COST * self.num_experts / max(1, self._size)
-        rows = slot_rows(counts, turn, READING_COST * counts.count(0))
-        return self._answer_in_slots(sides, hidden_TD, index_Tk, weight_Tk, Slots(index_Tk, counts, rows)) if rows > 0 else None
-
-    def _asks_all(self, sides: Sequence[Sequence[Batch]], tokens: int, active: int) -> bool:
-        """Whether all experts are to answer all tokens, rather than each its own or those that are asked in turns.
-
-        In multiplications: those that nobody needs, and the time that other ways take for calls and for reading matrices.
-        """
-        asked = min(self.num_experts, tokens * active)  # at most
-        unread = READING_COST * (self.num_experts - asked)
-        needless = (tokens * (self.num_experts - active) + unread) * self._size / self.num_experts
-        filled_up = (tokens - usual(tokens * active, self.num_experts)) * self._size
-        return bool(needless < _steps(sides) * (asked - 1) * PRODUCT_COST and filled_up < ARRANGING_COST * PRODUCT_COST)
-
-    def _answer_of_all(
-        self, sides: Sequence[Sequence[Batch]], hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor
+    def _answer_arranged(
+        self, first: Arranged, then: Arranged, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None
     ) -> torch.Tensor:
-        """Every expert answers every token, and the router's weights leave out whom it did not ask."""
-        pre_ETN = every_token(sides[0], self.input.narrow(hidden_TD))
-        weight_TE = weight_Tk.new_zeros(len(weight_Tk), self.num_experts).scatter_add_(1, index_Tk, weight_Tk)
-        out_TD = self.output.widen(sum_of_all(sides[1], self._neurons(pre_ETN), weight_TE))
-        return out_TD if self.output_bias is None else out_TD + weight_TE @ self.output_bias.to(weight_TE.dtype)
-
-    def _answer_in_slots(
-        self,
-        sides: Sequence[Sequence[Batch]],
-        hidden_TD: torch.Tensor,
-        index_Tk: torch.Tensor,
-        weight_Tk: torch.Tensor | None,
-        slots: Slots,
-    ) -> torch.Tensor:
-        """Every expert answers its own tokens, and those that have more than the others take turns with the rest."""
-        x_TC = self.input.narrow(hidden_TD)
-        x_EQC = x_TC.index_select(0, slots.token_EQ.flatten()).view(*slots.token_EQ.shape, -1)
-        y_SN = every_row(sides[1], self._neurons(every_row(sides[0], x_EQC))).flatten(0, 1)
-        if slots.rest:
-            y_SN = torch.cat([y_SN, in_turns(x_TC, slots.token_X, slots.rest, self._answer_of, self.output.rows)])
-        out_TD = self.output.widen(add_up(y_SN, slots.place_Tk, weight_Tk))
+        """The answer of small experts, in the way that takes least time for so many pairs."""
+        if index_Tk.numel() * self._size <= FEW_MULTIPLICATIONS * self.num_experts:
+            out_TD = self._answer_by_pair(first, then, hidden_TD, index_Tk, weight_Tk)
+        else:
+            place_Tk = then.places(index_Tk)
+            counts = place_Tk.reshape(-1).bincount(minlength=self.num_experts).tolist()
+            turn = (first.steps + then.steps) * PRODUCT_COST * self.num_experts / self._size
+            rows = 0 if index_Tk.numel() > JOINED_PAIRS else slot_rows(counts, turn, READING_COST * counts.count(0))
+            if rows > 0:
+                out_TD = self._answer_in_slots(first, then, hidden_TD, Slots(place_Tk, counts, rows), weight_Tk)
+            else:
+                out_TD = self._answer_in_turns(first, then, hidden_TD, Pairs(index_Tk, weight_Tk, self.num_experts))
         return out_TD if self.output_bias is None else out_TD + add_up(self.output_bias, index_Tk, weight_Tk)
 
-    def _neurons(self, pre_EQN: torch.Tensor) -> torch.Tensor:
-        """Hidden neurons [E, Q, m] from what the input side makes of rows."""
-        return self.gate(pre_EQN if self.input_bias is None else pre_EQN + self.input_bias[:, None])
+    def _answer_by_pair(
+        self, first: Arranged, then: Arranged, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Every pair reads what it needs of its expert's matrices."""
+        expert_P = index_Tk.reshape(-1)
+        x_PC = first.once(hidden_TD).repeat_interleave(index_Tk.shape[1], 0)
+        pre_PN = every_pair(first.batches, x_PC, first.places(expert_P))
+        if self.input_bias is not None:
+            pre_PN = pre_PN + self.input_bias.index_select(0, expert_P)
+        return then.once(sum_of_pairs(then.batches, self.gate(pre_PN), then.places(expert_P), weight_Tk))
 
+    def _answer_in_slots(
+        self, first: Arranged, then: Arranged, hidden_TD: torch.Tensor, slots: Slots, weight_Tk: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Every expert answers its own tokens, and those that have more than the others take turns with the rest."""
+        x_TC, token_EQ, same = self.input.narrow(hidden_TD), slots.token_EQ, first.order == then.order
+        if not same:
+            token_EQ = token_EQ.index_select(0, then.places(torch.tensor(first.order)))
+        pre_EQN = every_row(first.batches, x_TC.index_select(0, token_EQ.flatten()).view(*token_EQ.shape, -1))
+        if self.input_bias is not None:
+            pre_EQN = pre_EQN + self.input_bias[list(first.order), None]
+        hidden_EQM = self.gate(pre_EQN)
+        if not same:
+            hidden_EQM = hidden_EQM.index_select(0, first.places(torch.tensor(then.order)))
+        y_SN = every_row(then.batches, hidden_EQM).flatten(0, 1)
+        if slots.rest:
+            runs = [(then.order[place], start, end) for place, start, end in slots.rest]
+            y_SN = torch.cat([y_SN, in_turns(x_TC, slots.token_X, runs, self._answer_of, self.output.rows)])
+        return self.output.widen(add_up(y_SN, slots.place_Tk, weight_Tk))
 
-def _steps(sides: Sequence[Sequence[Batch]]) -> int:
-    """In how many products all experts answer together."""
-    return sum(len(batch.chain) for batches in sides for batch in batches)
+    def _answer_in_turns(self, first: Arranged, then: Arranged, hidden_TD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Each expert in turn takes its own tokens through both sides; `in_turns` with fewer calls, where rows are no burden."""
+        spans, rows = spans_of(pairs.runs or ())
+        token_S = torch.zeros(rows, dtype=torch.int64)
+        if pairs.token_P is not None:
+            token_S[: len(pairs.token_P)] = pairs.token_P
+        x_SC = self.input.narrow(hidden_TD).to(first.chains[0][0].dtype).index_select(0, token_S)
+        y_SN = x_SC.new_empty(rows, self.output.rows)
+        for expert, start, stop in spans:
+            pre_QN = chained(x_SC[start:stop], first.chains[expert])
+            if self.input_bias is not None:
+                pre_QN = pre_QN + self.input_bias[expert]
+            *others, last_CN = then.chains[expert]
+            torch.mm(chained(self.gate(pre_QN), others), last_CN, out=y_SN[start:stop])
+        return self.output.widen(pairs.combine(y_SN[: len(pairs.expert_P)]))
+
+    @property
+    def _small(self) -> bool:
+        return bool(self._size <= self.num_experts * SMALL_EXPERT)

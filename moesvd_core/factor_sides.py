@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from moesvd_core.batched import Batch
+from moesvd_core.batched import Arranged, transposed
 from moesvd_core.grouped import Pairs, Runs, grouped_linear
-from moesvd_core.sides import Side, places, segments
+from moesvd_core.sides import DISTINCT_RANKS, Side, places, segments
 
 
 class DenseSide(Side):
@@ -39,8 +39,12 @@ class DenseSide(Side):
     def chains(self, expert: int) -> list[list[torch.Tensor]]:
         return [[self.matrix("weight", expert)]]
 
-    def batches(self) -> list[Batch]:
-        return [Batch(None, (self.weight,))]
+    @property
+    def batchable(self) -> bool:
+        return True
+
+    def _arrange(self) -> Arranged:
+        return Arranged(self._parameters, [[transposed(self.weight)]])
 
     def matrices(self) -> torch.Tensor:
         return self.weight
@@ -58,7 +62,7 @@ class PerExpertSide(Side):
         self.ranks, self.columns = tuple(ranks), columns
         self.slabs = segments(ranks)
         self.whole = tuple(e for e, rank in enumerate(ranks) if rank < 0)
-        self.factored = tuple(e for e, rank in enumerate(ranks) if rank >= 0)
+        self.factored = tuple(sorted((e for e, rank in enumerate(ranks) if rank >= 0), key=lambda e: -ranks[e]))  # slab by slab
         self._joined: tuple[torch.Tensor, torch.Tensor] | None = None
         for i, (width, members) in enumerate(self.slabs):
             self.register_parameter(f"left_{i}", nn.Parameter(torch.empty(len(members), rows, width, **kind)))
@@ -71,6 +75,7 @@ class PerExpertSide(Side):
         if self.whole:
             self._products.append((self.whole, ("dense",)))
         self._parts = [[(members.index(e), names) for members, names in self._products if e in members] for e in range(len(ranks))]
+        self._apart = len({rank for rank in ranks if rank > 0}) <= DISTINCT_RANKS  # each expert's factors are in one slab
 
     def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         x_PC = x_PC.to(next((own.dtype for own in self.parameters()), x_PC.dtype))
@@ -104,32 +109,27 @@ class PerExpertSide(Side):
             return [[right_FRC[place, :rank], left_FNR[place, :, :rank]]]
         return [[self.matrix(name, place) for name in names] for place, names in self._parts[expert]]
 
-    def batches(self) -> list[Batch]:
-        """Experts with a matrix of their own, and those with factors, where these are joined or have one rank."""
-        one_rank = len(self.slabs) == 1 and len(self.slabs[0][1]) == len(self.factored)
-        factors = self._joined or ((self.get_parameter("right_0"), self.get_parameter("left_0")) if one_rank else None)
-        if factors is None:
-            return [] if self.factored else [Batch(None, (self.dense,))]
-        if not self.whole:
-            return [Batch(None, factors)]
-        order, cpu = self.whole + self.factored, torch.device("cpu")
-        place_E = self.table("place", cpu, lambda: [order.index(expert) for expert in range(len(order))])
-        whole_G, factored_F = self.table("whole", cpu, lambda: list(self.whole)), self.table("factored", cpu, lambda: list(self.factored))
-        return [Batch(whole_G, (self.dense,), place_E), Batch(factored_F, factors, place_E)]
-
     @property
     def batchable(self) -> bool:
-        return bool(self.slabs or self.batches())
+        return bool(self.slabs or not self.factored)
+
+    def _arrange(self) -> Arranged | None:
+        """Experts with a matrix of their own, and those with factors, of which slabs are views where no expert has several."""
+        factors = self._joined
+        if self.slabs and self._apart:
+            factors = self._filled_up()
+            for name, view in self._views(*factors):
+                self.get_parameter(name).data = view
+        if self.factored and factors is None:
+            return None
+        batches = [*([[transposed(self.dense)]] if self.whole else []), *([factors] if factors else [])]
+        return Arranged(self._parameters, batches, self.whole + self.factored, self.ranks)
 
     def join(self) -> None:
-        """Fill all factors up to the largest rank; U stands transposed, so that on the output side all of them are one matrix."""
-        if self._joined or not self.slabs:
+        """Fill all factors up to the largest rank, in place of slabs that cannot be views of them."""
+        if self._joined or self._apart:
             return
-        example = self.get_parameter("right_0").detach()
-        right_FRC = example.new_zeros(len(self.factored), max(self.ranks), self.columns)
-        self._joined = right_FRC, example.new_zeros(len(self.factored), max(self.ranks), self.rows).transpose(1, 2)
-        for joined, slab in self._pieces(*self._joined):
-            joined.copy_(slab)
+        self._joined = self._filled_up()
         for name, slab in self._slabs():
             self.register_parameter(name, nn.Parameter(torch.empty_like(slab, device="meta"), slab.requires_grad))
 
@@ -140,7 +140,25 @@ class PerExpertSide(Side):
                 self.register_parameter(name, nn.Parameter(torch.empty_like(slab, device="cpu"), slab.requires_grad))
             for joined, piece in self._pieces(*self._joined):
                 piece.copy_(joined)
-            self._joined = None
+            self._joined = self._arranged = None
+
+    def _filled_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All V [F, R, C] and U [F, N, R] of one rank, transposed in memory; grouped products need strides of whole 16 bytes."""
+        example, experts, rank = self.get_parameter("right_0").detach(), len(self.factored), -(-max(self.ranks) // 8) * 8
+        right_FRC = example.new_zeros(experts, self.columns, rank).transpose(1, 2)
+        left_FNR = example.new_zeros(experts, rank, self.rows).transpose(1, 2)
+        for joined, piece in self._pieces(right_FRC, left_FNR):
+            joined.copy_(piece)
+        return right_FRC, left_FNR
+
+    def _views(self, right_FRC: torch.Tensor, left_FNR: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """What of all factors is a slab's."""
+        start = 0
+        for i, (width, members) in enumerate(self.slabs):
+            stop = start + len(members)
+            yield f"right_{i}", right_FRC[start:stop, :width]
+            yield f"left_{i}", left_FNR[start:stop, :, :width]
+            start = stop
 
     @property
     def packed(self) -> list[torch.Tensor]:
@@ -213,8 +231,13 @@ class SharedRightSide(Side):
                 y_PN.index_add_(0, runs.row_Q, y_QN.to(y_PN.dtype))
         return y_PN
 
-    def batches(self) -> list[Batch]:
-        return [Batch(None, (self.get_parameter("left_0"),))] if self.latent and self.reads_tokens else []
+    @property
+    def batchable(self) -> bool:
+        return self.latent and self.reads_tokens and self.groups[0]["rank"] > 0
+
+    def _arrange(self) -> Arranged:
+        left_ENR, right_RC = (transposed(self.get_parameter(name)) for name in ("left_0", "right_0"))
+        return Arranged(self._parameters, [[left_ENR]], shared_NC=right_RC)
 
     def matrices(self) -> torch.Tensor:
         full: dict[int, torch.Tensor] = {}
@@ -266,8 +289,12 @@ class SharedLeftSide(Side):
     def chains(self, expert: int) -> list[list[torch.Tensor]]:
         return [[self.matrix("right", expert)]]
 
-    def batches(self) -> list[Batch]:
-        return [Batch(None, (self.right,))]
+    @property
+    def batchable(self) -> bool:
+        return self.rows > 0
+
+    def _arrange(self) -> Arranged:
+        return Arranged(self._parameters, [[transposed(self.right)]], shared_NC=transposed(self.left))
 
     def matrices(self) -> torch.Tensor:
         return self.left @ self.right

@@ -44,7 +44,7 @@ def keeps_tail(group_P: torch.Tensor) -> bool:
 
 def in_graph() -> bool:
     """Whether operations are being recorded, to be compiled or played back by a GPU: nothing may depend on what tensors hold."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 Run = tuple[int, int, int]
@@ -54,6 +54,8 @@ Answer = Callable[[int, torch.Tensor], torch.Tensor]
 CACHED_ROWS = 512
 """So many rows at most pass an expert at a time: what is made of them on the way stays in a CPU's cache, where new memory would cost more
 than products of few columns."""
+SMALL_ROWS = 1024
+"""The same where experts are small, and so are their rows."""
 
 
 def in_turns(x_TC: torch.Tensor, row_P: torch.Tensor | None, runs: Sequence[Run], answer: Answer, columns: int) -> torch.Tensor:
@@ -76,9 +78,20 @@ def in_turns(x_TC: torch.Tensor, row_P: torch.Tensor | None, runs: Sequence[Run]
     return torch.cat(parts) if parts else x_TC.new_empty(0, columns)
 
 
-def usual(rows: int, parts: int = 1) -> int:
-    """The number that so many rows (of each part) are filled up to: four between one power of two and the next, eight above 32."""
-    count = -(-rows // parts)
+def spans_of(runs: Sequence[Run]) -> tuple[list[Run], int]:
+    """Runs in parts, each up to a number of rows that comes up often, and how many rows there have to be.
+
+    What a part takes along belongs to the next ones: whoever writes where it stands, part after part, need not leave it out.
+    """
+    spans = []
+    for expert, start, end in runs:
+        size = -(-(end - start) // -(-(end - start) // SMALL_ROWS))
+        spans += [(expert, begin, begin + usual(min(size, end - begin))) for begin in range(start, end, size)]
+    return spans, max((stop for _, _, stop in spans), default=0)
+
+
+def usual(count: int) -> int:
+    """The number that so many rows are filled up to: four between one power of two and the next, eight above 32."""
     step = max(1, 1 << ((count - 1).bit_length() - (3 if count <= 32 else 4))) if count > 8 else 1
     return -(-count // step) * step
 
@@ -181,7 +194,7 @@ class Pairs:
             return
         self.expert_P, self._order_P = torch.sort(self.expert_P, stable=True)
         if open_loop:
-            self.runs = _runs(self.expert_P)
+            self.runs = _runs(self.expert_P, experts)
 
     @property
     def end_E(self) -> torch.Tensor:  # noqa: N802 - a tensor, named by its shape
@@ -221,8 +234,11 @@ def add_up(y_SN: torch.Tensor, place_Tk: torch.Tensor, weight_Tk: torch.Tensor |
     return embedding_bag(place_Tk, y_SN, mode="sum", per_sample_weights=None if weight_Tk is None else weight_Tk.to(y_SN.dtype))
 
 
-def _runs(expert_P: torch.Tensor) -> list[Run]:
+def _runs(expert_P: torch.Tensor, experts: int) -> list[Run]:
     """Runs of equal experts."""
-    experts = expert_P.tolist()
-    starts = [place for place, expert in enumerate(experts) if place == 0 or expert != experts[place - 1]]
-    return [(experts[start], start, end) for start, end in zip(starts, [*starts[1:], len(experts)], strict=False)]
+    runs, start = list[Run](), 0
+    for expert, count in enumerate(expert_P.bincount(minlength=experts).tolist()):
+        if count > 0:
+            runs.append((expert, start, start + count))
+            start += count
+    return runs

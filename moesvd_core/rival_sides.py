@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesvd_core.batched import Batch
 from moesvd_core.factor_sides import STRUCTURES, DenseSide, PerExpertSide
 from moesvd_core.grouped import Pairs, Runs, grouped_linear
 from moesvd_core.sides import Side
@@ -44,9 +43,6 @@ class BaseDeltaSide(PerExpertSide):
 
     def filled_up(self, name: str, weight_GNC: torch.Tensor) -> torch.Tensor:
         return weight_GNC if name == "base" else super().filled_up(name, weight_GNC)
-
-    def batches(self) -> list[Batch]:
-        return []
 
     @property
     def batchable(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesvd_core.batched import Batch
+from moesvd_core.batched import Arranged
 from moesvd_core.grouped import Pairs, grouped_linear, in_turns, pack, through, times
 
 DISTINCT_RANKS = 8
@@ -54,6 +54,7 @@ class Side(nn.Module):
         self.rows, self.reads_tokens = rows, reads_tokens
         self._tables: dict[str, torch.Tensor] = {}
         self._packed: dict[str, list[torch.Tensor]] = {}
+        self._arranged: Arranged | None = None
 
     def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """Multiply by every pair's own matrix."""
@@ -91,17 +92,52 @@ class Side(nn.Module):
         """Every expert's matrix, multiplied out [E, N, C]."""
         raise NotImplementedError
 
-    def batches(self) -> list[Batch]:
-        """All experts' matrices, as far as each step is one product for many of them; none where it is not."""
-        return []
-
     @property
     def batchable(self) -> bool:
-        """Whether there are such, or `join` makes them."""
-        return bool(self.batches())
+        """Whether `arranged` gives anything, or will once the side is packed."""
+        return False
+
+    def arranged(self) -> Arranged | None:
+        """The matrices as products of many experts need them, without gradients, on a CPU.
+
+        The parameters become views of them. They keep their shapes and numbers, and may be trained, saved, moved and compiled as before;
+        where one was replaced or moved since, all are put in order again.
+        """
+        if self._arranged is None or not self._arranged.holds(self._parameters):
+            own = [parameter for parameter in self._parameters.values() if parameter is not None]
+            if not self.here or any(type(parameter) is not nn.Parameter for parameter in own):
+                return None  # what others have put in their place is theirs
+            with torch.inference_mode(any(parameter.is_inference() for parameter in own)), torch.no_grad():
+                self._arranged = self._arrange()
+        return self._arranged
+
+    @property
+    def here(self) -> bool:
+        """Whether a CPU can read the matrices; those that were offloaded come for the time of `forward` only."""
+        return bool(self.packed) or all(parameter.device.type == "cpu" for parameter in self.parameters())
+
+    def _arrange(self) -> Arranged | None:
+        return None
+
+    def _apply(self, *call: Any, **more: Any) -> "Side":
+        """What moves parameters leaves the memory behind that they were views of."""
+        self._arranged = None
+        return super()._apply(*call, **more)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _save_to_state_dict(self, *call: Any) -> None:
+        """Who saves parameters expects that each has memory of its own, in the usual order."""
+        if self._arranged is not None:
+            self._arranged = None
+            for parameter in self.parameters():
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.data = parameter.detach().contiguous()
+        super()._save_to_state_dict(*call)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_arranged": None}
 
     def join(self) -> None:
-        """Make `batches` of what is none yet (see `FactoredExperts.pack`)."""
+        """Make one step of what is none (see `FactoredExperts.pack`)."""
 
     def own(self, x_PC: torch.Tensor, name: str, pairs: Pairs) -> torch.Tensor:
         """Every pair's row times its expert's matrix of a parameter [E, N, C], giving [P, N]."""
@@ -125,11 +161,6 @@ class Side(nn.Module):
 
     def _packed_matrices(self) -> list[torch.Tensor]:  # for those who add to them: a graph cannot be made of `super().packed`
         return [matrix_NC for matrices in self._packed.values() for matrix_NC in matrices]
-
-    @property
-    def reordered(self) -> bool:
-        """Whether `pack` has arranged matrices as a CPU's kernels read them."""
-        return bool(self._packed)
 
     def pack(self) -> None:
         """See `FactoredExperts.pack`."""

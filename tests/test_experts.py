@@ -1,16 +1,18 @@
 """Factored experts against the same model with the multiplied-out matrices, in every family and structure."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_factors import INPUT_FORMS, OUTPUT_FORMS, layer_factors, model_factors, narrow_factors, side_factors
 from tiny_models import TINY, tiny_batch, tiny_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesvd_core import experts, factor_sides, grouped
 from moesvd_core.architectures.experts_io import read_experts, write_experts
@@ -22,7 +24,7 @@ from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors, Pe
 from moesvd_core.evaluation.speed import _flops, weight_bytes
 from moesvd_core.experts import FactoredExperts
 from moesvd_core.factor_sides import make_side
-from moesvd_core.grouped import Runs, add_up
+from moesvd_core.grouped import Pairs, Runs, add_up
 from moesvd_core.sides import segments
 
 torch.set_num_threads(1)
@@ -83,31 +85,117 @@ def test_every_structure_equals_its_matrices(
             assert torch.allclose(factored(*call), dense(*call), atol=2e-5), "where gradients are recorded"
 
 
-def rounded_layer(name: str = "mixtral", input_form: str = "latent", output_form: str = "basis") -> FactoredExperts:
+def rounded_layer(name: str = "mixtral", input_form: str = "latent", output_form: str = "basis", **sizes: int) -> FactoredExperts:
     """A layer's factored experts in bfloat16."""
-    model = TINY[name]()
+    model = tiny_model(name, **sizes) if sizes else TINY[name]()
     layer = expert_layers(model)[0]
     factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), input_form, output_form)
     return replace_experts(model.to(torch.bfloat16), layer, factors)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
-@pytest.mark.parametrize("cost", [0, 1 << 40], ids=["those asked", "all"])
-def test_few_tokens_get_the_same_answer_from_all_experts_and_from_those_asked(
-    name: str, cost: int, monkeypatch: pytest.MonkeyPatch
+def close(answer: torch.Tensor, expected: torch.Tensor, error: float = 1e-5) -> bool:
+    """Whether answers differ by no more than so small a share."""
+    return bool((answer.double() - expected.double()).norm() <= error * expected.double().norm())
+
+
+WAYS = {
+    "_answer_by_pair": {"FEW_MULTIPLICATIONS": 1 << 60},
+    "_answer_in_slots": {"FEW_MULTIPLICATIONS": -1, "JOINED_PAIRS": 1 << 20, "PRODUCT_COST": 1 << 40},
+    "_answer_in_turns": {"FEW_MULTIPLICATIONS": -1, "JOINED_PAIRS": -1},
+}
+"""How small experts answer, and what makes them choose it."""
+SMALL_FORMS = [*product(INPUT_FORMS, ["basis"]), *product(["latent"], OUTPUT_FORMS), ("ragged", "ragged"), ("ragged", "equal")]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills up with one number for every answer that went the chosen way."""
+    for name, value in WAYS[request.param].items():
+        monkeypatch.setattr(experts, name, value)
+    went, real = [], getattr(FactoredExperts, request.param)
+    monkeypatch.setattr(FactoredExperts, request.param, lambda *call: went.append(1) or real(*call))
+    return went
+
+
+def calls_of(factored: FactoredExperts, *tokens: int, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, ...]]:
+    """Hidden states and a router's choice for each number of tokens."""
+    hidden, count = factored.expert_layer["hidden"], factored.num_experts
+    if factored.expert_layer["routing"] == "scaled-inputs":
+        return [((torch.randn(count, each, hidden) * (torch.rand(count, each, 1) < 0.5)).flatten(0, 1).to(dtype),) for each in tokens]
+    chosen = [torch.stack([torch.randperm(count)[:2] for _ in range(each)]) for each in tokens]
+    return [(torch.randn(len(index_Tk), hidden).to(dtype), index_Tk, torch.rand(len(index_Tk), 2)) for index_Tk in chosen]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
+@pytest.mark.parametrize("forms", [("latent", "basis"), ("ragged", "ragged"), ("ragged", "dense")])
+def test_small_experts_of_every_family_answer_each_way_as_where_gradients_are_recorded(
+    name: str, forms: tuple[str, str], way: list[int]
 ) -> None:
+    """With biases, with scaled inputs, without a gate."""
     model = TINY[name]()
     layer = expert_layers(model)[0]
-    factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), "latent", "basis")
-    factored = replace_experts(model, layer, factors)
-    asked = []
-    monkeypatch.setattr(experts, "PRODUCT_COST", cost)
-    monkeypatch.setattr(factored, "_answer_of_all", lambda *call: asked.append(1) or FactoredExperts._answer_of_all(factored, *call))
-    call = torch.randn(9, layer.hidden), torch.stack([torch.randperm(layer.experts)[:2] for _ in range(9)]), torch.rand(9, 2)
-    expected = factored(*call)
+    factored = replace_experts(model, layer, layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), *forms))
+    calls = calls_of(factored, 1, 9, 70)
+    expected = [factored(*call).detach() for call in calls]
     with torch.no_grad():
-        assert torch.allclose(factored(*call), expected, atol=1e-5, rtol=1e-5)
-    assert bool(asked) == (cost > 0)
+        for call, answer in zip(calls, expected, strict=True):
+            assert torch.allclose(factored(*call), answer, atol=1e-5, rtol=1e-5)
+    assert len(way) == len(calls)
+
+
+@pytest.mark.parametrize(("input_form", "output_form"), SMALL_FORMS)
+def test_every_structure_answers_each_way_within_its_rounding(input_form: str, output_form: str, way: list[int]) -> None:
+    factored = rounded_layer("mixtral", input_form, output_form)
+    exact = copy.deepcopy(factored).float()
+    for call in calls_of(factored, 1, 3, 50, 300, dtype=torch.bfloat16):
+        expected = exact(call[0].float(), *call[1:]).detach()
+        with torch.no_grad():
+            assert close(factored(*call), expected, 1.5e-2)
+
+
+@pytest.mark.parametrize("forms", [("latent", "basis"), ("ragged", "ragged"), ("ragged", "dense"), ("equal", "equal")])
+@pytest.mark.parametrize("inference", [False, True])
+def test_parameters_stay_what_they_were_when_small_experts_arrange_them(forms: tuple[str, str], inference: bool) -> None:
+    factored = rounded_layer("mixtral", *forms).float()
+    own = dict(factored.named_parameters())
+    before = {name: tensor.clone() for name, tensor in factored.state_dict().items()}
+    (call,) = calls_of(factored, 9)
+    with torch.inference_mode(inference), torch.no_grad():
+        answer = factored(*call)
+    assert all(factored.get_parameter(name) is parameter for name, parameter in own.items())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in own.items())
+    assert any(not parameter.is_contiguous() for parameter in own.values())
+    recorded = factored(*call)
+    recorded.square().sum().backward()
+    assert close(recorded, answer)
+    assert all(parameter.grad is not None for parameter in own.values())
+    with torch.no_grad():
+        for parameter in own.values():
+            parameter.mul_(2)
+        doubled = factored(*call)
+        assert not close(doubled, answer)
+        with torch.enable_grad():
+            assert close(factored(*call), doubled)
+        assert close(pickle.loads(pickle.dumps(factored.input))(call[0], Pairs(*call[1:], 4)), factored.input(call[0], Pairs(*call[1:], 4)))  # noqa: S301
+        assert close(copy.deepcopy(factored)(*call), doubled)
+        factored.load_state_dict(before)
+        assert close(factored(*call), answer)
+        factored.load_state_dict({name: tensor * 2 for name, tensor in before.items()}, assign=True)
+        assert close(factored(*call), doubled)
+        assert close(factored.double()(call[0].double(), *call[1:]), doubled.double())
+
+
+def test_what_small_experts_arranged_is_saved_as_it_was(tmp_path: Path) -> None:
+    model = TINY["mixtral"]()
+    student = compressed(model, model_factors(model))
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    with torch.no_grad():
+        expected = student(**tiny_batch()).logits
+        student.save_pretrained(tmp_path)
+        assert torch.equal(student(**tiny_batch()).logits, expected)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(**tiny_batch()).logits, expected)
+    assert any(not parameter.is_contiguous() for parameter in student.parameters())
+    assert all(tensor.is_contiguous() and torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
 
 @pytest.mark.parametrize("cost", [0, 1 << 40], ids=["those asked", "all"])
@@ -157,56 +245,30 @@ def test_only_bfloat16_can_be_packed_and_small_experts_are_left_alone() -> None:
         pack(student)
 
 
-SMALL_FORMS = [*product(INPUT_FORMS, ["basis"]), *product(["latent"], OUTPUT_FORMS), ("ragged", "ragged"), ("many-ranks", "ragged")]
-
-
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
-@pytest.mark.parametrize("cost", [0, 4_000_000], ids=["in turns", "together"])
-@pytest.mark.parametrize(("input_form", "output_form"), SMALL_FORMS)
-def test_small_factors_are_packed_side_by_side_and_come_back_as_they_were(
-    input_form: str, output_form: str, cost: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(experts, "PRODUCT_COST", cost)
-    monkeypatch.setattr(experts, "CACHED_NUMBERS", 0)
-    factored = rounded_layer("mixtral", input_form, output_form)
-    moved = {"ragged", "equal", "many-ranks"} & {input_form, output_form}
+@pytest.mark.parametrize("forms", [("many-ranks", "basis"), ("latent", "many-ranks"), ("many-ranks", "ragged")])
+def test_small_factors_of_many_ranks_are_packed_side_by_side_and_come_back_as_they_were(forms: tuple[str, str], way: list[int]) -> None:
+    factored = rounded_layer("mixtral", *forms, num_local_experts=12)
     before = {name: tensor.clone() for name, tensor in factored.state_dict().items()}
-    calls = [
-        (torch.randn(tokens, factored.expert_layer["hidden"]).bfloat16(), torch.randint(4, (tokens, 2)), torch.rand(tokens, 2))
-        for tokens in (1, 3, 50, 600)
-    ]
-    expected = [factored(*call).detach() for call in calls]
+    calls = calls_of(factored, 1, 3, 50, 300, dtype=torch.bfloat16)
+    exact = copy.deepcopy(factored).float()
+    expected = [exact(call[0].float(), *call[1:]).detach() for call in calls]
     with torch.no_grad():
+        factored(*calls[0])
+        assert not way, "parameters cannot be views"
         factored.pack()
-        factored.pack()
-        assert bool(factored.packed) == bool(moved)
-        for call, answer in zip(calls, expected, strict=True):
-            assert (factored(*call).float() - answer.float()).norm() <= 1e-2 * answer.float().norm()
-    stored = sum(tensor.nbytes for tensor in before.values())
-    assert weight_bytes(factored) >= stored
-    if moved:
-        with pytest.raises(RuntimeError, match="unpack"):
-            factored(*calls[0])
-    factored.unpack()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in factored.state_dict().items())
-    assert weight_bytes(factored) == stored
-
-
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
-@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text", "nemotron_h"])
-def test_small_factors_of_other_families_answer_side_by_side_as_they_did(name: str) -> None:
-    """With biases, with scaled inputs, without a gate."""
-    factored = rounded_layer(name, "ragged", "ragged")
-    hidden = factored.expert_layer["hidden"]
-    if factored.expert_layer["routing"] == "scaled-inputs":
-        call = ((torch.randn(factored.num_experts, 9, hidden) * (torch.rand(factored.num_experts, 9, 1) < 0.5)).flatten(0, 1).bfloat16(),)
-    else:
-        call = (torch.randn(40, hidden).bfloat16(), torch.stack([torch.randperm(4)[:2] for _ in range(40)]), torch.rand(40, 2))
-    expected = factored(*call).detach()
-    with torch.no_grad():
         factored.pack()
         assert factored.packed
-        assert (factored(*call).float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
+        for call, answer in zip(calls, expected, strict=True):
+            assert close(factored(*call), answer, 1.5e-2)
+    assert way
+    stored = sum(tensor.nbytes for tensor in before.values())
+    assert weight_bytes(factored) >= stored
+    with pytest.raises(RuntimeError, match="unpack"):
+        factored(*calls[0])
+    factored.unpack()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in factored.state_dict().items())
+    assert factored(*calls[0]).requires_grad
 
 
 @pytest.mark.parametrize(("experts_asked", "rows"), [([0, 1, 2, 3], 30), ([2, 3], 30), ([0, 1, 2, 3], 5), ([1, 3], 1)])
@@ -263,6 +325,17 @@ def test_a_packed_model_generates_what_it_did(monkeypatch: pytest.MonkeyPatch) -
         assert student.generate(**tiny_batch(), max_new_tokens=4, do_sample=False).shape[1] == tiny_batch()["input_ids"].shape[1] + 4
     unpack(student)
     student(**tiny_batch()).logits.sum().backward()
+
+
+def test_what_a_part_takes_along_is_written_again_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "SMALL_ROWS", 40)
+    runs = [(0, 0, 9), (2, 9, 109), (3, 109, 110), (5, 110, 150)]
+    spans, rows = grouped.spans_of(runs)
+    owner = [None] * rows
+    for expert, start, stop in spans:
+        assert stop - start <= grouped.usual(40)
+        owner[start:stop] = [expert] * (stop - start)
+    assert owner[:150] == [expert for expert, start, end in runs for _ in range(start, end)]
 
 
 @pytest.mark.parametrize("count", [*range(1, 70), 500])
@@ -453,7 +526,7 @@ def test_compiles_into_one_graph_for_any_number_of_tokens(forms: tuple[str, str]
     for tokens in (5, 9):
         call = torch.randn(tokens, layer.hidden), torch.randint(12, (tokens, 2)), torch.rand(tokens, 2)
         with torch.no_grad():
-            assert torch.allclose(compiled(*call), factored(*call), atol=2e-5)
+            assert torch.allclose(compiled(*call), factored(*call), atol=2e-5), "also once the other has arranged the parameters"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])

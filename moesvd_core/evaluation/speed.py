@@ -200,6 +200,11 @@ def _packed_flops(input_shape: torch.Size, weight_shape: torch.Size, *_: Any, **
     return 2 * input_shape[0] * input_shape[1] * weight_shape[0]
 
 
+def _summed_flops(rows_shape: torch.Size, chosen_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """Sums of weighted rows: so many chosen ones of [R, b]."""
+    return 2 * chosen_shape.numel() * rows_shape[-1]
+
+
 def _attention_flops(query_shape: torch.Size, key_shape: torch.Size, value_shape: torch.Size, *_: Any, **__: Any) -> int:
     """Scores and mix of [B, heads, T, a] queries with [B, heads, S, a] keys and [B, heads, S, b] values."""
     batch, heads, queries, width = query_shape
@@ -212,6 +217,7 @@ def _flops(model: PreTrainedModel, prompt_BT: torch.Tensor) -> int:
         torch.ops.aten._grouped_mm: _grouped_flops,
         torch.ops.transformers.grouped_mm_fallback: _grouped_flops,
         torch.ops.mkldnn._linear_pointwise: _packed_flops,
+        torch.ops.aten._embedding_bag_forward_only: _summed_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:

@@ -13,6 +13,7 @@ from tiny_factors import layer_factors, model_factors
 from tiny_models import TINY, save_tiny, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from moesvd_core import experts
 from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.layout import ExpertLayer
@@ -115,7 +116,12 @@ def test_a_saved_mixture_of_native_and_factored_layers_still_fails_without_the_p
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_loads_with_device_maps_and_from_disk(factored: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cached", [0, 1 << 19], ids=["each expert through both sides", "side by side"])
+def test_loads_with_device_maps_and_from_disk(
+    factored: Path, model: PreTrainedModel, tmp_path: Path, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "CACHED_NUMBERS", cached)
+    monkeypatch.setattr(experts, "SMALL_EXPERT", cached)
     expected = logits(model)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(factored, device_map="auto")), expected, atol=1e-6)
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}

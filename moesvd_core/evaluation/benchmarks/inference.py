@@ -108,7 +108,7 @@ class InferenceBenchmark:
             "× original: tokens a second beside the fastest implementation of the original in that cell and phase; experts: counting the "
             "time within the experts alone; of ideal: that times the share of the experts' parameters kept, 1 where speed rises as size "
             "falls",
-            "packed (`moesvd_core.pack`): large matrices in the order in which the processor's kernels read them, small ones side by side",
+            "packed (`moesvd_core.pack`): large matrices in the order in which the processor's kernels read them; small ones need none",
             "auto: whichever structures lose least with at most that share of the experts' parameters and of their operations",
         ]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
+from moesvd_core import experts
 from moesvd_core.errors import InputError, ResourceError
 from moesvd_core.evaluation.benchmarks import memory
 from moesvd_core.evaluation.benchmarks.command import add_arguments, run
@@ -53,11 +54,15 @@ def test_decompose_compares_with_the_loop_at_the_same_ratio() -> None:
     assert 0.1 < errors["svd-llm"] < errors["svd"] < 1.5, "weighting by activations helps where inputs have a falling spectrum"
 
 
-def test_inference_times_the_original_and_every_compressed_model() -> None:
+@pytest.mark.parametrize("small", [True, False], ids=["small experts", "large experts"])
+def test_inference_times_the_original_and_every_compressed_model(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "SMALL_EXPERT", 1 << 20 if small else 0)
     size = ("--hidden", "64", "--width", "96", "--experts", "4", "--layers", "1")
     test = ("--prompts", "4", "16", "--batches", "2", "--new-tokens", "2", "--repeats", "1", "--kept", "0.5")
     table = benchmark("inference", *size, *test, *CALIBRATION, "--methods", "latent", "auto").records
-    names = ["original, grouped_mm", "original, eager", "original, batched_mm", "latent 50% kept", "auto 50% kept", "auto 50% kept, packed"]
+    names = ["original, grouped_mm", "original, eager", "original, batched_mm", "latent 50% kept", "auto 50% kept"]
+    if not small and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        names += ["latent 50% kept, packed", "auto 50% kept, packed"]
     expected = [f"{name}, 2 × 4" for name in names] + [f"{name}, 2 × 16" for name in names if "batched" not in name]
     assert [row["model"] for row in table] == expected, "copying a matrix for each pair is for few pairs"
     original, _, _, latent, auto = table[:5]
