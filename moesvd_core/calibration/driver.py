@@ -211,6 +211,6 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state_bytes(stream: DecoderStream, window_NL: torch.Tensor, calibration: Calibration) -> int:
-    """Bytes of the hidden states of all layers, and of the gradients on their way."""
-    states = len(stream.layers) + 2 + calibration.drawn_labels
+    """Bytes of the hidden states of all layers, and of the gradients on their way: before a layer and behind it, for every label."""
+    states = len(stream.layers) + 2 * (1 + calibration.drawn_labels)
     return states * window_NL.numel() * int(stream.config.get_text_config().hidden_size) * stream.dtype.itemsize

@@ -79,7 +79,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Calibration":
-        """The settings that `as_dict` gave.
+        """The settings that `as_dict` gave, in this version or an earlier one, which drew no labels and did not say so.
 
         Raises:
             InputError: an unknown field, or a value out of bounds.
@@ -88,7 +88,7 @@ class Calibration:
         unknown = sorted(set(data) - set(known))
         if unknown:
             raise InputError(f"calibration has no setting {unknown[0]!r}: it has {', '.join(known)}")
-        return cls(**data)
+        return cls(**{"drawn_labels": 0} | data)
 
 
 def _at_least(name: str, value: object, bound: int, unit: str) -> None:

@@ -39,6 +39,8 @@ _SYMMETRIC = (
 class LayerStatistics:
     """Sums over the calibration text for one layer's routed experts; float32 or float64 on the host.
 
+    Where labels were drawn beside the text's own (`Calibration.drawn_labels`), sums of squared gradients are means over a position's labels.
+
     Attributes:
         layer: index of the decoder layer.
         tokens: calibration tokens that passed the layer.

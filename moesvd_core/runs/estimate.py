@@ -68,14 +68,15 @@ def estimate(
     forward = 8 * (2 * experts * hidden**2 + intermediate)
     row_gram = experts * (2 * width) ** 2 if calibration.collects_rows(2 * width) else 0
     backward = 8 * ((2 * experts + 1) * hidden**2 + row_gram) if calibration.gradient else 0
-    batch = calibration.batch * length * (8 * hidden + 4 * facts["active"] * width) * 4
+    labels = 1 + calibration.drawn_labels if calibration.gradient else 1  # each has a gradient of its own, of one forward pass
+    batch = calibration.batch * length * (4 * (1 + labels) * hidden + 4 * facts["active"] * width) * 4
     return Estimate(
         memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * max(forward, backward) + batch,
-        run_disk=(facts["layers"] + 2 + 2 * calibration.drawn_labels) * states
+        run_disk=(facts["layers"] + 2 * labels) * states
         + layers * ((forward + backward) // 4 + _factor_bytes(facts, methods))
         + (0 if form is None else _compensation_bytes(facts, methods, calibration.samples * length, number)),
         export_disk=0 if form is None else int(facts["bytes"] * 1.1),
-        flops=6 * facts["active_parameters"] * calibration.samples * length,
+        flops=2 * (2 + labels) * facts["active_parameters"] * calibration.samples * length,
     )
 
 

@@ -44,3 +44,9 @@ def test_comes_back_from_plain_data() -> None:
     assert Calibration.from_dict(settings.as_dict()) == settings
     with pytest.raises(InputError, match="no setting 'sample'"):
         Calibration.from_dict({"sample": 3})
+
+
+def test_settings_of_an_earlier_version_drew_no_labels() -> None:
+    earlier = Calibration().as_dict()
+    del earlier["drawn_labels"]
+    assert Calibration.from_dict(earlier) == Calibration(drawn_labels=0) != Calibration()

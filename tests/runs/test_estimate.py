@@ -20,6 +20,9 @@ def test_more_text_needs_more_disk_and_an_export_needs_its_bytes(tmp_path: Path)
     facts = inspect(save_tiny("mixtral", tmp_path / "model")).as_dict()
     small, large = estimate(facts, CALIBRATION), estimate(facts, replace(CALIBRATION, samples=60))
     assert large.run_disk > small.run_disk and large.flops == 10 * small.flops
+    alone = estimate(facts, replace(CALIBRATION, drawn_labels=0))
+    assert small.flops * 3 == alone.flops * 5, "a layer is run twice, and passed backwards once for each label"
+    assert small.run_disk > alone.run_disk and small.memory > alone.memory
     assert small.export_disk == 0
     assert estimate(facts, CALIBRATION, "factored").export_disk >= facts["bytes"]
     assert estimate(facts, CALIBRATION, "factored", ["fisher"]).run_disk == estimate(facts, CALIBRATION, methods=["fisher"]).run_disk
