@@ -233,7 +233,7 @@ class Pipeline:
         fitted = self._fitted_factors(plan, index)
         if fitted is None:
             fix = "call `compensate` first, or plan without compensation and refitted routers"
-            raise RunError(f"layer {index} of the plan is not compensated yet: {fix}")
+            raise RunError(f"layer {index} of the plan is not fitted yet: {fix}")
         return fitted
 
     def compensate(self, plan: Plan, report: Report = silent) -> None:

@@ -144,7 +144,7 @@ def test_an_interrupted_compensation_goes_on_to_the_same_result(method: str, tmp
 def test_a_plan_that_was_not_compensated_yet_says_so(tmp_path: Path) -> None:
     pipeline = calibrated(tmp_path, samples=4)
     plan = pipeline.plan(RECIPE)
-    with pytest.raises(RunError, match=r"layer \d+ of the plan is not compensated yet: call `compensate` first"):
+    with pytest.raises(RunError, match=r"layer \d+ of the plan is not fitted yet: call `compensate` first"):
         list(fitted(pipeline, plan))
 
 

@@ -99,7 +99,7 @@ def test_layers_whose_experts_stay_are_refitted_behind_the_first_that_changes(ke
     pipeline = calibrated(tmp_path, keep=tmp_path / "kept" if keep else None)
     plan = one_layer_cut(pipeline.plan(RECIPE), 1)
     assert [is_refitted(plan, index) for index in (0, 1, 2)] == [False, False, True]
-    with pytest.raises(RunError, match="layer 2 of the plan is not compensated yet: call `compensate` first"):
+    with pytest.raises(RunError, match="layer 2 of the plan is not fitted yet: call `compensate` first"):
         routers(pipeline, plan)
     pipeline.compensate(plan)
     assert list(routers(pipeline, plan)) == [2]
