@@ -64,8 +64,8 @@ def _recipe(recipe: Recipe, file: str) -> list[str]:
 
 def _calibration(settings: Mapping[str, Any]) -> list[str] | None:
     """Words for what differs from the usual calibration; batches only save memory."""
-    usual = Calibration().as_dict()
-    changed = {name: value for name, value in settings.items() if value != usual.get(name) and name != "batch"}
+    usual, used = Calibration().as_dict(), Calibration.from_dict(dict(settings)).as_dict()
+    changed = {name: value for name, value in used.items() if value != usual.get(name) and name != "batch"}
     if not changed.keys() <= _WORDS.keys():
         return None
     return [word for name, value in changed.items() for word in (_WORDS[name], str(value))]
