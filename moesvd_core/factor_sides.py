@@ -41,7 +41,7 @@ class DenseSide(Side):
 
     @property
     def batchable(self) -> bool:
-        return True
+        return self.weight.numel() > 0
 
     def _arrange(self) -> Arranged:
         return Arranged(self._parameters, [[transposed(self.weight)]])

@@ -432,6 +432,16 @@ def test_a_base_alone_is_one_matrix_for_all() -> None:
         assert torch.allclose(replace_experts(model, layer, factors)(*call), dense(*call), atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_experts_without_a_neuron_answer_nothing(tokens: int) -> None:
+    factored = rounded_layer("mixtral")
+    nothing = {"structure": "narrow", "size": 0, "blocks": 1}
+    pruned = FactoredExperts(factored.spec | {"input": nothing, "output": nothing}, factored.gate)
+    (call,) = calls_of(factored, tokens)
+    with torch.no_grad():
+        assert torch.equal(pruned(*call), torch.zeros_like(call[0]))
+
+
 def test_a_compressed_copy_shares_what_is_not_factored_and_leaves_the_model_alone() -> None:
     model = TINY["mixtral"]()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
