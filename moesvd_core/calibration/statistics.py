@@ -39,7 +39,7 @@ _SYMMETRIC = (
 class LayerStatistics:
     """Sums over the calibration text for one layer's routed experts; float32 or float64 on the host.
 
-    Where labels were drawn beside the text's own (`Calibration.drawn_labels`), sums of squared gradients are means over a position's labels.
+    Where labels were drawn beside the text's own (`Calibration.drawn_labels`), sums of products of gradients are means over the labels.
 
     Attributes:
         layer: index of the decoder layer.
