@@ -97,7 +97,7 @@ def loss_gradient(job: Job, ids_BT: Tensor, hidden_BTD: Tensor, chance_KBT: Tens
             with torch.enable_grad():
                 logits_BTV = job.stream.head(chunk_BTD, {"input_ids": ids_BT[part]})
                 logits_SV = logits_BTV.reshape(-1, logits_BTV.shape[-1]).float()
-                targets = [target_S, *(_drawn(logits_SV, chance_BT[part].reshape(-1).to(device)) for chance_BT in chance_KBT)]
+                targets = [target_S, *_drawn(logits_SV, chance_KBT[:, *part].flatten(1).to(device))]
                 losses = [cross_entropy(logits_SV, target_S, reduction="sum") for target_S in targets]
             if not torch.isfinite(losses[0]):
                 raise StatisticsError("the loss is NaN or infinite, the hidden states are not: check the weights of norm and head")
@@ -108,11 +108,13 @@ def loss_gradient(job: Job, ids_BT: Tensor, hidden_BTD: Tensor, chance_KBT: Tens
 
 
 @torch.no_grad()
-def _drawn(logits_SV: Tensor, chance_S: Tensor) -> Tensor:
-    """A next token for each position, drawn from what the model predicts: where the summed probabilities pass a number in [0, 1)."""
+def _drawn(logits_SV: Tensor, chance_KS: Tensor) -> Tensor:
+    """Next tokens drawn for each position from what the model predicts [K, S]: where the summed probabilities pass a number in [0, 1)."""
+    if len(chance_KS) == 0:
+        return chance_KS.long()
     summed_SV = logits_SV.softmax(-1, dtype=torch.float64).cumsum(-1)
-    drawn_S1 = torch.searchsorted(summed_SV, chance_S[:, None] * summed_SV[:, -1:], right=True)
-    return drawn_S1[:, 0].clamp(max=logits_SV.shape[-1] - 1)
+    drawn_SK = torch.searchsorted(summed_SV, (chance_KS.T * summed_SV[:, -1:]).contiguous(), right=True)
+    return drawn_SK.T.clamp(max=logits_SV.shape[-1] - 1)
 
 
 def _backward_layer(job: Job, index: int, push: bool) -> None:

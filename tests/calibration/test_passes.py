@@ -151,7 +151,7 @@ def test_a_head_in_chunks_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", ["mixtral", "llama4_text", "gpt_oss"])
 def test_sums_are_means_over_the_labels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every label has a gradient of its own: the text's, and (instead of drawn ones) token 7 everywhere."""
-    monkeypatch.setattr(backward_pass, "_drawn", lambda logits_SV, _: torch.full((len(logits_SV),), 7))
+    monkeypatch.setattr(backward_pass, "_drawn", lambda _, chance_KS: torch.full_like(chance_KS, 7).long())
     model = TINY[name]()
     ids = windows(model)[: SETTINGS.gradient_samples]
     both = calibrate(MemoryStream(model), tiny_tokenizer(), replace(SETTINGS, drawn_labels=1))
@@ -175,9 +175,9 @@ def test_labels_are_drawn_as_often_as_the_model_predicts_them() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0], [5.0, -5.0, 5.0, -90.0]])
     chance = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     for logits_V in logits:
-        drawn = backward_pass._drawn(logits_V.expand(len(chance), -1), chance)
+        (drawn,) = backward_pass._drawn(logits_V.expand(len(chance), -1), chance[None])
         torch.testing.assert_close(drawn.bincount(minlength=4) / len(chance), logits_V.softmax(-1), rtol=0, atol=1 / 4000)
-    ends = backward_pass._drawn(logits[:1].expand(2, -1), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
+    (ends,) = backward_pass._drawn(logits[:1].expand(2, -1), torch.tensor([[0.0, 1 - 2.0**-53]], dtype=torch.float64))
     assert ends.tolist() == [0, 3]
 
 
