@@ -6,6 +6,7 @@ Shapes as in `experts.py`.
 """
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from moesvd_core.grouped import Pairs, grouped_linear, in_turns, pack, through, 
 
 DISTINCT_RANKS = 8
 """Up to so many different ranks a side, experts of equal rank are computed together; beyond, ranks are split into powers of two."""
+
+_ARRANGING = Lock()
+"""Threads that use a model at the same time put its matrices in order once, and see none that is half moved."""
 
 
 def segments(ranks: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
@@ -103,13 +107,23 @@ class Side(nn.Module):
         The parameters become views of them. They keep their shapes and numbers, and may be trained, saved, moved and compiled as before;
         where one was replaced or moved since, all are put in order again.
         """
-        if self._arranged is None or not self._arranged.holds(self._parameters):
+        if (found := self._in_order) is not None:
+            return found
+        with _ARRANGING:
+            if (found := self._in_order) is not None:
+                return found
             own = [parameter for parameter in self._parameters.values() if parameter is not None]
             if not self.here or any(type(parameter) is not nn.Parameter for parameter in own):
                 return None  # what others have put in their place is theirs
             with torch.inference_mode(any(parameter.is_inference() for parameter in own)), torch.no_grad():
                 self._arranged = self._arrange()
-        return self._arranged
+            return self._arranged
+
+    @property
+    def _in_order(self) -> Arranged | None:
+        """What was arranged, while the parameters are still views of it."""
+        found = self._arranged
+        return found if found is not None and found.holds(self._parameters) else None
 
     @property
     def here(self) -> bool:
@@ -126,11 +140,12 @@ class Side(nn.Module):
 
     def _save_to_state_dict(self, *call: Any) -> None:
         """Who saves parameters expects that each has memory of its own, in the usual order."""
-        if self._arranged is not None:
-            self._arranged = None
-            for parameter in self.parameters():
-                with torch.inference_mode(parameter.is_inference()):
-                    parameter.data = parameter.detach().contiguous()
+        with _ARRANGING:
+            if self._arranged is not None:
+                self._arranged = None
+                for parameter in self.parameters():
+                    with torch.inference_mode(parameter.is_inference()):
+                        parameter.data = parameter.detach().contiguous()
         super()._save_to_state_dict(*call)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 from typing import Any
 
 import pytest
@@ -23,7 +26,7 @@ from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, rep
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors, PerExpertFactors
 from moesvd_core.evaluation.speed import _flops, weight_bytes
 from moesvd_core.experts import FactoredExperts
-from moesvd_core.factor_sides import make_side
+from moesvd_core.factor_sides import PerExpertSide, make_side
 from moesvd_core.grouped import Pairs, Runs, add_up
 from moesvd_core.sides import segments
 
@@ -183,6 +186,29 @@ def test_parameters_stay_what_they_were_when_small_experts_arrange_them(forms: t
         factored.load_state_dict({name: tensor * 2 for name, tensor in before.items()}, assign=True)
         assert close(factored(*call), doubled)
         assert close(factored.double()(call[0].double(), *call[1:]), doubled.double())
+
+
+def test_threads_that_begin_at_the_same_time_arrange_small_experts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    factored = rounded_layer("mixtral", "ragged", "ragged")
+    arranged, real, start = [], PerExpertSide._arrange, Barrier(4)
+
+    def slowly(side: PerExpertSide) -> Any:
+        arranged.append(side)
+        sleep(0.02)
+        return real(side)
+
+    monkeypatch.setattr(PerExpertSide, "_arrange", slowly)
+    (call,) = calls_of(factored, 9, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def answer(_: int) -> torch.Tensor:
+        start.wait()
+        return factored(*call)
+
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(answer, range(4)))
+    assert arranged == [factored.input, factored.output]
+    assert all(torch.equal(each, answers[0]) for each in answers)
 
 
 def test_what_small_experts_arranged_is_saved_as_it_was(tmp_path: Path) -> None:
