@@ -197,5 +197,9 @@ def _add_calibration(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--samples", type=int, default=128, help="windows of it (default: 128)")
     kind.add_argument("--length", type=int, help="tokens a window (default: 2048, or the model's limit)")
     kind.add_argument("--seed", type=int, default=0, help="which windows are drawn (default: 0)")
+    kind.add_argument(
+        "--drawn-labels", type=int, default=2, metavar="N",
+        help="next tokens drawn from the model's own predictions, for gradients beside that of the text's (default: 2)",
+    )
     kind.add_argument("--dtype", choices=DTYPES, help="number format to compute in and to write (default: the model's own)")
     kind.add_argument("--run", metavar="DIR", help="folder of the run (default: under $MOESVD_RUNS or ./runs, by model and text)")

@@ -147,7 +147,10 @@ def _prepared(given: Namespace) -> RunFolder:
     from moesvd_core.calibration.settings import Calibration
     from moesvd_core.runs.source import prepare
 
-    calibration = Calibration(dataset=given.dataset, samples=given.samples, length=given.length, seed=given.seed, dtype=given.dtype)
+    calibration = Calibration(
+        dataset=given.dataset, samples=given.samples, length=given.length, seed=given.seed, drawn_labels=given.drawn_labels,
+        dtype=given.dtype,
+    )
     folder = None if given.run is None else Path(given.run)
     return prepare(given.model, calibration, folder=folder, allow_remote_code=given.allow_remote_code)
 

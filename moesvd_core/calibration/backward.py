@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 
 from moesvd_core.calibration.curvature import LayerCurvature
 from moesvd_core.calibration.job import Job, Step, hidden, hooked
@@ -98,7 +98,8 @@ def loss_gradient(job: Job, ids_BT: Tensor, hidden_BTD: Tensor, chance_KBT: Tens
                 logits_BTV = job.stream.head(chunk_BTD, {"input_ids": ids_BT[part]})
                 logits_SV = logits_BTV.reshape(-1, logits_BTV.shape[-1]).float()
                 targets = [target_S, *_drawn(logits_SV, chance_KBT[:, *part].flatten(1).to(device))]
-                losses = [cross_entropy(logits_SV, target_S, reduction="sum") for target_S in targets]
+                logp_SV = logits_SV.log_softmax(-1)
+                losses = [nll_loss(logp_SV, target_S, reduction="sum") for target_S in targets]
             if not torch.isfinite(losses[0]):
                 raise StatisticsError("the loss is NaN or infinite, the hidden states are not: check the weights of norm and head")
             for label, loss in enumerate(losses):

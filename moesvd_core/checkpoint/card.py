@@ -80,7 +80,8 @@ def model_card(facts: CardFacts, counts: Counts, format_name: str) -> str:
     table = "\n".join(f"| {_cell(what)} | {_cell(original)} | {_cell(here)} |" for what, original, here in rows)
     made = [("Method", facts.method), ("Calibration", facts.calibration), ("Command", facts.command)]
     lines = "\n".join(f"- {name}: {_code(text)}" for name, text in made if text)
-    refitted = f"{counts.refitted_routers} routers were refitted to what the layers before them have changed; all other "
+    routers = "1 router was" if counts.refitted_routers == 1 else f"{counts.refitted_routers} routers were"
+    refitted = f"{routers} refitted to what the layers before them have changed; all other "
     kept = f"{refitted if counts.refitted_routers else ''}routers"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",

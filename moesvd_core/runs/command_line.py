@@ -11,7 +11,10 @@ from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import Identity
 
 _CHOICES = ("metric", "structure", "allocation", "block", "budget")
-_WORDS = {"dataset": "--dataset", "samples": "--samples", "length": "--length", "seed": "--seed", "dtype": "--dtype"}
+_WORDS = {
+    "dataset": "--dataset", "samples": "--samples", "length": "--length", "seed": "--seed", "drawn_labels": "--drawn-labels",
+    "dtype": "--dtype",
+}
 """Settings of a calibration that have a word on the command line."""
 
 
