@@ -479,7 +479,7 @@
         write("active-remark", `${signed(totals("active_parameters") - other("active_parameters"), count)} against the pinned plan`);
         write("operations-remark", `${signed(totals("flops") - other("flops"), count)} against the pinned plan`);
       } else {
-        write("size-remark", `of ${bytes(before("bytes"))}, on disk and in memory`);
+        write("size-remark", `of ${bytes(before("bytes"))}, as written to disk`);
         write("loss-remark", table.law ? `nats a token, fitted to ${table.law.points} measured plans, ± ${share(table.law.error, 0)}`
           : "nats a token, from calibration alone");
         write("active-remark", `of ${count(before("active_parameters"))} parameters a token`);
