@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import TINY
-from tiny_pipeline import StoppedError, calibrated
+from tiny_pipeline import calibrated, compensated_with_stops
 from transformers import AutoModelForCausalLM
 
 from moesvd_core.architectures.layout import ExpertLayer
@@ -118,17 +118,7 @@ def test_an_interrupted_compensation_goes_on_to_the_same_result(method: str, tmp
     expected = dict(fitted(whole, plan))
 
     pipeline = Pipeline(whole.stream, whole.statistics, tmp_path / "stopped")
-    layers: list[str] = []
-
-    def stop(progress: Progress) -> None:
-        if progress.stage == "compensate":
-            layers.append(progress.message)
-            raise StoppedError
-
-    for _ in range(2):
-        with pytest.raises(StoppedError):
-            pipeline.compensate(plan, stop)
-    pipeline.compensate(plan, lambda progress: layers.append(progress.message))
+    layers = compensated_with_stops(pipeline, plan)
     assert layers == [f"layer {index}" for index in range(len(layers))]  # none twice
     found = dict(fitted(pipeline, plan))
     assert found.keys() == expected.keys()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import TINY, tiny_batch
-from tiny_pipeline import StoppedError, calibrated
+from tiny_pipeline import calibrated, compensated_with_stops
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -205,17 +205,7 @@ def test_an_interrupted_refit_goes_on_to_the_same_result(compensate: bool, tmp_p
     whole.compensate(plan)
     expected = routers(whole, plan)
     pipeline = Pipeline(whole.stream, whole.statistics, tmp_path / "stopped")
-    layers: list[str] = []
-
-    def stop(progress: Progress) -> None:
-        if progress.stage == "compensate":
-            layers.append(progress.message)
-            raise StoppedError
-
-    for _ in range(2):
-        with pytest.raises(StoppedError):
-            pipeline.compensate(plan, stop)
-    pipeline.compensate(plan, lambda progress: layers.append(progress.message))
+    layers = compensated_with_stops(pipeline, plan)
     assert layers == [f"layer {index}" for index in range(3)]  # none twice
     for found in (routers(pipeline, plan), routers(Pipeline(whole.stream, whole.statistics, tmp_path / "stopped"), plan)):
         assert found.keys() == expected.keys()
