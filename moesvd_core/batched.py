@@ -43,6 +43,8 @@ class Step(NamedTuple):
 
 Batch = tuple[Step, ...]
 """What rows of some experts pass, one step after the other."""
+Share = tuple[Batch, list[int] | None]
+"""A batch and which of the pairs it answers; None: all of them."""
 
 
 class Arranged:
@@ -170,9 +172,13 @@ class Slots:
 
 def every_pair(batches: Sequence[Batch], x_PC: torch.Tensor, place_P: torch.Tensor) -> torch.Tensor:
     """Every pair's row through the matrices of its expert [P, N], in any order of pairs."""
+    return _answered(_shares(batches, place_P), x_PC, place_P)
+
+
+def _answered(shares: Sequence[Share], x_PC: torch.Tensor, place_P: torch.Tensor) -> torch.Tensor:
     order: list[int] = []
     parts = []
-    for batch, pairs in _shares(batches, place_P):
+    for batch, pairs in shares:
         if pairs is None:
             return _through(batch, x_PC, place_P)
         pair_O = torch.tensor(pairs)
@@ -184,20 +190,21 @@ def every_pair(batches: Sequence[Batch], x_PC: torch.Tensor, place_P: torch.Tens
 
 def sum_of_pairs(batches: Sequence[Batch], x_PC: torch.Tensor, place_P: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
     """The same, added up by weights [T, N] (None: one pair a token, which counts fully)."""
-    (batch, pairs), *others = _shares(batches, place_P)
+    shares = _shares(batches, place_P)
     if weight_Tk is None:
-        return every_pair(batches, x_PC, place_P)
-    if others or pairs is not None:
-        return add_up(every_pair(batches, x_PC, place_P), torch.arange(len(place_P)).view(weight_Tk.shape), weight_Tk)
+        return _answered(shares, x_PC, place_P)
+    batch, pairs = shares[0]
+    if pairs is not None:
+        return add_up(_answered(shares, x_PC, place_P), torch.arange(len(place_P)).view(weight_Tk.shape), weight_Tk)
     x_PC = _through(batch[:-1], x_PC, place_P) * weight_Tk.view(-1, 1)
     return _sums(batch[-1], x_PC, place_P, weight_Tk.shape[1])
 
 
-def _shares(batches: Sequence[Batch], place_P: torch.Tensor) -> list[tuple[Batch, list[int] | None]]:
-    """Which of the pairs each batch answers; None: all of them."""
+def _shares(batches: Sequence[Batch], place_P: torch.Tensor) -> list[Share]:
+    """What each batch that is asked answers."""
     if len(batches) == 1:
         return [(batches[0], None)]
-    places, shares, start = place_P.tolist(), list[tuple[Batch, list[int] | None]](), 0
+    places, shares, start = place_P.tolist(), list[Share](), 0
     for batch in batches:
         stop = start + len(batch[0].row_GC)
         pairs = [pair for pair, place in enumerate(places) if start <= place < stop]
