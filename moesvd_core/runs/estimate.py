@@ -47,6 +47,7 @@ def estimate(
     calibration: Calibration,
     form: Literal["factored", "dense"] | None = None,
     methods: Iterable[str] = ("auto",),
+    fitted: bool = False,
 ) -> Estimate:
     """What analysing a model needs, and writing it in a format.
 
@@ -54,6 +55,7 @@ def estimate(
         facts: `ModelFacts.as_dict()`.
         form: None: nothing is exported.
         methods: for which the model is decomposed.
+        fitted: whether a finished model is fitted to the stream that it changes.
 
     Raises:
         InputError: no such method.
@@ -74,7 +76,7 @@ def estimate(
         memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * max(forward, backward) + batch,
         run_disk=(facts["layers"] + 2 * labels) * states
         + layers * ((forward + backward) // 4 + _factor_bytes(facts, methods))
-        + (0 if form is None else _compensation_bytes(facts, methods, calibration.samples * length, number)),
+        + (_fitting_bytes(facts, calibration.samples * length, number) if fitted else 0),
         export_disk=0 if form is None else int(facts["bytes"] * 1.1),
         flops=2 * (2 + labels) * facts["active_parameters"] * calibration.samples * length,
     )
@@ -90,10 +92,8 @@ def _factor_bytes(facts: Mapping[str, Any], methods: Iterable[str]) -> int:
     return len(kept) * (bases + curves + 4 * 3 * hidden * width)
 
 
-def _compensation_bytes(facts: Mapping[str, Any], methods: Iterable[str], tokens: int, number: int) -> int:
+def _fitting_bytes(facts: Mapping[str, Any], tokens: int, number: int) -> int:
     """Of a finished model's fitted output factors, below half of the experts in float32, and both streams before and behind a layer."""
-    if not any(method(name).compensate for name in methods):
-        return 0
     return 4 * int(facts["expert_parameters"]) // 2 + 4 * min(tokens, TOKENS) * int(facts["hidden"]) * number
 
 

@@ -57,7 +57,7 @@ def sensitivity(run: RunFolder, arguments: Arguments, report: Report) -> Record:
     """
     recipe = Recipe.from_dict(dict(_known(arguments, "recipe", "text").get("recipe", {})))
     text = _text(arguments)
-    bench = _started(run, report, recipe.method)
+    bench = _started(run, report, recipe.method, fitted=bool(recipe.fits))
     plans = bench.pipeline.layer_plans(recipe, report)
     bench.original(text)
     done = count()
@@ -98,7 +98,7 @@ def measure_plan(run: RunFolder, arguments: Arguments, report: Report) -> Record
     Arguments: recipe, text.
     """
     recipe = Recipe.from_dict(dict(_known(arguments, "recipe", "text").get("recipe", {})))
-    bench = _started(run, report, recipe.method)
+    bench = _started(run, report, recipe.method, fitted=bool(recipe.fits))
     plan = bench.plan(recipe)
     return _recorded(bench, recipe, plan, _text(arguments))
 
@@ -119,7 +119,7 @@ def compress(run: RunFolder, arguments: Arguments, report: Report) -> Record:
     text = None if known.get("text", {}) is None else _text(arguments)
     method_of(recipe)
     refuse_occupied(output, overwrite=True)
-    bench = _started(run, report, recipe.method, output=output, form=form)
+    bench = _started(run, report, recipe.method, output=output, form=form, fitted=bool(recipe.fits))
     _refuse_out_of_reach(recipe, bench)
     bench.pipeline.dtype = dtype
     plan = bench.plan(recipe)
@@ -152,18 +152,21 @@ ACTIONS: Mapping[str, Action] = MappingProxyType({
 # -- parts ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _started(run: RunFolder, report: Report, *methods: str, output: Path | None = None, form: Format = "factored") -> Workbench:
+def _started(
+    run: RunFolder, report: Report, *methods: str, output: Path | None = None, form: Format = "factored", fitted: bool = False
+) -> Workbench:
     """A workbench for a run whose needs this machine can meet.
 
     Args:
         methods: for which the model will be decomposed.
+        fitted: whether a finished model is fitted to the stream that it changes.
 
     Raises:
         InputError: no such method.
         ResourceError: it cannot.
     """
     bench = Workbench(run, report)
-    require(estimate(bench.source.facts, bench.calibration, form if output else None, methods), run.path, output)
+    require(estimate(bench.source.facts, bench.calibration, form if output else None, methods, fitted), run.path, output)
     for station in (run.station(name) for name in STATIONS if name != "exports"):
         for folder in (station, *(path for path in station.iterdir() if path.is_dir())):
             atomic.sweep(folder)

@@ -25,8 +25,8 @@ def test_more_text_needs_more_disk_and_an_export_needs_its_bytes(tmp_path: Path)
     assert small.run_disk > alone.run_disk and small.memory > alone.memory
     assert small.export_disk == 0
     assert estimate(facts, CALIBRATION, "factored").export_disk >= facts["bytes"]
-    assert estimate(facts, CALIBRATION, "factored", ["fisher"]).run_disk == estimate(facts, CALIBRATION, methods=["fisher"]).run_disk
-    fitted = estimate(facts, CALIBRATION, "factored").run_disk - small.run_disk
+    assert estimate(facts, CALIBRATION, "factored").run_disk == small.run_disk
+    fitted = estimate(facts, CALIBRATION, "factored", fitted=True).run_disk - small.run_disk
     assert fitted > 4 * facts["expert_parameters"] // 2, "fitted factors are kept beside those that were sliced"
     assert all(value >= 0 for value in asdict(small).values())
 
