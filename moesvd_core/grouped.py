@@ -56,6 +56,8 @@ CACHED_ROWS = 512
 than products of few columns."""
 SMALL_ROWS = 1024
 """The same where experts are small, and so are their rows."""
+TURNED_ROWS = (8, 192)
+"""With so many rows, a matrix in bfloat16 is better read as it stands than brought into the order that kernels want (see `times`)."""
 
 
 def in_turns(x_TC: torch.Tensor, row_P: torch.Tensor | None, runs: Sequence[Run], answer: Answer, columns: int) -> torch.Tensor:
@@ -117,12 +119,26 @@ def through(chains: Sequence[Sequence[torch.Tensor]], x_QC: torch.Tensor, column
 
 
 def times(x_QC: torch.Tensor, weight_NC: torch.Tensor) -> torch.Tensor:
-    """Rows times a matrix [Q, N], which may be packed."""
+    """Rows times a matrix [Q, N], which may be packed; what comes out may stand transposed in memory."""
     x_QC = x_QC.to(weight_NC.dtype)
-    if not weight_NC.is_mkldnn:
-        return linear(x_QC, weight_NC)
-    product: torch.Tensor = _packed_linear(x_QC.contiguous(), weight_NC, None, "none", [], "")
-    return product
+    if weight_NC.is_mkldnn:
+        product: torch.Tensor = _packed_linear(x_QC.contiguous(), weight_NC, None, "none", [], "")
+        return product
+    if _turned(x_QC, weight_NC):
+        return linear(weight_NC, x_QC).t()
+    return linear(x_QC.contiguous(), weight_NC)
+
+
+def _turned(x_QC: torch.Tensor, weight_NC: torch.Tensor) -> bool:
+    """Whether to multiply the matrix by the rows, instead of the rows by the matrix.
+
+    A CPU's kernels for bfloat16 bring the second factor into an order of their own at every call, and read the first as it stands. That
+    pays where there are rows enough for their registers, and the matrix outweighs them.
+    """
+    if in_graph() or weight_NC.dtype != torch.bfloat16 or weight_NC.device.type != "cpu" or weight_NC.stride(-1) != 1:
+        return False
+    rows, (answers, columns) = len(x_QC), weight_NC.shape
+    return TURNED_ROWS[0] <= rows <= TURNED_ROWS[1] and columns >= (answers if rows > 16 else 2 * answers)
 
 
 def pack(weight_NC: torch.Tensor) -> torch.Tensor:

@@ -376,6 +376,23 @@ def test_a_run_takes_neighbours_along_up_to_a_usual_number(count: int) -> None:
     assert len({grouped._window(0, each, 1000)[1] for each in range(33, 65)}) == 8
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("turned_rows", [False, True], ids=["rows", "rows turned"])
+@pytest.mark.parametrize("shape", [(24, 96), (64, 64), (64, 96), (96, 24)], ids=str)
+def test_a_matrix_is_multiplied_by_rows_where_that_spares_its_kernels_an_order(
+    shape: tuple[int, int], turned_rows: bool, dtype: torch.dtype
+) -> None:
+    weight_NC = torch.randn(shape).to(dtype)
+    wide, twice = shape[1] >= shape[0], shape[1] >= 2 * shape[0]
+    for rows, turned in ((1, False), (7, False), (8, twice), (16, twice), (17, wide), (192, wide), (193, False)):
+        x_QC = torch.randn(rows, shape[1]).to(dtype)
+        x_QC = x_QC.t().contiguous().t() if turned_rows else x_QC
+        answer_QN = grouped.times(x_QC, weight_NC)
+        assert close(answer_QN, x_QC.float() @ weight_NC.float().T, 1e-2 if dtype == torch.bfloat16 else 1e-6)
+        assert rows == 1 or answer_QN.t().is_contiguous() == (turned and dtype == torch.bfloat16)
+    assert grouped.times(torch.randn(20, shape[1]).to(dtype), weight_NC.t().contiguous().t()).is_contiguous()
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
 def test_bfloat16_stays_within_its_rounding(name: str) -> None:
     model = TINY[name]()
