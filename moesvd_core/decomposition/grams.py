@@ -140,13 +140,28 @@ def symmetric(matrix_SS: torch.Tensor) -> torch.Tensor:
 
 def symmetric_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
     """left @ right [S, S], which the caller knows to be symmetric: what is above the diagonal is mirrored, not multiplied."""
-    product_SS = lower_product(left_SN, right_NS)
-    for start in range(0, len(product_SS), BLOCK):
+    return mirrored_(lower_product(left_SN, right_NS))
+
+
+def mirrored_(matrix_SS: torch.Tensor) -> torch.Tensor:
+    """The lower triangle put in the place of the upper one: rounding alone makes sums of symmetric matrices slightly skew."""
+    for start in range(0, len(matrix_SS), BLOCK):
         end = start + BLOCK
-        block_SS = product_SS[start:end, start:end].tril_()
+        block_SS = matrix_SS[start:end, start:end].tril_()
         block_SS += block_SS.tril(-1).T
-        product_SS[start:end, end:] = product_SS[end:, start:end].T
-    return product_SS
+        matrix_SS[start:end, end:] = matrix_SS[end:, start:end].T
+    return matrix_SS
+
+
+def quadratic(x_RS: torch.Tensor, matrix_SS: torch.Tensor) -> torch.Tensor:
+    """diag(x M xᵀ) [R] of a symmetric M: what is above its diagonal counts twice below, and is not multiplied."""
+    total_R = x_RS.new_zeros(len(x_RS))
+    for start in range(0, len(matrix_SS), BLOCK):
+        end = start + BLOCK
+        below_SB = matrix_SS[start:, start:end].clone()
+        below_SB[BLOCK:] *= 2
+        total_R += ((x_RS[:, start:] @ below_SB) * x_RS[:, start:end]).sum(1)
+    return total_R
 
 
 def lower_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ class LatentBasis:
         def pairs() -> Iterator[tuple[RootedGram, torch.Tensor]]:
             for expert in range(self._metric.layer.experts):
                 where = (self._metric, self._side, self._kind, expert)
-                yield _inner(*where), _outer(*where)
+                yield _inner(*where), _outer(*where).double()
 
         return self._fitted(refined(self._leading(rank).double(), pairs).to(self._metric.dtype))
 
@@ -191,7 +191,7 @@ def _refitted_losses(metric: LayerMetric, kind: Metric, shared: Mapping[Side, _S
         if kind == "output":
             return tail_losses(fit_gains(of.basis_DD, of.dual_DD, own, outer_DD))
         read_DD, fitted_DD = orthonormal(own, of.basis_DD.double())
-        return projection_losses(read_DD, fitted_DD, _inner(metric, side, "output", expert), outer_DD)
+        return projection_losses(read_DD, fitted_DD, _inner(metric, side, "output", expert), outer_DD.double())
 
     loss_SR = torch.zeros(len(SIDES), metric.layer.hidden + 1, dtype=torch.float64, device=metric.device)
     for part, own_R in enumerate(in_parallel(losses, len(SIDES) * experts, metric.device)):

@@ -11,7 +11,9 @@ Wᵀ L W ("right": W ≈ W X V), otherwise in the space of the rows, through W G
 collected O_e itself, so that no Gram of a wide expert's neurons is needed.
 """
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +28,7 @@ from moesvd_core.decomposition.grams import (
     ImpliedGram,
     RootedGram,
     least_squares,
+    mirrored_,
     ridged,
     settled_,
     symmetric,
@@ -39,6 +42,8 @@ BACKWARD_SUMS = ("gradient_gram_EDD", "gradient_weight_square_E", "row_square_EN
 """What a backward pass collects for every expert: all of it or nothing."""
 MOST_KEPT = 1 << 28
 """Entries of Wᵀ L W, and of W G Wᵀ, kept for all experts of a layer; several structures and passes ask for the same ones."""
+
+Key = TypeVar("Key")
 
 
 class LayerMetric:
@@ -146,36 +151,34 @@ class LayerMetric:
         return gram
 
     def outer(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
-        """What W carries into the smaller space: Wᵀ L_e W [columns, columns] or W G_e Wᵀ [rows, rows]."""
-        return self.read_by(side, metric, expert) if self.works_right(side) else self.written_by(side, metric, expert)
+        """What W carries into the smaller space: Wᵀ L_e W [columns, columns] or W G_e Wᵀ [rows, rows]; float64."""
+        return (self.read_by if self.works_right(side) else self.written_by)(side, metric, expert).double()
 
     def written_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
-        """W G_e Wᵀ [rows, rows], float64."""
+        """W G_e Wᵀ [rows, rows], in the weights' computing precision."""
         if side == "output" and metric in ("input", "output"):
-            if expert not in self._written:
-                written_DD = self._output_gram(expert)
-                if self.layer.experts * written_DD.numel() > MOST_KEPT:
-                    return written_DD
-                self._written[expert] = written_DD.to(self.dtype)
-            return self._written[expert].double()
+            return self._kept(self._written, expert, lambda: self._output_gram(expert).to(self.dtype))
         weight_NM = self.weight(side, expert)
-        return symmetric_product(self.right(side, metric, expert).times(weight_NM), weight_NM.T).double()
+        return symmetric_product(self.right(side, metric, expert).times(weight_NM), weight_NM.T)
 
     def read_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
-        """Wᵀ L_e W [columns, columns], float64; the product itself in the weights' computing precision."""
+        """Wᵀ L_e W [columns, columns], in the weights' computing precision."""
         if side == "output":
             return self._read_by(side, metric, expert)
         kind: Metric = "output" if metric == "output" else "plain"
-        if (kind, expert) not in self._read:
-            read_DD = self._read_by("input", kind, expert)
-            if self.layer.experts * read_DD.numel() > MOST_KEPT:
-                return read_DD
-            self._read[kind, expert] = read_DD.to(self.dtype)
-        return self._read[kind, expert].double()
+        return self._kept(self._read, (kind, expert), lambda: self._read_by("input", kind, expert))
 
     def _read_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
         weight_NM = self.weight(side, expert)
-        return symmetric_product(self.left(side, metric, expert).times(weight_NM.T), weight_NM).double()
+        return symmetric_product(self.left(side, metric, expert).times(weight_NM.T), weight_NM)
+
+    def _kept(self, among: dict[Key, torch.Tensor], key: Key, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What was made before, or else now; kept where that of all experts is not too much."""
+        if (found := among.get(key)) is None:
+            found = make()
+            if self.layer.experts * found.numel() <= MOST_KEPT:
+                among[key] = found
+        return found
 
     def _ones(self, size: int) -> DiagonalGram:
         return DiagonalGram(torch.ones(size, dtype=torch.float64, device=self.device))
@@ -200,7 +203,7 @@ class LayerMetric:
     def _output_gram(self, expert: int) -> torch.Tensor:
         """O_e + h̄·n0·W Wᵀ: the same shrinkage as of H_e, seen through W."""
         weight_DM = self.weight("output", expert)
-        own_DD = symmetric(self.statistics.output_gram_EDD[expert].to(self.device, torch.float64))
+        own_DD = mirrored_(self.statistics.output_gram_EDD[expert].to(self.device, torch.float64, copy=True))
         return own_DD.add_(symmetric_product(weight_DM, weight_DM.T), alpha=self._isotropic(expert))
 
     def _intermediate_gram(self, expert: int) -> Gram:

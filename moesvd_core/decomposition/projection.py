@@ -8,7 +8,15 @@ from math import sqrt
 
 import torch
 
-from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, lower_product, symmetric_product, upper_times
+from moesvd_core.decomposition.grams import (
+    Gram,
+    RootedGram,
+    cholesky,
+    lower_product,
+    quadratic,
+    symmetric_product,
+    upper_times,
+)
 
 UNCERTAIN = 1e-4
 """Largest share of a row of V G Vᵀ that rounding may be in single precision: fits then lose less than a millionth more."""
@@ -45,10 +53,9 @@ def best_projection(inner: RootedGram, outer_SS: torch.Tensor, ranks: int, dtype
         dtype: precision of the eigendecomposition. Single is twice as fast and enough where gains are not what losses are summed from.
     """
     value_S, vector_SS = torch.linalg.eigh(inner.whitened(outer_SS).to(dtype))
-    gain_S, vector_SS = value_S.double().flip(0).clamp(min=0), vector_SS.double()
-    vector_RS = vector_SS.T.flip(0)[:ranks]
-    peak_R1 = vector_RS.gather(1, vector_RS.abs().argmax(1, keepdim=True))
-    vector_RS = vector_RS * torch.where(peak_R1 < 0, -1.0, 1.0)
+    gain_S = value_S.double().flip(0).clamp(min=0)
+    peak_1S = vector_SS.gather(0, vector_SS.abs().argmax(0, keepdim=True))
+    vector_RS = torch.where(peak_1S < 0, -vector_SS, vector_SS).T.flip(0)[:ranks].double()
     # Contiguous, so that what is read from a file later multiplies to the same bits.
     return Projection(inner.inverse_root_times(vector_RS).contiguous(), gain_S[:ranks], float(gain_S[ranks:].sum()))
 
@@ -82,7 +89,7 @@ def fit_gains(basis_SS: torch.Tensor, dual_SS: torch.Tensor, inner: RootedGram, 
     """
     _, lower_SS = _seen(inner, basis_SS)
     read_SS = upper_times(lower_SS.T, dual_SS.to(lower_SS.dtype))
-    gain_S = ((read_SS @ outer_SS.to(read_SS.dtype)) * read_SS).sum(1).double()
+    gain_S = quadratic(read_SS, outer_SS.to(read_SS.dtype)).double()
     total = float(torch.dot(inner.full().flatten(), outer_SS.double().flatten()))
     if basis_SS.dtype != torch.float64 and not abs(float(gain_S.sum()) - total) <= ROUNDING * total:
         return fit_gains(basis_SS.double(), torch.linalg.inv(basis_SS.double()).T, inner, outer_SS)

@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from moesvd_core.decomposition.grams import DiagonalGram, FullGram, ImpliedGram, cholesky, make_positive_definite, ridged, settled_
+from moesvd_core.decomposition.grams import (
+    BLOCK,
+    DiagonalGram,
+    FullGram,
+    ImpliedGram,
+    cholesky,
+    lower_product,
+    make_positive_definite,
+    mirrored_,
+    quadratic,
+    ridged,
+    settled_,
+    symmetric_product,
+    upper_times,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -86,3 +100,14 @@ def test_a_direction_that_outweighs_all_others_in_single_precision_leaves_a_gram
 def test_a_gram_without_such_a_direction_keeps_its_ridge() -> None:
     x_TS = random(1000, 256)
     assert torch.equal(settled_(x_TS.T @ x_TS, 1e-6, torch.float32), ridged(x_TS.T @ x_TS, 1e-6))
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+def test_products_that_spare_a_half_are_those_that_do_not(size: int) -> None:
+    left, other = random(size, 40), random(size, 30, seed=1)
+    whole, skew = left @ left.T, random(size, size, seed=2)
+    torch.testing.assert_close(symmetric_product(left, left.T), whole)
+    torch.testing.assert_close(lower_product(left, left.T).tril(), whole.tril())
+    torch.testing.assert_close(upper_times(whole.triu(), other), whole.triu() @ other)
+    torch.testing.assert_close(quadratic(other.T, whole), (other.T @ whole @ other).diagonal())
+    torch.testing.assert_close(mirrored_(skew.clone()), skew.tril() + skew.tril(-1).T)
