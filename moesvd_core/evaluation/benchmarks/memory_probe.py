@@ -1,4 +1,5 @@
-"""The process that `memory` measures: analyses and compresses a model folder, and prints the peaks of its own resident memory as JSON.
+"""The process that `memory` measures: analyses and compresses a model folder as commands do by default, and prints the peaks of its own
+resident memory as JSON.
 
 Lines before the last one say how far it is.
 """
@@ -41,6 +42,7 @@ def measure(folder: Path, settings: ProbeSettings) -> ProbeResult:
     interpreter = resident_bytes()
     start = time.perf_counter()
     from moesvd_core.calibration import Calibration
+    from moesvd_core.decomposition.registry import method
     from moesvd_core.planning import Recipe
     from moesvd_core.progress import Progress
     from moesvd_core.runs.source import prepare
@@ -53,7 +55,7 @@ def measure(folder: Path, settings: ProbeSettings) -> ProbeResult:
     run = prepare(str(folder / "model"), Calibration(settings.dataset, settings.samples, settings.length), folder=folder / "run")
     ACTIONS["analyze"](run, {"methods": [settings.method], "text": text}, report)
     analysed, middle = peak_bytes(), time.perf_counter()
-    recipe = Recipe(settings.method, settings.ratio).as_dict()
+    recipe = Recipe(settings.method, settings.ratio, compensate=method(settings.method).compensate).as_dict()
     ACTIONS["compress"](run, {"recipe": recipe, "output": str(folder / "export"), "text": text}, report)
     return ProbeResult(interpreter, analysed, peak_bytes(), middle - start, time.perf_counter() - middle)
 
