@@ -83,7 +83,6 @@ class FactoredExperts(nn.Module):
         own_rows = spec["input"].get("size", rows)  # of the rows that the input side stores
         self.input_bias = nn.Parameter(torch.empty(experts, own_rows, **kind)) if layer["biased"] else None
         self.output_bias = nn.Parameter(torch.empty(experts, hidden, **kind)) if layer["biased"] else None
-        self._arrangeable = self.input.batchable and self.output.batchable
         self._size = sum(parameter.numel() for parameter in self.parameters())
         # A tripwire without content: where the plug-in is missing, transformers would warn and go on with random experts, but it stops at
         # a shape that does not fit. This shape survives the conversion to one tensor an expert and back.
@@ -123,7 +122,7 @@ class FactoredExperts(nn.Module):
         if not self._small:
             self.input.pack()
             self.output.pack()
-        elif self._arrangeable:
+        elif self.input.joins and self.output.joins:
             self.input.join()
             self.output.join()
 
@@ -147,7 +146,7 @@ class FactoredExperts(nn.Module):
         if recorded and self.packed:
             raise RuntimeError("packed experts answer without gradients and graphs only: use torch.no_grad(), or unpack() them")
         alone = not recorded and index_Tk.device.type == "cpu" and len(index_Tk) > 0 and not self._heard
-        if alone and self._arrangeable and self._small:
+        if alone and self._small and self.input.batchable and self.output.batchable:
             first, then = self.input.arranged(), self.output.arranged()
             if first is not None and then is not None:
                 return self._answer_arranged(first, then, hidden_TD, index_Tk, weight_Tk).to(hidden_TD.dtype)

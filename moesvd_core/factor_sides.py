@@ -111,17 +111,19 @@ class PerExpertSide(Side):
 
     @property
     def batchable(self) -> bool:
+        return self.joins and (self._apart or self._joined is not None)
+
+    @property
+    def joins(self) -> bool:
         return bool(self.slabs or not self.factored)
 
-    def _arrange(self) -> Arranged | None:
+    def _arrange(self) -> Arranged:
         """Experts with a matrix of their own, and those with factors, of which slabs are views where no expert has several."""
         factors = self._joined
         if self.slabs and self._apart:
             factors = self._filled_up()
             for name, view in self._views(*factors):
                 self.get_parameter(name).data = view
-        if self.factored and factors is None:
-            return None
         batches = [*([[transposed(self.dense)]] if self.whole else []), *([factors] if factors else [])]
         return Arranged(self._parameters, batches, self.whole + self.factored, self.ranks)
 

@@ -45,7 +45,7 @@ class BaseDeltaSide(PerExpertSide):
         return weight_GNC if name == "base" else super().filled_up(name, weight_GNC)
 
     @property
-    def batchable(self) -> bool:
+    def joins(self) -> bool:
         return False
 
     def matrices(self) -> torch.Tensor:

@@ -98,8 +98,13 @@ class Side(nn.Module):
 
     @property
     def batchable(self) -> bool:
-        """Whether `arranged` gives anything, or will once the side is packed."""
+        """Whether `arranged` gives anything."""
         return False
+
+    @property
+    def joins(self) -> bool:
+        """Whether it does, or will after `join`."""
+        return self.batchable
 
     def arranged(self) -> Arranged | None:
         """The matrices as products of many experts need them, without gradients, on a CPU.

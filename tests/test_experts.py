@@ -279,9 +279,11 @@ def test_small_factors_of_many_ranks_are_packed_side_by_side_and_come_back_as_th
     calls = calls_of(factored, 1, 3, 50, 300, dtype=torch.bfloat16)
     exact = copy.deepcopy(factored).float()
     expected = [exact(call[0].float(), *call[1:]).detach() for call in calls]
+    places = [parameter.data_ptr() for parameter in factored.parameters()]
     with torch.no_grad():
         factored(*calls[0])
         assert not way, "parameters cannot be views"
+        assert [parameter.data_ptr() for parameter in factored.parameters()] == places, "nor is anything else arranged for nothing"
         factored.pack()
         factored.pack()
         assert factored.packed
