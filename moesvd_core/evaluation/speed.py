@@ -1,7 +1,8 @@
 """How fast models are, and how much they compute and hold, measured so that a ratio of two figures means something.
 
 Models take turns in every repetition, in alternating order, so that a machine that slows down slows all of them; figures are medians with
-their spread. Operations are counted from the kernels that really ran, padding included, not from the parameter count.
+their spread. Operations are counted from the kernels that a model runs, not from its parameters; what factored experts compute for nothing
+on a CPU, because it takes less time than to leave it out, is not among them.
 
 Shapes: B prompts, T tokens of each.
 """
@@ -9,7 +10,8 @@ Shapes: B prompts, T tokens of each.
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,7 +214,7 @@ def _attention_flops(query_shape: torch.Size, key_shape: torch.Size, value_shape
 
 
 def _flops(model: PreTrainedModel, prompt_BT: torch.Tensor) -> int:
-    """Floating-point operations of one pass over the prompts."""
+    """Floating-point operations of one pass over the prompts; of packed experts with the rows that fill up their products."""
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.aten._grouped_mm: _grouped_flops,
         torch.ops.transformers.grouped_mm_fallback: _grouped_flops,
@@ -220,9 +222,24 @@ def _flops(model: PreTrainedModel, prompt_BT: torch.Tensor) -> int:
         torch.ops.aten._embedding_bag_forward_only: _summed_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     }
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    packed = any(getattr(module, "packed", ()) for module in model.modules())
+    with _frozen(model), torch.set_grad_enabled(not packed), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         model(input_ids=prompt_BT, use_cache=False, logits_to_keep=1)
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Let no parameter ask for a gradient: where gradients may be recorded experts compute what they are asked and no more, and with none
+    to record nothing is kept for them."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def _peak_bytes(model: PreTrainedModel, prompt_BT: torch.Tensor, test: SpeedTest) -> int:

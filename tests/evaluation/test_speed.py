@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from tiny_factors import RANK, layer_factors
 from tiny_models import TINY
 
+from moesvd_core import experts
+from moesvd_core.architectures.experts_io import read_experts
+from moesvd_core.architectures.find import expert_layers
+from moesvd_core.checkpoint.apply import compressed
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.speed import SpeedTest, measure_speed, weight_bytes
 
@@ -24,6 +29,27 @@ def test_operations_are_those_of_the_matrices(implementation: str) -> None:
     head = 2 * d * config.vocab_size / tokens  # of the last token only
     result = measure_speed({"model": model}, SHORT)["model"]
     assert result.flops_per_token == pytest.approx(config.num_hidden_layers * (attention + experts) + head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operations_of_factored_experts_are_those_of_their_factors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FEW_MULTIPLICATIONS": -1, "JOINED_PAIRS": 1 << 20, "PRODUCT_COST": 1 << 40}.items():  # rows are filled up
+        monkeypatch.setattr(experts, name, value)
+    model = TINY["mixtral"]().to(dtype).eval()
+    layers = [
+        (layer, layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), "equal", "equal"))
+        for layer in expert_layers(model)
+    ]
+    student = compressed(model, layers)
+    d, m, k = model.config.hidden_size, model.config.intermediate_size, model.config.num_experts_per_tok
+    asking = [parameter.requires_grad for parameter in student.parameters()]
+    test = SpeedTest(prompt_tokens=60, new_tokens=1, repeats=1, batch=4)
+    result = measure_speed({"original": model, "factored": student}, test)
+    fewer = len(layers) * k * (6 * d * m - 2 * RANK * (2 * d + 3 * m))
+    assert result["original"].flops_per_token - result["factored"].flops_per_token == pytest.approx(fewer)
+    again = measure_speed({"factored": student}, test)["factored"]
+    assert again.flops_per_token == result["factored"].flops_per_token, "however experts have arranged their factors"
+    assert [parameter.requires_grad for parameter in student.parameters()] == asking
 
 
 def test_peak_holds_the_weights_and_what_lives_beside_them() -> None:
