@@ -28,11 +28,11 @@ _SIDE_WORDS: Mapping[Side, str] = {"input": "gate and up", "output": "down"}
 
 
 def loss_curves(curves: Mapping[tuple[str, ...], Sequence[SideCurve]], side: Side, by: By, layer: int, plans: Plans, ratio: float) -> str:
-    """Predicted loss of one side at every rank, one line a method, with what each method's plan chose at a ratio."""
+    """Truncation loss of one side at every rank, one line a method, with what each method's plan chose at a ratio."""
     shares = {"title": {"text": "Kept of this side's parameters"}, "tickformat": ".0%", "range": [0, 1.02]}
     drawn = go.Figure(layout={
         "xaxis": shares if by == "share" else {"title": {"text": "Rank of each matrix"}},
-        "yaxis": {"title": {"text": "Predicted loss, mnat a token"}, "type": "log", "tickformat": "~g", "dtick": 1},
+        "yaxis": {"title": {"text": "Truncation loss, mnat a token"}, "type": "log", "tickformat": "~g", "dtick": 1},
         "hovermode": "closest",
     })
     frames: list[pd.DataFrame] = []
@@ -111,7 +111,7 @@ def kept_lines(plans: Plans, layer: int, ratio: float, method: str) -> str:
             line={"color": style.color, "dash": style.dash, "width": 3 if name == method else 2},
             marker={"size": 7, "symbol": style.symbol, "maxdisplayed": 12},
             hovertemplate=f"{name} at ratio %{{x:.0%}}<br>%{{y:.1%}} of layer {layer} kept<br>"
-            "predicted loss %{customdata:.3g} mnat a token<extra></extra>",
+            "truncation loss %{customdata:.3g} mnat a token<extra></extra>",
         )
     caption = f"Layer {layer}. The line stands at {share(ratio, 0)}: choose another ratio and method by a point."
     return figure.drawing(drawn, _named(frames, loss="loss (mnat a token)"), caption, f"kept-layer-{layer}")
@@ -136,7 +136,7 @@ def kept_table(plans: Plans, layer: int, ratio: float, method: str) -> str:
         tables.Column("kept", "Kept", share, number=True),
         tables.Column("input", "Gate and up"),
         tables.Column("output", "Down"),
-        tables.Column("predicted", "Predicted loss, mnat a token", number, number=True),
+        tables.Column("predicted", "Truncation loss, mnat a token", number, number=True),
         tables.Column("reason", "Why"),
     ]
     return tables.table(

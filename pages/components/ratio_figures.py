@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.marks import ORIGINAL, mark
 from moesvd_core.planning import LossLaw, Recipe
 from moesvd_core.runs.folder import RunFolder
@@ -27,17 +28,16 @@ def on_dataset(run: RunFolder, text: Text) -> list[Measured]:
     return sorted(rows, key=lambda row: (row.ratio, row.figures["windows"] * row.figures["length"]))
 
 
-def original_nll(run: RunFolder, text: Text) -> float | None:
-    """The original's loss on a text, nats a token, else on the largest part of its data set that was measured; None where there is none.
+def original_nll(run: RunFolder, dataset: str) -> float | None:
+    """The original's loss on the largest part of a data set that was measured, nats a token; None where there is none.
+
+    Not on the part that the slider measures: what was drawn before would move with the first plan that is measured there.
 
     Raises:
         RunError: a file of the run is damaged.
     """
-    exact = run.read_json("evaluations", f"original--{text.key}.json")
-    if exact is not None:
-        return float(exact["nll"])
     found = [run.read_json("evaluations", file.name) for file in (run.path / "evaluations").glob("original--*.json")]
-    known = [row for row in found if row is not None and row["dataset"] == text.dataset]
+    known = [row for row in found if row is not None and row["dataset"] == dataset]
     return float(max(known, key=lambda row: row["tokens"])["nll"]) if known else None
 
 
@@ -55,7 +55,7 @@ def curve(run: RunFolder, method: str, text: Text, flops_ratio: float | None = N
         RunError: a file of the run is damaged.
     """
     names = analysed(run)
-    base = original_nll(run, text)
+    base = original_nll(run, text.dataset)
     if not names or base is None:
         return figure.nothing("Nothing to compare yet", "The curve of every planned method appears here once the original is measured.")
     points: dict[str, list[Measured]] = {}
@@ -95,7 +95,8 @@ def curve(run: RunFolder, method: str, text: Text, flops_ratio: float | None = N
         yaxis={"title": {"text": "Perplexity"}, "range": [exp(base - 0.03), highest]},
     )
     caption = (
-        f"Markers: measured on held-out text of {Path(text.dataset).name}, open ones compensated. Lines: the loss predicted from "
+        f"Markers: the loss measured on held-out text of {Path(text.dataset).name}, added to the original's perplexity, {exp(base):.4g} on "
+        f"the most of it that was measured; open ones are compensated. Lines: the loss predicted from "
         f"calibration{_fit_text(method, laws.get(method))}. The dotted line is the slider."
     )
     return figure.drawing(drawn, _table(totals, predicted, points, base), caption, "quality-by-size")
@@ -132,6 +133,8 @@ def measured_html(run: RunFolder, recipe: Recipe, text: Text, otherwise: str) ->
         ("Same first choice", share(figures["top1_agreement"]), "of all tokens predicted"),
     ]
     on = f"{Path(figures['dataset']).name}, {figures['windows']} windows of {figures['length']} tokens"
+    if METHODS[recipe.method].compensate and not recipe.compensate:
+        on += ", before compensation, which exports get"
     title = f"Measured at {share(recipe.ratio, 0)} by {recipe_name(recipe)}: {on}"
     return f'<div class="measured"><p class="figure-title">{escape(title)}</p>{tables.facts(pairs, "Measured")}</div>'
 
@@ -182,9 +185,10 @@ def _table(
                 "method": name, "ratio": ratio, "bytes": total["bytes"][place],
                 "parameters": total["parameters"][place], "operations a token": total["flops"][place],
                 "predicted perplexity": _perplexity(base + predicted[name][place]),
-                "measured perplexity": exp(base + figures["delta_nll"]) if figures else None,
-                "loss added, nats": figures.get("delta_nll"), "KL, nats": figures.get("kl_mean"), "windows": figures.get("windows"),
-                "measured perplexity, compensated": exp(base + better["delta_nll"]) if better else None,
+                "measured perplexity": figures.get("perplexity"), "windows": figures.get("windows"),
+                "loss added, nats": figures.get("delta_nll"), "KL, nats": figures.get("kl_mean"),
+                "drawn at perplexity": exp(base + figures["delta_nll"]) if figures else None,
+                "measured perplexity, compensated": better.get("perplexity"), "windows, compensated": better.get("windows"),
             })
     return pd.DataFrame(rows)
 

@@ -55,7 +55,8 @@ METRICS: Mapping[str, Metric] = {
     "S_L": Metric("S_L", "S_L", "", "the paper's sensitivity, Σ f·r·a", "{:.1f}".format, mark("moe-svd")),
     "OWL": Metric("OWL", "OWL", "of weights", "OWL's outlier ratio of the layer", _percent, mark("owl")),
     "predicted": Metric(
-        "Predicted loss", "Loss", "mnat a token", "truncation loss by the spectra, in the output metric", _thousandths, mark("auto"),
+        "Truncation loss", "Loss", "mnat a token", "by the spectra, in the output metric, on calibration text; it ranks layers, and is too "
+        "small: the Ratio page scales it by what was measured", _thousandths, mark("auto"),
     ),
     "measured_nll": Metric("Measured ΔNLL", "ΔNLL", "mnat a token", "this layer alone decomposed, on held-out text", _thousandths),
     "measured_kl": Metric("Measured KL", "KL", "mnat a token", "divergence from the original, on the same text", _thousandths),

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from planned_run import NLL, RUN, add_curves, measured, planned_run
+from planned_run import NLL, RUN, add_curves, figures, measured, planned_run
 from runs.run_helpers import new_run
 from runs.tiny_runs import TEXT, do, tiny_run
 
+from moesvd_core import atomic
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.client import Client
@@ -221,6 +222,17 @@ def test_points_of_other_windows_stand_on_the_same_original(run: RunFolder) -> N
     assert ratio_figures.is_measured(run, Recipe(ratio=0.3), Text())
     assert "16 windows" in ratio_figures.measured_html(run, Recipe(ratio=0.3), Text(), "")
     assert not ratio_figures.is_measured(run, Recipe(ratio=0.3), Text(dataset="other.txt"))
+
+
+def test_what_was_drawn_stays_where_it_is_when_a_plan_is_measured_on_less_text(run: RunFolder) -> None:
+    measured(run, Recipe(ratio=0.2), 0.02)
+    before, few = drawn(run), Text(windows=1)
+    harder = {**figures(few, NLL + 0.1), "tokens": 1}
+    atomic.write_json(run.station("evaluations") / f"original--{few.key}.json", harder)
+    after = json.loads(ratio_figures.curve(run, "auto", few))
+    assert after["figure"]["data"] == before["figure"]["data"]
+    place = after["columns"].index("measured perplexity")
+    assert [row[place] for row in after["rows"] if row[place]] == pytest.approx([exp(NLL + 0.02)])
 
 
 def test_predictions_are_scaled_to_what_was_measured(run: RunFolder) -> None:

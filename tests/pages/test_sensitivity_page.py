@@ -55,7 +55,7 @@ def test_the_overview_shows_what_was_measured(context: Context, file: dict[str, 
     assert metrics["rows"] == [pytest.approx([row[name] for name in names]) for row in file["layers"]]
     assert "auto, 50 % removed" in metrics["caption"]
     assert [row[2] for row in routing["rows"]] == pytest.approx([row["f"] for row in file["experts"]])
-    assert [trace["name"] for trace in lines["figure"]["data"]] == ["Measured ΔNLL", "S_L", "OWL", "Predicted loss"]
+    assert [trace["name"] for trace in lines["figure"]["data"]] == ["Measured ΔNLL", "S_L", "OWL", "Truncation loss"]
     for row in file["correlations"]:
         assert ("–" if row["measured_nll"] is None else f"{row['measured_nll']:+.2f}".replace("-", "−")) in table
     assert "3 layers" in table
