@@ -113,8 +113,15 @@ def _settings() -> list[Any]:
 
 
 def _ask(context: Context) -> Callable[..., Any]:
-    def ask(state: ViewState, prompt: str, blind: bool, *settings: Any) -> Iterator[tuple[Any, ...]]:
-        """Both answers as they come, some ten times a second."""
+    def ask(*asked: Any) -> Iterator[tuple[Any, ...]]:
+        """Both answers as they come, some ten times a second; after a question that is refused nothing is waited for any more."""
+        try:
+            yield from answered(*asked)
+        except Exception:
+            yield _round_shown(None)
+            raise
+
+    def answered(state: ViewState, prompt: str, blind: bool, *settings: Any) -> Iterator[tuple[Any, ...]]:
         if None in settings:
             raise InputError("tokens, temperature, top p and seed must be numbers: a field under “How to answer” is empty")
         sampling = Sampling(*settings)

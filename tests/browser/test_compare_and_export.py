@@ -131,6 +131,7 @@ def test_a_wrong_question_is_explained(compare: Open) -> None:
     page.get_by_label("Prompt").fill("  ")
     page.get_by_role("button", name="Ask both").click()
     expect(page.get_by_text("prompt must not be empty")).to_be_visible(timeout=60_000)
+    expect(page.locator("#told")).to_have_text("")
 
 
 def test_an_export_goes_from_the_button_to_the_visitor_s_disk(export: Open, run: RunFolder, tmp_path: Path) -> None:

@@ -135,8 +135,11 @@ def test_a_round_that_was_stopped_carries_no_vote(context: Context) -> None:
     ],
 )
 def test_what_cannot_be_asked_is_explained(context: Context, prompt: str, settings: tuple[Any, ...], words: str) -> None:
+    frames: list[tuple[Any, ...]] = []
     with pytest.raises(InputError, match=words):
-        list(compare._ask(context)(state(), prompt, False, *settings))
+        for frame in compare._ask(context)(state(), prompt, False, *settings):
+            frames.append(frame)
+    assert frames[-1][:2] == (None, "")  # nothing is loaded or waited for any more
 
 
 def test_a_run_without_analysis_is_explained(context: Context, tmp_path: Path) -> None:
