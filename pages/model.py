@@ -8,6 +8,7 @@ import gradio as gr
 
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
+from moesvd_core.calibration.text import window_length
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import InputError
 from moesvd_core.runs.client import RunStatus
@@ -112,9 +113,11 @@ def _analyse(context: Context) -> Callable[..., Any]:
             raise InputError("no method is chosen to plan for: choose at least one, auto is recommended")
         context.require_rights()
         settings = context.settings
+        model, calibration = context.find_model(text or ""), calibration_of(context, values)
+        if calibration.length is not None:  # a run with windows that its model cannot read could only fail
+            window_length(calibration.length, inspect(model, trust_remote_code=settings.remote_code).context_length)
         run = prepare(
-            context.find_model(text or ""), calibration_of(context, values), root=settings.runs, model_roots=settings.models,
-            allow_remote_code=settings.remote_code, owner=visitor(),
+            model, calibration, root=settings.runs, model_roots=settings.models, allow_remote_code=settings.remote_code, owner=visitor(),
         )
         if context.client.status(run).busy:
             raise InputError(f"run {run.identity.id} is at work already: wait for it, or cancel it")

@@ -44,7 +44,8 @@ def window_length(asked: int | None, limit: int | None) -> int:
     if asked is None:
         return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     if asked < 2 or (limit is not None and asked > limit):
-        raise InputError(f"length must be in [2, {limit or 'any'}] tokens for this model, got {asked}")
+        bounds = f"[2, {limit or 'any'}] tokens for this model"
+        raise InputError(f"length must be in {bounds}, got {asked}: give one in that range, or none for the usual one")
     return asked
 
 

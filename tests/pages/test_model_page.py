@@ -57,10 +57,12 @@ def test_the_run_shows_its_model_before_a_worker_has_looked_at_it(context: Conte
     (("/etc/passwd", 2, None, 0, 1), "nor a data set"),
     (("sotu", 0, None, 0, 1), "samples must be"),
     (("sotu", 2, 1, 0, 1), "length must be"),
+    (("sotu", 2, 100_000, 0, 1), r"length must be in \[2, 256\] tokens for this model, got 100000: give one in that range"),
 ])
 def test_settings_that_cannot_be_used_are_explained(context: Context, values: tuple[object, ...], words: str) -> None:
     with pytest.raises(InputError, match=words):
         model._analyse(context)(ViewState(), "demo-moe", ["auto"], *values)
+    assert not list(context.settings.runs.iterdir())
 
 
 def test_at_least_one_method_is_planned_for(context: Context) -> None:
