@@ -19,6 +19,7 @@ from moesvd_core.errors import EvaluationError, InputError
 from moesvd_core.evaluation.hidden import context_limit
 
 MAX_NEW_TOKENS = 4096
+Ending = Literal["", "end", "length", "context"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,15 @@ class Answer:
         tokens: ids so far, without the token that ended the answer.
         first_token_seconds: from the prompt to the first token.
         seconds: this model's own time so far.
-        finished: "end" when the model stopped, "length" at the longest answer or the end of the context, "" while it goes on.
+        finished: "end" when the model stopped, "length" at the longest answer, "context" at the model's limit before it, "" while it
+            goes on.
     """
 
     text: str
     tokens: tuple[int, ...]
     first_token_seconds: float
     seconds: float
-    finished: Literal["", "end", "length"]
+    finished: Ending
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -148,7 +150,8 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids_1L: 
     cache = None
     # positions are given, because some caches (minimax) cannot tell their length
     position_1L = torch.arange(ids_1L.shape[1], device=ids_1L.device).unsqueeze(0)
-    finished: Literal["", "end", "length"] = ""
+    finished: Ending = ""
+    full: Ending = "length" if longest == sampling.new_tokens else "context"
     while not finished:
         start = time.perf_counter()
         with torch.inference_mode():
@@ -161,7 +164,7 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids_1L: 
             finished = "end"
         else:
             tokens.append(token)
-            finished = "length" if len(tokens) == longest else ""
+            finished = full if len(tokens) == longest else ""
         ids_1L, position_1L = ids_1L.new_tensor([[token]]), position_1L[:, -1:] + 1
         text = str(tokenizer.decode(tokens, skip_special_tokens=True))
         yield Answer(text if finished else text.rstrip("�"), tuple(tokens), first, seconds, finished)

@@ -66,7 +66,9 @@ def test_the_answer_ends_with_the_context(tokenizer: PreTrainedTokenizerBase) ->
     prompt = "w" * 60
     *_, last = answer(model, tokenizer, prompt, Sampling(new_tokens=100))
     assert len(last.tokens) == 64 - len(tokenizer(prompt).input_ids)
-    assert last.finished == "length"
+    assert last.finished == "context"
+    *_, exact = answer(model, tokenizer, prompt, Sampling(new_tokens=len(last.tokens)))
+    assert (exact.finished, exact.tokens) == ("length", last.tokens)
 
 
 def test_side_by_side_equals_one_after_the_other(tokenizer: PreTrainedTokenizerBase) -> None:

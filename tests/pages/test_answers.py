@@ -88,3 +88,11 @@ def test_a_panel_says_that_it_is_still_being_written() -> None:
     parts = Parts(answer.text, "", "")
     assert 'aria-busy="true"' in panel("A", "", answer, parts)
     assert 'aria-busy="false"' in panel("A", "", replace(answer, finished="end"), parts)
+
+
+@pytest.mark.parametrize(("finished", "words"), [
+    ("", "so far"), ("end", "ended by itself"), ("length", "as many as asked for"), ("context", "as many as fit the model&#x27;s context"),
+])
+def test_a_panel_says_why_an_answer_ended(finished: str, words: str) -> None:
+    shown = panel("A", "", said(1, 2, finished=finished))
+    assert words in shown
