@@ -29,9 +29,11 @@ class RecipeControls:
         page.view(self._values, [method, ratio, fewer], fields=("run", "method", "ratio", "flops_ratio"))
         method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_EVENT)
         dragged = page.changes(lambda state, percent: state.but(ratio=percent / 100))
-        ratio.input(dragged, [page.state, ratio], page.state, trigger_mode="always_last", **_EVENT)
+        asked = ratio.input(dragged, [page.state, ratio], page.state, trigger_mode="always_last", **_EVENT)
         bounded = page.changes(lambda state, percent: state.but(flops_ratio=percent / 100 or None))
-        fewer.input(bounded, [page.state, fewer], page.state, trigger_mode="always_last", **_EVENT)
+        saved = fewer.input(bounded, [page.state, fewer], page.state, trigger_mode="always_last", **_EVENT)
+        for event in (asked, saved):  # a number out of bounds is refused before any handler: the boxes go back to the view's
+            event.failure(page.changes(self._values), page.state, [method, ratio, fewer], **_EVENT)
 
     def _values(self, state: ViewState) -> tuple[Any, ...]:
         """The view's method and ratio; methods that were analysed come first, and the slider ends where the method does."""

@@ -96,6 +96,16 @@ def test_the_ratio_can_be_changed_and_asked_again(compare: Open) -> None:
     assert "ratio=0.1" in page.url
 
 
+def test_a_ratio_out_of_bounds_gives_way_to_the_one_that_counts(compare: Open) -> None:
+    page = compare()
+    box = page.get_by_label("number input for Ratio")
+    box.fill("95")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("greater than maximum")).to_be_visible()
+    expect(box).to_have_value("40")
+    expect(page.locator(".strip")).to_contain_text("40 %")
+
+
 def test_a_blind_vote_is_counted_once(compare: Open, run: RunFolder) -> None:
     page = compare()
     page.get_by_label("Blind").check()
