@@ -11,6 +11,7 @@ from moesvd_core.decomposition.registry import WEIGHING
 from moesvd_core.errors import RunError
 from moesvd_core.runs.bounded import most_flops_ratio
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.jobs import read_jobs
 from moesvd_core.runs.known import analysed, loss_laws
 from pages.components import plan_table
 from pages.components.assets import mount
@@ -111,6 +112,8 @@ def drawing(run: RunFolder | None, state: ViewState, dataset: str = "sotu") -> s
     elif analysed(run):
         hint = "Press “Plan this method” below: the model is decomposed that way, and every ratio planned."
         empty = (f"No plans by {state.method} yet", hint)
+    elif _failed(run):
+        empty = ("The analysis of this run failed", "So it has no plans: the Model page says why, and what to do about it.")
     else:
         empty = ("This run has no plans yet", "They are made at the end of its analysis; the Model page says how far that is.")
     flops = 0.0 if run is None else flops_within(run, state) or 0.0
@@ -119,6 +122,12 @@ def drawing(run: RunFolder | None, state: ViewState, dataset: str = "sotu") -> s
     view = {"run": state.run, "method": state.method, "percent": round(100 * state.ratio), "layer": state.layer, **bound}
     law = None if run is None or table is None else loss_laws(run, [state.method], dataset).get(state.method)
     return json.dumps({**view, "table": table, "law": None if law is None else vars(law), "empty": empty}, separators=(",", ":"))
+
+
+def _failed(run: RunFolder) -> bool:
+    """Whether the latest analysis of the run failed."""
+    analyses = [job for job in read_jobs(run.log).values() if job.action == "analyze"]
+    return bool(analyses) and analyses[-1].state == "failed"
 
 
 def _say_what_is_beyond(run: RunFolder, state: ViewState) -> None:

@@ -84,6 +84,17 @@ def test_an_empty_stage_says_what_to_do(run: RunFolder, context: Context) -> Non
         assert words in " ".join(data["empty"])
 
 
+def test_a_stage_of_an_analysis_that_failed_says_so_until_it_is_asked_again(context: Context) -> None:
+    run = new_run(context.settings.runs)
+    run.log.append("submitted", "1", action="analyze", arguments={})
+    run.log.append("failed", "1", error="no room", error_kind="RunError")
+    said = " ".join(json.loads(ratio_stage.drawing(run, STATE))["empty"])
+    assert "analysis of this run failed" in said
+    assert "Model page" in said
+    run.log.append("submitted", "2", action="analyze", arguments={})
+    assert "end of its analysis" in " ".join(json.loads(ratio_stage.drawing(run, STATE))["empty"])
+
+
 def test_letting_go_of_the_slider_changes_the_view() -> None:
     assert ratio._released(SimpleNamespace(percent=31, flops=0), STATE) == STATE.but(ratio=0.31)
     assert ratio._released(SimpleNamespace(percent=31, flops=25), STATE) == STATE.but(ratio=0.31, flops_ratio=0.25)
