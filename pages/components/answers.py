@@ -84,7 +84,7 @@ def _figures(label: str, answer: Answer | None, weights: int | None) -> str:
         ("Speed", number(rate), "tokens a second"),
         ("First token", number(first), "ms after the question"),
         ("Length", "–" if answer is None else str(len(answer.tokens)), _ended(answer)),
-        ("Weights", "–" if weights is None else size(weights), "in memory"),
+        ("Weights", "–" if weights is None else size(weights), "in memory; files may be smaller"),
     ]
     return tables.facts(pairs, f"Figures: {label}")
 
