@@ -243,7 +243,8 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _peak_bytes(model: PreTrainedModel, prompt_BT: torch.Tensor, test: SpeedTest) -> int:
-    """Most bytes held at once while answering, weights included."""
+    """Most bytes held at once while answering, weights included, once the first answer has arranged what there is to arrange."""
+    _answer(model, prompt_BT, 1)
     if model.device.type == "cuda":
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
