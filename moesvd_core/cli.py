@@ -129,11 +129,11 @@ def _add_runs(kinds: "_Kinds") -> None:
     kind.add_argument("--reference-ratio", type=float, default=0.5, metavar="R", help="share of its experts removed for that")
 
     kind = _command(kinds, "plan", commands.plan, "show which layers get which ranks, and what that comes to")
-    kind.add_argument("run", metavar="RUN", help="id or folder of a run")
+    kind.add_argument("run", metavar="RUN", help="name or folder of a run")
     _add_recipe(kind)
 
     kind = _command(kinds, "export", commands.export, "write another method, ratio or format of a run")
-    kind.add_argument("run", metavar="RUN", help="id or folder of a run")
+    kind.add_argument("run", metavar="RUN", help="name or folder of a run")
     _add_recipe(kind)
     _add_output(kind)
     _add_compensation(kind)
@@ -151,7 +151,7 @@ def _add_runs(kinds: "_Kinds") -> None:
         ("worker", commands.worker, "do a run's queued jobs (started by the explorer)"),
     ):
         kind = _command(kinds, name, command, text, as_json=False)
-        kind.add_argument("run", metavar="RUN", help="id or folder of a run")
+        kind.add_argument("run", metavar="RUN", help="name or folder of a run")
 
 
 def _add_model(kind: argparse.ArgumentParser) -> None:

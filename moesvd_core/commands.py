@@ -81,7 +81,7 @@ def analyze(given: Namespace) -> None:
         measured = _worked(run, "sensitivity", {"recipe": {"method": methods[0], "ratio": given.reference_ratio}, "text": text})
         record = {**record, "sensitivity": measured["file"]}
     if given.json:
-        show_json({"run": run.identity.id, "path": str(run.path), **record})
+        show_json({"run": run.name, "path": str(run.path), **record})
         return
     reached = {f"largest ratio of {name}": facts["max_ratio"] for name, facts in record["methods"].items()}
     show_facts(f"run {run.path}", {"perplexity of the original": record["perplexity"], **reached})
@@ -134,7 +134,7 @@ def worker(given: Namespace) -> int:
 
 
 def opened(name: str) -> RunFolder:
-    """A run by its folder, or by its id under the runs root.
+    """A run by its folder, or by its name under the runs root.
 
     Raises:
         RunError: there is none.

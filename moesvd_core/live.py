@@ -53,7 +53,7 @@ class LiveModel:
             RunError: it is not the model any more that the run was made for, or was not analysed yet.
         """
         if not is_calibrated(run):
-            raise RunError(f"run {run.identity.id} has no statistics yet: analyze its model first")
+            raise RunError(f"run {run.name} has no statistics yet: analyze its model first")
         self.run = run
         source = find_source(run)
         _require(int(source.facts["bytes"]), run)
@@ -159,7 +159,7 @@ def fits(files_bytes: int) -> bool:
 def _require(files_bytes: int, run: RunFolder) -> None:
     if not fits(files_bytes):
         raise ResourceError(
-            f"not enough memory to hold the model of run {run.identity.id}: about {MEMORY * files_bytes / 2**30:.2f} GiB are needed and "
+            f"not enough memory to hold the model of run {run.name}: about {MEMORY * files_bytes / 2**30:.2f} GiB are needed and "
             f"{_free() / 2**30:.2f} GiB are free; measure it by a job of the run, which needs one layer at a time"
         )
 

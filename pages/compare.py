@@ -134,7 +134,7 @@ def _ask(context: Context) -> Callable[..., Any]:
         warm_up([live.original, model], live.tokenizer, prompt, sampling)
         weights = weight_bytes(live.original), weight_bytes(model)
         left = drawn() if blind else "original"
-        now = Round(run.identity.id, recipe_name(recipe), recipe.ratio, prompt, sampling, left, blind, weights)
+        now = Round(run.name, recipe_name(recipe), recipe.ratio, prompt, sampling, left, blind, weights)
         last = 0.0
         for original, compressed in side_by_side([live.original, model], live.tokenizer, prompt, sampling):
             now = now.reached(original, compressed, live.tokenizer)

@@ -136,7 +136,7 @@ def _write(context: Context) -> Callable[..., Any]:
         if any(job.arguments.get("output") == output and job.state in ("queued", "running") for job in jobs_now):
             raise InputError(f"{name} is being written already: wait for it, or cancel it")
         words: dict[str, Any] = {"output": f"out/{name}", "form": form, "dtype": number}
-        command = compress_command(run.identity, recipe, **words) or export_command(run.identity.id, recipe, **words)
+        command = compress_command(run.identity, recipe, **words) or export_command(run.name, recipe, **words)
         context.client.submit(
             run, "export", recipe=recipe.as_dict(), output=output, format=form, dtype=number, overwrite=True, command=command,
         )
@@ -165,7 +165,7 @@ def _shown(context: Context, pushes: Pushes) -> Callable[..., Any]:
             return parts.no_exports(), gr.Column(visible=False), "", "", gr.Timer(active=False)
         run = context.require_run(state)
         export = open_export(run, name)
-        files, card = parts.files_html(run.identity.id, export), parts.card_text(export)
+        files, card = parts.files_html(run.name, export), parts.card_text(export)
         return (files, gr.Column(visible=True), card, *_push_state(pushes, export.path))
 
     return shown

@@ -123,9 +123,9 @@ def _analyse(context: Context) -> Callable[..., Any]:
             model, calibration, root=settings.runs, model_roots=settings.models, allow_remote_code=settings.remote_code, owner=visitor(),
         )
         if context.client.status(run).busy:
-            raise InputError(f"run {run.identity.id} is at work already: wait for it, or cancel it")
+            raise InputError(f"run {run.name} is at work already: wait for it, or cancel it")
         context.client.submit(run, "analyze", methods=list(methods))
-        return state.but(run=run.identity.id), gr.Timer(active=True)
+        return state.but(run=run.name), gr.Timer(active=True)
 
     return analyse
 
@@ -144,7 +144,7 @@ def _run_shown(context: Context) -> Callable[[ViewState], Any]:
             facts = inspect(run.identity.model, trust_remote_code=run.identity.remote_code).as_dict()
         if facts is None:
             return named, None, empty(model, "Its facts appear once the worker has looked at it."), "", *values
-        return named, facts, facts_html(model, f"run {run.identity.id}", facts), _needs(context)(facts, *values), *values
+        return named, facts, facts_html(model, f"run {run.name}", facts), _needs(context)(facts, *values), *values
 
     return shown
 

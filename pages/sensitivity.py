@@ -181,7 +181,7 @@ def _measure(context: Context) -> Callable[..., Any]:
         recipe = Recipe(method=method, ratio=round(float(ratio), 4))
         run = context.require_run(state)
         if any(job.action == "sensitivity" and job.state in ("queued", "running") for job in context.client.status(run).jobs):
-            raise InputError(f"run {run.identity.id} measures its layers already: wait for it, or cancel it")
+            raise InputError(f"run {run.name} measures its layers already: wait for it, or cancel it")
         if windows is not None and windows < 1:
             raise InputError(f"windows must be at least 1, got {windows:g}: {_WINDOWS} tell layers apart")
         count = _WINDOWS if windows is None else int(windows)

@@ -130,7 +130,7 @@ def _compare(context: Context) -> Callable[..., Any]:
         run = context.require_run(state)
         status = context.client.status(run)
         if any(job.action == "similarity" and job.state in ("queued", "running") for job in status.jobs):
-            raise InputError(f"run {run.identity.id} compares its experts already: wait for it, or cancel it")
+            raise InputError(f"run {run.name} compares its experts already: wait for it, or cancel it")
         context.client.submit(run, "similarity", experts=sampling.experts, seed=sampling.seed)
         return gr.Timer(active=True)
 

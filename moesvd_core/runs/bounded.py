@@ -85,7 +85,7 @@ def _own_table(run: RunFolder, method: str) -> Table:
     """Plans of the method as it is."""
     table = run.read_json("plans", plans_file(run, method).name)
     if table is None:
-        raise RunError(f"{method} is not planned in run {run.identity.id}: plan it first")
+        raise RunError(f"{method} is not planned in run {run.name}: plan it first")
     return dict(table)
 
 

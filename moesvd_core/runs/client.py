@@ -35,6 +35,7 @@ class RunStatus:
     """What a page shows of a run.
 
     Attributes:
+        id: name of its folder, by which lists and addresses know it.
         state: of the latest job; "new" before the first, "damaged" for a folder that cannot be read (see `error`).
         job: the job that runs, else the first that waits, else the latest.
         jobs: all of them, oldest first.
@@ -96,7 +97,7 @@ class Client:
         self._who = who
 
     def open(self, run: str) -> RunFolder:
-        """The folder of a run by its id.
+        """The folder of a run by its name.
 
         Raises:
             RunError: no such run.
@@ -128,7 +129,7 @@ class Client:
         """
         if not self.owns(run):
             raise RunError(
-                f"run {run.identity.id} belongs to {run.identity.owner}, who alone changes it: "
+                f"run {run.name} belongs to {run.identity.owner}, who alone changes it: "
                 "analyse the model with another seed to have a run of your own"
             )
 
@@ -138,11 +139,11 @@ class Client:
         jobs = tuple(read_jobs(run.log).values())
         identity = run.identity
         if not jobs:
-            return RunStatus(identity.id, identity.model, identity.created, "new", None, ())
+            return RunStatus(run.name, identity.model, identity.created, "new", None, ())
         open_jobs = [job for job in jobs if job.state not in ENDED]
         job = next((job for job in open_jobs if job.state == "running"), open_jobs[0] if open_jobs else jobs[-1])
         place = Queue(run.path.parent).place(run, job.id) if job.state == "queued" else None
-        return RunStatus(identity.id, identity.model, identity.created, job.state, job, jobs, place, hanging=run.hanging())
+        return RunStatus(run.name, identity.model, identity.created, job.state, job, jobs, place, hanging=run.hanging())
 
     def runs(self) -> list[RunStatus]:
         """All runs, newest first; damaged ones too, with the reason."""
@@ -159,7 +160,7 @@ class Client:
         order: list[RunStatus] = []
         for ticket in Queue(self.root).tickets():
             run = RunFolder.named(self.root, ticket.run)
-            if run.path.name not in [status.id for status in order]:
+            if run.name not in [status.id for status in order]:
                 order.append(self.status(run))
         return order
 
@@ -173,10 +174,10 @@ class Client:
         with run.locked():
             open_jobs = [job for job in read_jobs(run.log).values() if job.state not in ENDED]
             if not open_jobs:
-                raise RunError(f"run {run.identity.id} has nothing to cancel: no job runs or waits")
+                raise RunError(f"run {run.name} has nothing to cancel: no job runs or waits")
             own = [job for job in open_jobs if self._asked(job)]
             if not own:
-                raise RunError(f"{open_jobs[0].by} asked for the {open_jobs[0].action} of run {run.identity.id} and alone can cancel it")
+                raise RunError(f"{open_jobs[0].by} asked for the {open_jobs[0].action} of run {run.name} and alone can cancel it")
             current, worker = open_jobs[0], run.worker()
             if worker is not None and current in own and run.hanging() is not None:
                 os.kill(worker.pid, signal.SIGKILL)  # it cannot read that it should stop, and nothing is lost
@@ -215,11 +216,11 @@ class Client:
         while True:
             found = next((each for each in self.status(run).jobs if each.id == job), None)
             if found is None:
-                raise RunError(f"run {run.identity.id} has no job {job!r}")
+                raise RunError(f"run {run.name} has no job {job!r}")
             if found.state in ENDED:
                 return found
             if time.monotonic() > deadline:
-                raise RunError(f"job {job} of run {run.identity.id} is still {found.state} after {seconds:g} s")
+                raise RunError(f"job {job} of run {run.name} is still {found.state} after {seconds:g} s")
             time.sleep(0.1)
 
     def tail(self, run: RunFolder, after: int = 0) -> Iterator[tuple[Event, int]]:
@@ -243,7 +244,7 @@ class Client:
         self.require_own(run)
         with run.locked():
             if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
-                raise RunError(f"run {run.identity.id} is at work: cancel it before it is deleted")
+                raise RunError(f"run {run.name} is at work: cancel it before it is deleted")
             (run.path / "run.json").unlink(missing_ok=True)  # first: what is left if this is interrupted is no run any more
             shutil.rmtree(run.path)
 

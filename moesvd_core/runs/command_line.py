@@ -31,7 +31,7 @@ def export_command(run: str, recipe: Recipe, *, output: str, form: str, dtype: s
     """`moesvd export`: from a run that is there.
 
     Args:
-        run: id of a run under the folder of runs.
+        run: name of a run under the folder of runs.
         dtype: number format to write; None: the original's.
         file: name of a file with the recipe's YAML; named where method and ratio do not say everything.
     """

@@ -101,7 +101,7 @@ def open_export(run: RunFolder, name: str) -> ExportFolder:
     """
     path = next((path for path in _folders(run) if path.name == name), None)
     if path is None:
-        raise RunError(f"run {run.identity.id} has no export {name[:200]!r}: it was deleted, or never finished")
+        raise RunError(f"run {run.name} has no export {name[:200]!r}: it was deleted, or never finished")
     return _opened(path)
 
 

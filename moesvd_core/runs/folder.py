@@ -9,7 +9,8 @@
     statistics/ curves/ factors/ plans/ evaluations/ exports/   what each station of the pipeline left
     work/           hidden states and logs: may be deleted when nothing runs
 
-A run's id is made of the model and the calibration, so that asking the same again finds the statistics that are already there.
+A run's id is made of the model and the calibration, and names its folder unless another one is asked for, so that asking the same again
+finds the statistics that are already there. Whoever lists, links or opens a run does so by its folder's name.
 """
 
 import fcntl
@@ -73,7 +74,7 @@ def run_id(model: str, fingerprint: str, calibration: Mapping[str, Any]) -> str:
 
 
 def is_run_id(text: str) -> bool:
-    """Whether a run can have this id; one that comes from a URL is no path out of the folder of runs."""
+    """Whether a run's folder can be chosen by this name; one that comes from a URL is no path out of the folder of runs."""
     return _ID.fullmatch(text) is not None
 
 
@@ -84,6 +85,11 @@ class RunFolder:
         self.path = path
         self.identity = identity
         self.log = EventLog(path / "events.jsonl")
+
+    @property
+    def name(self) -> str:
+        """By which lists, links and addresses know the run: its folder's, which is its id unless another folder was asked for."""
+        return self.path.absolute().name
 
     @classmethod
     def create(cls, path: Path, identity: Identity) -> "RunFolder":
@@ -128,13 +134,13 @@ class RunFolder:
 
     @classmethod
     def named(cls, root: Path, run: str) -> "RunFolder":
-        """Open a run by its id, which may come from a URL: nothing outside `root` can be reached.
+        """Open a run by its folder's name, which may come from a URL: nothing outside `root` can be reached.
 
         Raises:
             RunError: no such run.
         """
         if not is_run_id(run) or (root / run).is_symlink():
-            raise RunError(f"no run {run!r}: an id consists of letters, digits, dots, dashes and underscores")
+            raise RunError(f"no run {run!r}: the name of a run's folder consists of letters, digits, dots, dashes and underscores")
         return cls.open(root / run)
 
     def station(self, name: str) -> Path:
@@ -222,15 +228,15 @@ def _live(file: Path) -> ProcessName | None:
 
 
 def list_runs(root: Path) -> list[RunFolder | RunError]:
-    """Runs under `root`, newest first; a run that cannot be opened is listed as the error that says why."""
+    """Runs under `root`, newest first; a run that cannot be opened by its name is listed as the error that says why."""
     found: list[tuple[str, RunFolder | RunError]] = []
     if not root.is_dir():
         return []
     for path in sorted(root.iterdir()):
-        if path.is_symlink() or not (path / "run.json").exists():
+        if path.is_symlink() or path.name.startswith(".") or not (path / "run.json").exists():
             continue
         try:
-            run = RunFolder.open(path)
+            run = RunFolder.named(root, path.name)
             found.append((run.identity.created, run))
         except RunError as error:
             found.append(("", error))

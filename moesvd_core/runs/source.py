@@ -110,7 +110,7 @@ def find_source(run: RunFolder, report: Report = silent) -> Source:
     path = Path(known["path"]) if known and Path(known["path"]).exists() else resolve_model(model, allow_remote_code=remote)
     content = fingerprint(ModelFiles.open(path, allow_remote_code=remote))
     if known and known["fingerprint"] != content:
-        raise RunError(f"{path} is not the model any more that run {run.identity.id} was made for: restore it, or start a new run")
+        raise RunError(f"{path} is not the model any more that run {run.name} was made for: restore it, or start a new run")
     if known and known["path"] == str(path):
         source = Source(**known)
     else:

@@ -15,7 +15,7 @@ class ViewState:
     """One view, as plain data.
 
     Attributes:
-        run: id of a run, "" for none.
+        run: name of a run, "" for none.
         layer: index of a decoder layer, None for none chosen.
         method: name in `METHODS`.
         ratio: share of the whole model's parameters that is removed, in [0, 1).

@@ -99,3 +99,10 @@ def test_the_list_of_runs_links_escapes_and_names_no_folder(context: Context) ->
     assert made.count("class=chosen") == 1
     assert "broken/run.json is damaged" in made
     assert str(context.settings.runs) not in made
+
+
+def test_two_runs_of_one_model_and_calibration_are_linked_by_their_folders(context: Context) -> None:
+    first = new_run(context.settings.runs)
+    RunFolder.create(context.settings.runs / "mine", first.identity)
+    made = model.runs_html(context, ViewState("mine"))
+    assert made.count('href="./?run=tiny-00000001&amp;') == made.count('href="./?run=mine&amp;') == made.count("class=chosen") == 1

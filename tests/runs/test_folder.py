@@ -7,6 +7,7 @@ import pytest
 from run_helpers import new_run
 
 from moesvd_core.errors import InputError, RunError
+from moesvd_core.runs.client import Client
 from moesvd_core.runs.folder import Identity, RunFolder, list_runs, run_id, runs_root
 
 
@@ -72,6 +73,16 @@ def test_runs_are_listed_newest_first_and_damaged_ones_last(tmp_path: Path) -> N
     assert [run.identity.id for run in listed if isinstance(run, RunFolder)] == ["new", "old"]
     assert isinstance(listed[-1], RunError)
     assert list_runs(tmp_path / "nowhere") == []
+
+
+def test_a_run_is_listed_by_the_name_that_opens_it(tmp_path: Path) -> None:
+    for name in ("tiny-00000001", "mine", ".half.copy", "my run"):
+        RunFolder.create(tmp_path / name, Identity("tiny-00000001", "tiny", {}, name))
+    *listed, unnamed = list_runs(tmp_path)
+    assert [run.name for run in listed if isinstance(run, RunFolder)] == ["tiny-00000001", "mine"]
+    assert isinstance(unnamed, RunError) and "no run 'my run'" in str(unnamed)
+    statuses = [status for status in Client(tmp_path).runs() if status.state != "damaged"]
+    assert [Client(tmp_path).open(status.id).path for status in statuses] == [tmp_path / "tiny-00000001", tmp_path / "mine"]
 
 
 def test_an_id_stands_for_content_and_calibration() -> None:
