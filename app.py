@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until interrupted. Exit status 2 on settings that cannot be used."""
     try:
         settings = Settings.read(arguments)
+        settings.require_port()
         explorer = create(settings)
         if settings.demo:
             demo.complete(settings.runs)

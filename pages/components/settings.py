@@ -1,9 +1,11 @@
 """How the server was started: from flags, else from the environment, checked before a port is opened."""
 
 import argparse
+import errno
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,25 @@ class Settings:
             logins=_logins(environment), remote_code=found.allow_remote_code, demo=not found.no_demo, public_demo=found.public_demo,
             frames=(SPACES,) if environment.get("SPACE_ID") else (),
         )
+
+
+    def require_port(self) -> None:
+        """Nothing where the port can be listened on; asked before anything is made or started.
+
+        Raises:
+            InputError: another program has it, or this one may not or cannot have it there.
+        """
+        for host in dict.fromkeys((Settings.host, self.host.strip("[]"))):  # Gradio wants it on this machine too
+            try:
+                family, kind, *_, address = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM)[0]
+                with socket.socket(family, kind) as tried:
+                    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just been closed is free
+                    tried.bind(address)
+            except OSError as error:
+                reason = f"port {self.port} of {host} cannot be opened ({error.strerror or error}): choose others with --port and --host"
+                if error.errno == errno.EADDRINUSE:
+                    reason = f"port {self.port} is taken by another program: choose another with --port, 0 for any free one"
+                raise InputError(reason) from None
 
 
 def _logins(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

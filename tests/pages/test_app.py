@@ -1,6 +1,7 @@
 """The app as a whole: its pages, its own addresses, the run it ships."""
 
 import json
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from starlette.testclient import TestClient
 
 import app
 from moesvd_core import atomic
+from moesvd_core.errors import InputError
 from moesvd_core.runs.folder import RunFolder
 from pages.components import assets, demo
 from pages.components.settings import Settings
@@ -57,6 +59,21 @@ def test_public_address_without_password_ends_with_status_2(capsys: pytest.Captu
     monkeypatch.delenv("MOESVD_PASSWORD", raising=False)
     assert app.main(["--host", "0.0.0.0"]) == 2  # noqa: S104 - refused
     assert "MOESVD_PASSWORD" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_that_is_taken_is_named_before_anything_is_made(host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert app.main(["--host", host, "--port", str(port), "--runs", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr()
+    assert told.err == f"error: port {port} is taken by another program: choose another with --port, 0 for any free one\n"
+    assert told.out == "" and not (tmp_path / "runs").exists()
+
+
+def test_an_address_of_another_machine_is_refused_by_its_name() -> None:
+    with pytest.raises(InputError, match=r"port 0 of 192\.0\.2\.1 cannot be opened .*--port and --host"):  # an address for documents
+        Settings(host="192.0.2.1", port=0, public_demo=True).require_port()
 
 
 def test_the_shipped_run_is_copied_once_and_finds_the_model_of_this_machine(tmp_path: Path) -> None:
