@@ -1,5 +1,6 @@
 """What each command of `moesvd` does once its words are understood. Torch and transformers are imported only by those that need them."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from moesvd_core.runs.worker import work
 if TYPE_CHECKING:
     from moesvd_core.architectures.streaming import LayerStream
 
+COMMAND_VARIABLE = "MOESVD_COMMAND"
+"""What a person typed to start the explorer, by which its help and its refusals call it."""
 _PLAN_FACTS = (
     "method", "ratio", "expert_ratio", "original_parameters", "parameters", "original_active_parameters", "active_parameters",
     "original_bytes", "bytes", "predicted_loss", "perplexity", "perplexity_stderr", "kl_mean", "top1_agreement",
@@ -125,7 +128,8 @@ def serve(given: Namespace) -> int:
     app = Path(__file__).parents[1] / "app.py"
     if not app.is_file():
         raise InputError("the explorer is not part of the installed package: run `python app.py` in the repository")
-    return subprocess.call([sys.executable, str(app), *given.rest])  # noqa: S603 - our own app, no shell
+    environment = {**os.environ, COMMAND_VARIABLE: "moesvd serve"}
+    return subprocess.call([sys.executable, str(app), *given.rest], env=environment)  # noqa: S603 - our own app, no shell
 
 
 def worker(given: Namespace) -> int:

@@ -178,10 +178,15 @@ def test_the_options_of_benchmarks_are_known(capsys: pytest.CaptureFixture[str])
 
 def test_serve_hands_its_options_to_the_app(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
-    monkeypatch.setattr("subprocess.call", lambda words: called.append(words) or 3)
+    monkeypatch.setattr("subprocess.call", lambda words, **_: called.append(words) or 3)
     assert main(["serve", "--port", "1"]) == 3
     assert [Path(word).name for word in called[0][1:]] == ["app.py", "--port", "1"]
     assert Path(called[0][1]).is_file()
+
+
+def test_the_help_of_serve_calls_it_by_what_was_typed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    assert capfd.readouterr().out.startswith("usage: moesvd serve [-h] [--host HOST]")
 
 
 def test_stopping_by_signal_ends_within_seconds_and_the_run_goes_on(model: str, tmp_path: Path) -> None:

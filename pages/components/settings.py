@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moesvd_core.commands import COMMAND_VARIABLE
 from moesvd_core.errors import InputError
 
 PASSWORD_VARIABLE = "MOESVD_PASSWORD"  # noqa: S105 - the name of a variable
@@ -64,11 +65,15 @@ class Settings:
         """Settings of a command line.
 
         Raises:
-            InputError: a value out of bounds, a login that is none, or a public address without a password.
+            InputError: a value out of bounds, a folder of models that is none, a login that is none, or a public address without a
+                password. Only flags must name folders that are there: a container's may be mounted, and filled, later.
         """
         found = _parser(environment).parse_args(arguments)
+        for folder in found.models or ():
+            if not folder.is_dir():
+                raise InputError(f"models must be folders that are there, got {folder}: make it, or name another with --models")
         return cls(
-            host=found.host, port=found.port, runs=found.runs, models=tuple(found.models),
+            host=found.host, port=found.port, runs=found.runs, models=tuple(found.models or _models(environment)),
             logins=_logins(environment), remote_code=found.allow_remote_code, demo=not found.no_demo, public_demo=found.public_demo,
             frames=(SPACES,) if environment.get("SPACE_ID") else (),
         )
@@ -122,19 +127,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _models(environment: Mapping[str, str]) -> tuple[Path, ...]:
+    """Folders of models where no flag names any."""
+    return tuple(Path(folder) for folder in environment.get("MOESVD_MODELS", "").split(os.pathsep) if folder) or Settings.models
+
+
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     """Flags, with defaults from the environment."""
     about = f"MoE-SVD Explorer. Logins come from the environment: {PASSWORD_VARIABLE} for {USER}, {LOGINS_VARIABLE} for others."
-    parser = argparse.ArgumentParser(prog="app.py", description=about)
-    models = [Path(folder) for folder in environment.get("MOESVD_MODELS", "").split(os.pathsep) if folder]
+    parser = argparse.ArgumentParser(prog=environment.get(COMMAND_VARIABLE) or "app.py", description=about)
     default = " (default: %(default)s)"
     parser.add_argument("--host", default=environment.get("MOESVD_HOST") or Settings.host, help=f"address to listen on{default}")
     port, runs = environment.get("MOESVD_PORT") or Settings.port, environment.get("MOESVD_RUNS") or Settings.runs
     parser.add_argument("--port", type=int, default=port, help=f"port, 0 for any free one{default}")
     parser.add_argument("--runs", type=Path, default=runs, help=f"folder of runs{default}")
     parser.add_argument(
-        "--models", type=Path, nargs="+", default=models or Settings.models,
-        help=f"folders that local models must lie in (default: {' '.join(map(str, models or Settings.models))})",
+        "--models", type=Path, nargs="+",
+        help=f"folders that local models must lie in (default: {' '.join(map(str, _models(environment)))})",
     )
     parser.add_argument("--allow-remote-code", action="store_true", help="run code that comes with a model")
     parser.add_argument(

@@ -65,6 +65,14 @@ def test_a_port_out_of_bounds_is_refused() -> None:
         Settings.read(["--port", "70000"], {})
 
 
+def test_a_folder_of_models_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "nope", tmp_path / "file"):
+        with pytest.raises(InputError, match=f"got {wrong}: make it, or name another with --models"):
+            Settings.read(["--models", str(tmp_path), str(wrong)], {})
+    assert Settings.read(["--models", str(tmp_path)], {"MOESVD_MODELS": "elsewhere"}).models == (tmp_path,)
+
+
 def test_a_public_demo_needs_no_password_and_starts_nothing(tmp_path: Path) -> None:
     settings = Settings.read(["--host", "0.0.0.0", "--public-demo", "--runs", str(tmp_path)], {})  # noqa: S104 - a demo
     assert settings.logins == ()
