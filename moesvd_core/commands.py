@@ -37,11 +37,14 @@ _PLAN_FACTS = (
 
 def compress(given: Namespace) -> None:
     """`moesvd compress`: from a model to a verified export, with what was measured."""
-    recipe = _recipe(given)
-    run = _prepared(given)
+    from moesvd_core.checkpoint.staging import refuse_occupied
+
+    recipe, text, output = _recipe(given), _text(given), Path(given.output).absolute()
+    refuse_occupied(output, overwrite=True)  # whether it may be replaced depends on what it holds: see `write_export`
+    run = _prepared(given, recipe)
     arguments = {
-        "recipe": recipe, "output": str(Path(given.output).absolute()), "format": given.format, "dtype": given.dtype,
-        "overwrite": given.overwrite, "text": _text(given), "command": shlex.join(["moesvd", *given.words]),
+        "recipe": recipe, "output": str(output), "format": given.format, "dtype": given.dtype,
+        "overwrite": given.overwrite, "text": text, "command": shlex.join(["moesvd", *given.words]),
     }
     _show_plan(run, _worked(run, "compress", arguments), given.json)
 
@@ -76,9 +79,13 @@ def push(given: Namespace) -> None:
 
 def analyze(given: Namespace) -> None:
     """`moesvd analyze`: everything the explorer shows of a model before anything is compressed."""
-    methods = [Recipe(method=name).method for name in given.method or ["auto"]]
+    from moesvd_core.pipeline import method_of
+
+    methods = given.method or ["auto"]
+    for name in methods:
+        method_of(Recipe(method=name, ratio=given.reference_ratio))
+    text = _readable(windows=given.windows)
     run = _prepared(given)
-    text = {"windows": given.windows}
     record = _worked(run, "analyze", {"methods": methods, "text": text})
     if given.measure:
         measured = _worked(run, "sensitivity", {"recipe": {"method": methods[0], "ratio": given.reference_ratio}, "text": text})
@@ -146,15 +153,31 @@ def opened(name: str) -> RunFolder:
     return RunFolder.open(Path(name)) if (Path(name) / "run.json").exists() else RunFolder.named(runs_root(), name)
 
 
-def _prepared(given: Namespace) -> RunFolder:
-    """The run of the model and the calibration that were asked for."""
+def _prepared(given: Namespace, recipe: Mapping[str, Any] | None = None) -> RunFolder:
+    """The run of the model and the calibration that were asked for; none is made where the model's own headers tell that it would fail.
+
+    Args:
+        recipe: what the run is made for, where that is known.
+
+    Raises:
+        InputError: a model, a text or a recipe that cannot be used. A model of the hub is looked at by the run's first job.
+    """
+    from moesvd_core.architectures.inspect import inspect as look
     from moesvd_core.calibration.settings import Calibration
-    from moesvd_core.runs.source import prepare
+    from moesvd_core.calibration.text import refuse_unreadable
+    from moesvd_core.runs.source import prepare, refuse_compressed
+    from moesvd_core.runs.stages import refuse_out_of_reach
 
     calibration = Calibration(
         dataset=given.dataset, samples=given.samples, length=given.length, seed=given.seed, drawn_labels=given.drawn_labels,
         dtype=given.dtype,
     )
+    refuse_unreadable(calibration.dataset)
+    if Path(given.model).exists():
+        facts = look(given.model, trust_remote_code=given.allow_remote_code).as_dict()
+        refuse_compressed(given.model, facts)
+        if recipe is not None:
+            refuse_out_of_reach(Recipe.from_dict(dict(recipe)), facts)
     folder = None if given.run is None else Path(given.run)
     return prepare(given.model, calibration, folder=folder, allow_remote_code=given.allow_remote_code)
 
@@ -213,7 +236,20 @@ def _recipe(given: Namespace) -> dict[str, Any]:
 
 
 def _text(given: Namespace) -> dict[str, Any] | None:
-    return {"dataset": given.evaluate_on, "windows": given.windows} if given.windows else None
+    return _readable(dataset=given.evaluate_on, windows=given.windows) if given.windows else None
+
+
+def _readable(**text: Any) -> dict[str, Any]:
+    """Fields of `Text`, checked before any work.
+
+    Raises:
+        InputError: a value out of bounds, or a text file that cannot be read.
+    """
+    from moesvd_core.calibration.text import refuse_unreadable
+    from moesvd_core.runs.workbench import Text
+
+    refuse_unreadable(Text(**text).dataset)
+    return text
 
 
 def _show_plan(run: RunFolder, record: Mapping[str, Any], as_json: bool) -> None:

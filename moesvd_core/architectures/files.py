@@ -164,13 +164,22 @@ def resolve_model(name_or_path: Path | str, *, roots: Sequence[Path] | None = No
         if roots is not None and not any(folder.is_relative_to(Path(root).resolve()) for root in roots):
             allowed = ", ".join(str(root) for root in roots)
             raise InputError(f"{shortened(text)} lies outside the folders that models may come from ({allowed}); move it into one of them")
-    elif _HUB_ID.fullmatch(text) and ".." not in text and "--" not in text:
-        return _fetched(text, allow_remote_code)
     else:
-        raise InputError(f"{shortened(text)} is neither a model folder nor a name of the hub ('owner/name'); check the spelling")
+        require_hub_id(text)
+        return _fetched(text, allow_remote_code)
     if not allow_remote_code:
         refuse_remote_code(read_config(folder), folder)
     return folder
+
+
+def require_hub_id(text: str) -> None:
+    """Nothing for what can be the name of a model on the hub; whether there is one is not looked up.
+
+    Raises:
+        InputError: no model can have this name.
+    """
+    if not _HUB_ID.fullmatch(text) or ".." in text or "--" in text:
+        raise InputError(f"{shortened(text)} is neither a model folder nor a name of the hub ('owner/name'); check the spelling")
 
 
 def require_finite(value: torch.Tensor, tensor: StoredTensor) -> None:

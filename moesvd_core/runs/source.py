@@ -6,7 +6,7 @@ notes a fingerprint and compares it whenever it opens the model.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moesvd_core import atomic
-from moesvd_core.architectures.files import ModelFiles, resolve_model
+from moesvd_core.architectures.files import ModelFiles, require_hub_id, resolve_model
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.errors import InputError, RunError
@@ -85,6 +85,7 @@ def prepare(
         content = fingerprint(ModelFiles.open(path, allow_remote_code=allow_remote_code))
         name = path.name
     else:
+        require_hub_id(model)
         content, name = model, model
     identity = Identity(
         id=run_id(name, content, calibration.as_dict()),
@@ -116,7 +117,19 @@ def find_source(run: RunFolder, report: Report = silent) -> Source:
     else:
         source = Source(str(path), content, inspect(path, trust_remote_code=remote).as_dict())
         atomic.write_json(run.path / SOURCE_FILE, vars(source))
-    if source.facts["factored"]:
-        raise InputError(f"{model} is compressed already: give the original")
+    refuse_compressed(model, source.facts)
     report(Progress("inspect", 1, 1, f"{source.facts['model_type']}, {source.facts['parameters']:,} parameters"))
     return source
+
+
+def refuse_compressed(model: str, facts: Mapping[str, Any]) -> None:
+    """Refuse a model that is an export of ours.
+
+    Args:
+        facts: `ModelFacts.as_dict()`.
+
+    Raises:
+        InputError: it is.
+    """
+    if facts["factored"]:
+        raise InputError(f"{model} is compressed already: give the original")

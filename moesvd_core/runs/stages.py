@@ -120,7 +120,7 @@ def compress(run: RunFolder, arguments: Arguments, report: Report) -> Record:
     method_of(recipe)
     refuse_occupied(output, overwrite=True)
     bench = _started(run, report, recipe.method, output=output, form=form, fitted=bool(recipe.fits))
-    _refuse_out_of_reach(recipe, bench)
+    refuse_out_of_reach(recipe, bench.source.facts)
     bench.pipeline.dtype = dtype
     plan = bench.plan(recipe)
     record = dict(_recorded(bench, recipe, plan, text))
@@ -173,13 +173,16 @@ def _started(
     return bench
 
 
-def _refuse_out_of_reach(recipe: Recipe, bench: Workbench) -> None:
+def refuse_out_of_reach(recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """Refuse at once, before minutes of calibration, a ratio that no method can reach; planning knows each method's own bound.
+
+    Args:
+        facts: `ModelFacts.as_dict()`.
 
     Raises:
         InputError: more would have to go than there is in experts.
     """
-    most = bench.source.facts["expert_parameters"] / bench.source.facts["parameters"]
+    most = facts["expert_parameters"] / facts["parameters"]
     if recipe.ratio > most:
         bound = int(1e4 * most) / 1e4
         raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on this model, got {recipe.ratio:g}: the rest is no expert")
