@@ -53,7 +53,7 @@ def build(context: Context) -> None:
         page.view(_run_shown(context), [name, facts, card, needs, *calibration], fields=("run",))
         page.view(lambda state: next_steps.html(context, state, context.status(state)), [steps])
         page.ticks(lambda state, status: runs_html(context, state), [runs])
-        name.input(page.changes(_probe(context)), [name, *calibration], [facts, card, needs], show_progress_on=card, **_PROBE)
+        name.input(page.changes(_probe(context)), [page.state, name, *calibration], [facts, card, needs], show_progress_on=card, **_PROBE)
         for field in calibration:
             field.input(page.changes(_needs(context)), [facts, *calibration], needs, show_progress="hidden", **_PRIVATE)
         started = [page.state, page.wake]
@@ -89,13 +89,28 @@ def calibration_of(context: Context, values: tuple[Any, ...]) -> Calibration:
 
 
 def _probe(context: Context) -> Callable[..., Any]:
-    def probe(text: str | None, *values: Any) -> tuple[Any, ...]:
+    def probe(state: ViewState, text: str | None, *values: Any) -> tuple[Any, ...]:
         """Look at a model without loading it."""
         model = context.find_model(text or "")
         found = inspect(model, trust_remote_code=context.settings.remote_code).as_dict()
-        return found, facts_html(context.model_name(model), "not analysed here yet", found), _needs(context)(found, *values)
+        return found, facts_html(context.model_name(model), _remark(context, state, model), found), _needs(context)(found, *values)
 
     return probe
+
+
+def _remark(context: Context, state: ViewState, model: str) -> str:
+    """Which run there is of a model, however it was written: the one of the view, else an analysed one, else the newest."""
+    asked = _place(model)
+    runs = [status for status in context.client.runs() if status.id and _place(status.model) == asked]
+    if any(status.id == state.run for status in runs):
+        return f"run {state.run}"
+    found = next((status for status in runs if status.analysed), runs[0] if runs else None)
+    return "not analysed here yet" if found is None else f"{'analysed in' if found.analysed else 'begun in'} run {found.id}: open it below"
+
+
+def _place(model: str) -> str:
+    """What a model's name means: its folder, links followed; a hub id stays itself."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _needs(context: Context) -> Callable[..., Any]:

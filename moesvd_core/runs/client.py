@@ -58,6 +58,11 @@ class RunStatus:
         """Whether something runs or waits."""
         return self.state in ("queued", "running")
 
+    @property
+    def analysed(self) -> bool:
+        """Whether an analysis has finished."""
+        return any(job.action == "analyze" and job.state == "finished" for job in self.jobs)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {

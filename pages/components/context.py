@@ -74,8 +74,7 @@ class Context:
     def first_run(self) -> str:
         """The run to open when the address names none: the newest with a finished analysis, else the newest, else ""."""
         runs = [status for status in self.client.runs() if status.id]
-        analysed = (status.id for status in runs if any(job.action == "analyze" and job.state == "finished" for job in status.jobs))
-        return next(analysed, runs[0].id if runs else "")
+        return next((status.id for status in runs if status.analysed), runs[0].id if runs else "")
 
     def models(self) -> list[str]:
         """Names of the models under the declared folders, the demo model first."""

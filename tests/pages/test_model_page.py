@@ -28,10 +28,25 @@ def context(tmp_path: Path) -> Context:
 
 
 def test_a_probe_tells_facts_and_needs(context: Context) -> None:
-    facts, card, needs = model._probe(context)("demo-moe", *VALUES)
+    facts, card, needs = model._probe(context)(ViewState(), "demo-moe", *VALUES)
     assert facts["experts"] == 8
     assert "16.3 M" in card
     assert "one layer at a time" in needs
+
+
+def test_a_probe_finds_the_runs_of_a_model_however_it_is_written(context: Context, tmp_path: Path) -> None:
+    def told(state: ViewState, text: str) -> str:
+        return model._probe(context)(state, text, *VALUES)[1]
+
+    (tmp_path / "link").symlink_to(ASSETS)
+    written = ("demo-moe", str(ASSETS / "demo-moe"), str(tmp_path / "link" / "demo-moe"))
+    assert all("not analysed here yet" in told(ViewState(), text) for text in written)
+    state, _ = model._analyse(context)(ViewState(), "demo-moe", ["auto"], *VALUES)
+    run = context.require_run(state)
+    assert all(f"<p>run {run.name}</p>" in told(state, text) for text in written)
+    assert f"begun in run {run.name}" in told(ViewState(), written[1])
+    run.log.append("finished", "1", result={})
+    assert all(f"analysed in run {run.name}: open it below" in told(ViewState(), text) for text in written)
 
 
 def test_an_analysis_is_asked_for_once(context: Context) -> None:
