@@ -71,6 +71,16 @@ class Context:
         source = run.read_json("source.json")
         return None if source is None else dict(source["facts"])
 
+    def layers(self, state: ViewState) -> list[int]:
+        """Layers with experts of the model of a view; none for a view without a run, or before its first job has looked at the model.
+
+        Raises:
+            RunError: no such run.
+        """
+        run = self.open(state)
+        facts = None if run is None else self.facts(run)
+        return [] if facts is None else [int(layer["index"]) for layer in facts["expert_layers"]]
+
     def first_run(self) -> str:
         """The run to open when the address names none: the newest with a finished analysis, else the newest, else ""."""
         runs = [status for status in self.client.runs() if status.id]

@@ -125,7 +125,11 @@ class Page:
         """The page as its address asks for it."""
         state, problems = read_query(dict(request.query_params))
         try:
-            self.context.open(state)
+            layers = self.context.layers(state)
+            if state.layer is not None and layers and state.layer not in layers:
+                known = f"[{min(layers)}, {max(layers)}], with experts"
+                problems.append(f"The address was not understood: layer must be one of this model's in {known}, got {state.layer}")
+                state = state.but(layer=None)
         except RunError as error:
             problems.append(f"{error}; another one is shown")
             state = state.but(run="")

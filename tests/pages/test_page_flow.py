@@ -9,6 +9,7 @@ import gradio as gr
 import pytest
 from runs.run_helpers import new_run
 
+from moesvd_core import atomic
 from moesvd_core.errors import InputError
 from pages.components import handler, page
 from pages.components.context import Context, PageLink
@@ -67,6 +68,22 @@ def test_a_run_that_is_gone_is_told_without_a_path(laid_out: tuple[Page, list[Vi
     assert len(said) == 2
     assert "gone-1 is not here" in said[1]
     assert str(context.settings.runs) not in "".join(said)
+
+
+def test_a_layer_that_the_model_has_not_is_told_and_leaves_the_address(
+    laid_out: tuple[Page, list[ViewState]], context: Context, said: list[str]
+) -> None:
+    run = new_run(context.settings.runs)
+    assert opened(laid_out[0], run=run.name, layer="99")[0].layer == 99, "nothing is known of the model yet"
+    facts = {"expert_layers": [{"index": 1}, {"index": 3}]}
+    atomic.write_json(run.path / "source.json", {"path": "tiny", "fingerprint": "1", "facts": facts})
+    assert opened(laid_out[0], run=run.name, layer="3")[0].layer == 3
+    assert said == []
+    for layer in ("99", "2"):
+        state = opened(laid_out[0], run=run.name, layer=layer)[0]
+        assert (state.run, state.layer) == (run.name, None)
+        assert "layer=" not in state.query
+        assert f"layer must be one of this model&#x27;s in [1, 3], with experts, got {layer}" in said.pop()
 
 
 def test_only_views_of_changed_fields_are_drawn_again(laid_out: tuple[Page, list[ViewState]], context: Context) -> None:
