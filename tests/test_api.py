@@ -39,7 +39,7 @@ def test_from_a_model_to_an_export_that_loads(folder: Path, tmp_path: Path) -> N
 
 def test_the_lines_of_the_readme_run_as_they_stand(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = README.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
-    smaller = {"assets/demo-moe": str(folder), "samples=128": "samples=4, length=24", 'tokenizer, dataset="sotu"': 'tokenizer, windows=2'}
+    smaller = {"assets/demo-moe": str(folder), "samples=128": "samples=4, length=24", "windows=64": "windows=2, length=24"}
     for shown, tiny in smaller.items():
         assert lines.count(shown) == 1
         lines = lines.replace(shown, tiny)
