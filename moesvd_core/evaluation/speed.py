@@ -243,13 +243,13 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _peak_bytes(model: PreTrainedModel, prompt_BT: torch.Tensor, test: SpeedTest) -> int:
-    """Most bytes held at once while answering, weights included, once the first answer has arranged what there is to arrange."""
-    _answer(model, prompt_BT, 1)
+    """Most bytes held at once while answering, weights included, once a CPU's first answer has arranged what there is to arrange."""
     if model.device.type == "cuda":
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
         _answer(model, prompt_BT, test.new_tokens)
         return weight_bytes(model) + torch.cuda.max_memory_allocated(model.device) - before
+    _answer(model, prompt_BT, 1)
     live = _LiveBytes()
     with live:
         _answer(model, prompt_BT, test.new_tokens)

@@ -78,7 +78,6 @@ class Settings:
             frames=(SPACES,) if environment.get("SPACE_ID") else (),
         )
 
-
     def require_port(self) -> None:
         """Nothing where the port can be listened on; asked before anything is made or started.
 
