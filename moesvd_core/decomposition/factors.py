@@ -182,6 +182,26 @@ class BaseDeltaFactors(SideFactors):
 
 
 @dataclass(frozen=True)
+class PivotedFactors(SideFactors):
+    """Factors of each expert's own, stored without what they say twice: `left @ right` is as well `(left T) @ (T⁻¹ right)`, so T is chosen
+    to make some R columns of the right factor, its pivots, an identity, which need not be stored (`pivots`).
+
+    Attributes:
+        own: the factors in any such form, each of its own rank.
+    """
+
+    own: PerExpertFactors
+
+    @property
+    def parameters(self) -> int:
+        """With the pivots' indices, and without the identities."""
+        return self.own.parameters - sum(rank * (rank - 1) for rank in self.own.ranks if rank > 0)
+
+    def reconstruct(self) -> torch.Tensor:
+        return self.own.reconstruct()
+
+
+@dataclass(frozen=True)
 class NarrowFactors(SideFactors):
     """The matrices of some of every expert's neurons: narrower ones of the same kind, zero where they are filled up to the old width.
 
