@@ -23,7 +23,7 @@ from moesvd_core.decomposition.curves import base_curve
 from moesvd_core.decomposition.factors import BaseDeltaFactors, PerExpertFactors, SideFactors
 from moesvd_core.decomposition.grams import symmetric_product
 from moesvd_core.decomposition.metrics import LayerMetric
-from moesvd_core.decomposition.per_expert import PerExpertBasis, best_directions
+from moesvd_core.decomposition.per_expert import PerExpertBasis, best_directions, worth_storing
 from moesvd_core.planning import Metric, Side, SideCurve
 
 COMMON = 2.0
@@ -57,7 +57,7 @@ class BaseDeltaBasis(PerExpertBasis):
         def carried(kind: Metric, expert: int) -> torch.Tensor:
             return _carried(metric, side, kind, expert, metric.weight(side, expert) - base_NM)
 
-        basis_ERS, loss_ER, gain_ER = best_directions(metric, side, kind, carried)
+        basis_ERS, loss_ER, gain_ER = best_directions(metric, side, kind, worth_storing(metric, side), carried)
         return cls(metric, side, kind, base_NM.cpu(), basis_ERS, base_curve(metric, side, loss_ER, gain_ER))
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:

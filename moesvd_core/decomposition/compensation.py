@@ -25,6 +25,7 @@ from moesvd_core.decomposition.factors import (
     BaseDeltaFactors,
     LayerFactors,
     PerExpertFactors,
+    PivotedFactors,
     RightGroup,
     SharedLeftFactors,
     SharedRightFactors,
@@ -40,12 +41,12 @@ from moesvd_core.planning import DENSE, LayerPlan, Metric
 
 def is_changed(plan: LayerPlan) -> bool:
     """Whether compensation changes a layer: fits its output factors anew, or refines a basis of either side (`alternating`)."""
-    return plan.output.structure in ("per-expert", "latent", "base-delta") or plan.input.structure == "latent"
+    return plan.output.structure in ("per-expert", "pivoted", "latent", "base-delta") or plan.input.structure == "latent"
 
 
 def can_compensate(factors: LayerFactors) -> bool:
     """Whether the layer's output side is stored in a form whose factors can be fitted anew."""
-    return isinstance(factors.output, PerExpertFactors | SharedLeftFactors | BaseDeltaFactors)
+    return isinstance(factors.output, PerExpertFactors | PivotedFactors | SharedLeftFactors | BaseDeltaFactors)
 
 
 def fitted_tensors(factors: LayerFactors) -> dict[str, torch.Tensor]:
@@ -79,13 +80,13 @@ def with_fitted(factors: LayerFactors, tensors: Mapping[str, torch.Tensor]) -> L
 
 
 def _own(output: SideFactors) -> SideFactors:
-    """Output factors but for a base."""
-    return output.own if isinstance(output, BaseDeltaFactors) else output
+    """Output factors but for a base, and in whichever form they are stored."""
+    return output.own if isinstance(output, BaseDeltaFactors | PivotedFactors) else output
 
 
 def _with_own(output: SideFactors, own: PerExpertFactors) -> SideFactors:
-    """Output factors with other ones of each expert's own, and the same base, where there is one."""
-    return replace(output, own=own) if isinstance(output, BaseDeltaFactors) else own
+    """Output factors with other ones of each expert's own, and the same base and form."""
+    return replace(output, own=own) if isinstance(output, BaseDeltaFactors | PivotedFactors) else own
 
 
 def _shared_input(factors: LayerFactors) -> RightGroup | None:

@@ -48,6 +48,12 @@ def per_expert_curve(metric: LayerMetric, side: Side, loss_ER: torch.Tensor, gai
     )
 
 
+def pivoted_curve(metric: LayerMetric, side: Side, loss_ER: torch.Tensor, gain_ER: torch.Tensor) -> SideCurve:
+    """A slot an expert, each paying rows + columns a rank and one more for its pivot's index, without the identity of all of them."""
+    own = per_expert_curve(metric, side, loss_ER, gain_ER)
+    return replace(own, structure="pivoted", rank_cost_S=own.rank_cost_S + 1, identities=1)
+
+
 def latent_curve(metric: LayerMetric, side: Side, loss_R: torch.Tensor, gain_R: torch.Tensor) -> SideCurve:
     """One slot for the layer: the shared basis once a token, the experts' own factors once an active expert."""
     rows, columns = metric.shape(side)

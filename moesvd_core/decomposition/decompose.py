@@ -19,6 +19,7 @@ from moesvd_core.decomposition.latent import LatentBasis
 from moesvd_core.decomposition.merged import MergedBasis
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.per_expert import PerExpertBasis
+from moesvd_core.decomposition.pivoted import PivotedBasis
 from moesvd_core.decomposition.registry import Method
 from moesvd_core.decomposition.shared_v import SharedVBasis
 from moesvd_core.errors import InputError, RunError
@@ -175,6 +176,8 @@ def _made(metric: LayerMetric, structure: Structure, method: Method) -> Mapping[
     match structure:
         case "per-expert":
             return {side: PerExpertBasis.made(metric, side, kind) for side in SIDES}
+        case "pivoted":
+            return {side: PivotedBasis.made(metric, side, kind) for side in SIDES}
         case "latent":
             return LatentBasis.both(metric, kind)
         case "shared-v":
@@ -195,6 +198,8 @@ def _loaded(metric: LayerMetric, side: Side, structure: Structure, method: Metho
     match structure:
         case "per-expert":
             return PerExpertBasis.loaded(metric, side, method.metric, tensors)
+        case "pivoted":
+            return PivotedBasis.loaded(metric, side, method.metric, tensors)
         case "latent":
             return LatentBasis.loaded(metric, side, method.metric, tensors)
         case "shared-v":

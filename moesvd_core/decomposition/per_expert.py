@@ -37,7 +37,7 @@ class PerExpertBasis:
             side: which matrices.
             kind: the metric that the factors minimise; losses are predicted in the output metric whichever it is.
         """
-        basis_ERS, loss_ER, gain_ER = best_directions(metric, side, kind, partial(metric.outer, side))
+        basis_ERS, loss_ER, gain_ER = best_directions(metric, side, kind, worth_storing(metric, side), partial(metric.outer, side))
         return cls(metric, side, kind, basis_ERS, per_expert_curve(metric, side, loss_ER, gain_ER))
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
@@ -73,19 +73,24 @@ class PerExpertBasis:
         return cls(metric, side, kind, tensors["basis"], per_expert_curve(metric, side, tensors["loss"], tensors["gain"]))
 
 
+def worth_storing(metric: LayerMetric, side: Side) -> int:
+    """Ranks up to break-even of two whole factors and the original matrix."""
+    rows, columns = metric.shape(side)
+    return break_even(rows * columns, rows + columns, min(rows, columns))
+
+
 def best_directions(
-    metric: LayerMetric, side: Side, kind: Metric, outer: Callable[[Metric, int], torch.Tensor]
+    metric: LayerMetric, side: Side, kind: Metric, ranks: int, outer: Callable[[Metric, int], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For every expert the directions worth storing [E, R, S], the loss at every rank [E, R+1] and the gains [E, R].
+    """For every expert the best directions [E, R, S], the loss at every rank [E, R+1] and the gains [E, R].
 
     Args:
         metric: the layer's inner products.
         side: which matrices.
         kind: the metric that is minimised; losses are predicted in the output metric whichever it is.
+        ranks: how many directions.
         outer: what an expert's matrix carries into the smaller space in a metric (see `LayerMetric.outer`).
     """
-    rows, columns = metric.shape(side)
-    ranks = break_even(rows * columns, rows + columns, min(rows, columns))
 
     def found(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         inner = metric.inner(side, kind, expert)

@@ -10,7 +10,7 @@ from moesvd_core.planning import Allocation, Metric, Structure
 
 OURS = "this project"
 """Reference of the methods that were made here."""
-FACTORED: tuple[Structure, ...] = ("per-expert", "latent", "shared-v", "base-delta")
+FACTORED: tuple[Structure, ...] = ("per-expert", "pivoted", "latent", "shared-v", "base-delta")
 """Structures that store matrices of lower rank, or what such are added to."""
 _MATRIX_METRICS: tuple[Metric, ...] = ("plain", "scaled", "input", "output")
 _METRICS: Mapping[Structure, tuple[Metric, ...]] = {
@@ -122,13 +122,13 @@ def _check(axis: str, value: str, known: tuple[str, ...]) -> None:
 
 _ALL = (
     Method(
-        "auto", "output", ("per-expert", "latent", "base-delta"), "greedy", True, OURS,
-        "For each matrix dense, per-expert or latent factors or a base for all, whichever costs the loss least: the recommended choice.",
+        "auto", "output", ("pivoted", "latent", "base-delta"), "greedy", True, OURS,
+        "For each matrix dense, pivoted or latent factors or a base for all, whichever costs the loss least: the recommended choice.",
         compensate=True, screen=True,
     ),
     Method(
-        "fisher", "output", ("per-expert",), "greedy", False, OURS,
-        "Each expert's own factors, weighted by what an error does to the loss: best quality for its size.",
+        "fisher", "output", ("pivoted",), "greedy", False, OURS,
+        "Each expert's own factors without their identities, weighted by what an error does to the loss: best quality for its size.",
     ),
     Method(
         "latent", "output", ("latent",), "greedy", True, OURS,

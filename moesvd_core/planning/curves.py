@@ -1,7 +1,7 @@
 """What planning starts from: how much each side of each layer loses at every rank, in one unit for all of them.
 
 Shapes: S slots, R ranks. A *side* is one of an expert's two matrices: "input" (gate and up, stacked) or "output" (down). A *slot* is what
-gets a rank of its own: one expert's side ("per-expert", "base-delta"), one group's ("shared-v") or the whole layer's ("latent").
+gets a rank of its own: one expert's side ("per-expert", "pivoted", "base-delta"), one group's ("shared-v") or the whole layer's ("latent").
 
 A *rank* is the number of units that are kept, whatever the structure's unit: directions of a factor, neurons of every expert
 ("kept-neurons"), sets of weights for all experts together ("merged-experts"), or the expert itself, 0 or dense ("kept-experts").
@@ -17,7 +17,7 @@ from moesvd_core.errors import InputError, StatisticsError
 
 Side = Literal["input", "output"]
 SIDES: tuple[Side, Side] = ("input", "output")
-Structure = Literal["per-expert", "shared-v", "latent", "base-delta", "kept-neurons", "kept-experts", "merged-experts"]
+Structure = Literal["per-expert", "pivoted", "shared-v", "latent", "base-delta", "kept-neurons", "kept-experts", "merged-experts"]
 COUPLED: tuple[Structure, ...] = ("kept-neurons", "kept-experts", "merged-experts")
 """Structures that change both sides of a layer together: their two curves have the same ranks, and a plan gives both the same one."""
 DENSE = -1
@@ -38,7 +38,7 @@ class SideCurve:
         loss_SR: predicted loss [slots, R+1] when the leading r = 0..R ranks are kept, in nats a calibration token (second-order
             change of the NLL, output metric, the same unit for every method, layer and side).
         gain_SR: squared singular values in the method's own metric, [slots, R], descending.
-        rank_cost_S: parameters that one more rank stores, by slot.
+        rank_cost_S: parameters that one more rank stores, by slot, but for identities.
         dense_cost_S: parameters of the slot's original matrices.
         load_S: share of (token, expert) pairs that use the slot, Σ over per-expert slots = k; shared slots: 1.
         rank_flops_S: multiply-adds a token, on average, that one more rank costs.
@@ -46,6 +46,7 @@ class SideCurve:
         fixed_cost: parameters that the side stores at every rank short of the original matrices (the base of "base-delta").
         fixed_flops: multiply-adds a token that come with every rank.
         least: smallest rank that allocation by share may choose, rounded up to one on offer; of "kept-experts": experts to keep.
+        identities: matrices of rank × rank in each slot's factors that are an identity and so neither stored nor computed ("pivoted").
 
     Raises:
         InputError: arrays whose shapes do not fit together, or a cost that is not positive.
@@ -65,6 +66,7 @@ class SideCurve:
     fixed_cost: int = 0
     fixed_flops: float = 0.0
     least: int = 1
+    identities: int = 0
 
     def __post_init__(self) -> None:
         if self.loss_SR.ndim != 2 or self.loss_SR.shape[0] < 1 or self.loss_SR.shape[1] < 2:
@@ -118,6 +120,17 @@ class SideCurve:
         """Multiply-adds a token, on average, of the side's original matrices."""
         return float(self.dense_flops_S.sum())
 
+    def parameters_SP(self, rank_P: NDArray[np.int64]) -> NDArray[np.int64]:  # noqa: N802 - an array, named by its shape
+        """Parameters that every slot stores at ranks short of the original matrix, [S, P]; what comes with every rank is not in it."""
+        stored_SP: NDArray[np.int64] = rank_P * self.rank_cost_S[:, None] - self.identities * rank_P**2
+        return stored_SP
+
+    def flops_SP(self, rank_P: NDArray[np.int64]) -> NDArray[np.float64]:  # noqa: N802 - an array, named by its shape
+        """The same in multiply-adds a token, on average; an identity spares them whenever its slot is used."""
+        spared_SP = self.load_S[:, None] * rank_P**2 if self.identities else 0.0
+        computed_SP: NDArray[np.float64] = rank_P * self.rank_flops_S[:, None] - spared_SP
+        return computed_SP
+
     def ranks_on_offer(self, block: int) -> NDArray[np.int64]:
         """Ranks that a plan may choose from, [P]: 0, block, 2·block ...; 0 and the largest of a matrix that is smaller than a block.
 
@@ -144,6 +157,7 @@ class SideCurve:
             load_S=self.load_S.sum(keepdims=True),
             rank_flops_S=flops_S,
             dense_flops_S=self.dense_flops_S.sum(keepdims=True),
+            identities=self.identities * self.slots,
         )
 
     def slot_ranks(self, rank: int) -> tuple[int, ...]:

@@ -122,9 +122,7 @@ def path(curve: SideCurve, block: int, price: Price = PRICES["parameters"]) -> P
 
     step_K = np.flatnonzero(~first_F)
     step_K = step_K[np.argsort(slope_V[edge_F[step_K]], kind="stable")]
-    dense_F = point.rank_F > curve.max_rank
-    parameters_F = np.where(dense_F, curve.dense_cost_S[slot_F], point.rank_F * curve.rank_cost_S[slot_F])
-    flops_F = np.where(dense_F, curve.dense_flops_S[slot_F], point.rank_F * curve.rank_flops_S[slot_F])
+    parameters_F, flops_F = point.parameters_F, point.flops_F
     avoided_K = point.loss_F[step_K - 1] - point.loss_F[step_K]
     cost_K = _totals(point.cost_F, step_K) + price.parameter * curve.fixed_cost + price.flop * curve.fixed_flops
     parameters_K = np.rint(_totals(parameters_F, step_K)).astype(np.int64) + curve.fixed_cost
@@ -153,6 +151,8 @@ class _Points(NamedTuple):
     slot_F: IntArray
     rank_F: IntArray
     cost_F: FloatArray
+    parameters_F: FloatArray
+    flops_F: FloatArray
     loss_F: FloatArray
     candidate_F: BoolArray  # can be a corner
 
@@ -161,11 +161,10 @@ def _points(curve: SideCurve, block: int, price: Price) -> _Points:
     """Points of all slots; the rank of the original matrix is written max_rank + 1."""
     rank_P = curve.ranks_on_offer(block)
     loss_SP = np.maximum(curve.loss_SR[:, rank_P], 0.0)
-    rank_cost_S, dense_cost_S = curve.rank_cost_S.astype(np.float64), curve.dense_cost_S.astype(np.float64)
-    keep_SP = rank_P * rank_cost_S[:, None] < dense_cost_S[:, None]
-    rank_cost_S = price.parameter * rank_cost_S + price.flop * curve.rank_flops_S
-    dense_cost_S = price.parameter * dense_cost_S + price.flop * curve.dense_flops_S
-    cost_SP = rank_P * rank_cost_S[:, None]
+    parameters_SP, flops_SP = curve.parameters_SP(rank_P).astype(np.float64), curve.flops_SP(rank_P)
+    keep_SP = parameters_SP < curve.dense_cost_S[:, None]
+    dense_cost_S = price.parameter * curve.dense_cost_S + price.flop * curve.dense_flops_S
+    cost_SP = price.parameter * parameters_SP + price.flop * flops_SP
     room_SP = dense_cost_S[:, None] - cost_SP
     keep_SP &= room_SP > 0
     keep_SP[:, 1:] &= loss_SP[:, 1:] < np.minimum.accumulate(loss_SP, axis=1)[:, :-1]
@@ -179,6 +178,8 @@ def _points(curve: SideCurve, block: int, price: Price) -> _Points:
         slot_F=slot_F,
         rank_F=np.append(rank_P, curve.max_rank + 1)[column_F],
         cost_F=_with_dense(cost_SP, dense_cost_S)[keep_SQ],
+        parameters_F=_with_dense(parameters_SP, curve.dense_cost_S.astype(np.float64))[keep_SQ],
+        flops_F=_with_dense(flops_SP, curve.dense_flops_S)[keep_SQ],
         loss_F=_with_dense(loss_SP, np.zeros(curve.slots))[keep_SQ],
         candidate_F=_with_dense(candidate_SP, np.ones(curve.slots, dtype=np.bool_))[keep_SQ],
     )

@@ -57,14 +57,13 @@ class Ladder:
 def ladder(curve: SideCurve, block: int) -> Ladder:
     """Ranks from the least that there may be to break-even, then the original matrices."""
     whole = curve.as_one_slot()
-    cost = int(whole.rank_cost_S[0])
     rank_P = whole.ranks_on_offer(block)
-    rank_P = rank_P[(rank_P >= whole.least) & (whole.fixed_cost + rank_P * cost < whole.dense_parameters)]
+    rank_P = rank_P[(rank_P >= whole.least) & (whole.fixed_cost + whole.parameters_SP(rank_P)[0] < whole.dense_parameters)]
     return Ladder(
         curve=curve,
         rank_P=np.append(rank_P, DENSE),
-        parameters_P=np.append(whole.fixed_cost + rank_P * cost, whole.dense_parameters),
-        flops_P=np.append(whole.fixed_flops + rank_P * float(whole.rank_flops_S[0]), whole.dense_flops),
+        parameters_P=np.append(whole.fixed_cost + whole.parameters_SP(rank_P)[0], whole.dense_parameters),
+        flops_P=np.append(whole.fixed_flops + whole.flops_SP(rank_P)[0], whole.dense_flops),
         loss_P=np.append(np.maximum(whole.loss_SR[0, rank_P], 0.0), 0.0),
     )
 

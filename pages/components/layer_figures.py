@@ -171,7 +171,7 @@ def _one_line(name: str, curve: SideCurve) -> pd.DataFrame:
     """A side as a whole, all slots at one rank; losses in thousandths of a nat."""
     whole = curve.as_one_slot()
     rank_R = np.unique(np.linspace(0, whole.max_rank, _POINTS).round().astype(int))
-    kept_R = (whole.fixed_cost + rank_R * int(whole.rank_cost_S[0])) / whole.dense_parameters
+    kept_R = (whole.fixed_cost + whole.parameters_SP(rank_R)[0]) / whole.dense_parameters
     loss_R = 1000 * whole.loss_SR[0, rank_R]
     return pd.DataFrame({
         "method": name, "structure": curve.structure, "side": curve.side, "rank": rank_R, "kept": kept_R, "loss": loss_R,

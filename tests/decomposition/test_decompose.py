@@ -78,8 +78,8 @@ def test_a_base_is_screened_side_by_side(tmp_path: Path) -> None:
 
 def test_sides_may_take_different_structures(tiny: TinyLayer) -> None:
     made = decomposed(tiny, "auto")
-    factors = made.materialise(layer_plan(("latent", (4,)), ("per-expert", (3,) * 7 + (DENSE,))))
-    assert factors.parameters == 4 * (10 + 8 * 28) + 7 * 3 * (10 + 14) + 10 * 14
+    factors = made.materialise(layer_plan(("latent", (4,)), ("pivoted", (3,) * 7 + (DENSE,))))
+    assert factors.parameters == 4 * (10 + 8 * 28) + 7 * (3 * (10 + 14 + 1) - 3**2) + 10 * 14
 
 
 def test_a_dense_plan_is_the_original_with_its_biases(tiny: TinyLayer) -> None:
@@ -97,12 +97,12 @@ def test_plans_that_cannot_be_carried_out_are_refused(tiny: TinyLayer) -> None:
     dense = ("dense", (DENSE,) * 8)
     with pytest.raises(InputError, match=r"of layer 3, which was decomposed, got that of layer 4"):
         made.materialise(layer_plan(dense, dense, layer=4))
-    with pytest.raises(InputError, match=r"dense or one of per-expert for fisher, got latent"):
+    with pytest.raises(InputError, match=r"dense or one of pivoted for fisher, got latent"):
         made.materialise(layer_plan(("latent", (2,)), dense))
-    with pytest.raises(InputError, match=r"input ranks of layer 3 must be 8 numbers in \[-1, 7\], got \(2, 2\)"):
-        made.materialise(layer_plan(("per-expert", (2, 2)), dense))
-    with pytest.raises(InputError, match=r"output ranks of layer 3 must be 8 numbers in \[-1, 5\]"):
-        made.materialise(layer_plan(dense, ("per-expert", (6,) * 8)))
+    with pytest.raises(InputError, match=r"input ranks of layer 3 must be 8 numbers in \[-1, 10\], got \(2, 2\)"):
+        made.materialise(layer_plan(("pivoted", (2, 2)), dense))
+    with pytest.raises(InputError, match=r"output ranks of layer 3 must be 8 numbers in \[-1, 10\]"):
+        made.materialise(layer_plan(dense, ("pivoted", (11,) * 8)))
 
 
 @pytest.mark.parametrize("cut", [0, 7, 200])

@@ -20,7 +20,8 @@ def factors(tiny: TinyLayer, structure: str, rank: int, *, dense: int | None = N
     """The tiny layer with factored output matrices, and the input side as it was."""
     slots = 1 if structure == "latent" else tiny.layer.experts
     ranks = tuple(DENSE if slot == dense else 0 if slot == empty else rank for slot in range(slots))
-    made = decompose(tiny.weights, tiny.layer, tiny.statistics, replace(method("auto"), screen=False))
+    offered = replace(method("auto"), structures=("per-expert", "pivoted", "latent", "base-delta"), screen=False)
+    made = decompose(tiny.weights, tiny.layer, tiny.statistics, offered)
     side = SidePlan("dense", (DENSE,) * tiny.layer.experts, 0, 0.0)
     return made.materialise(LayerPlan(tiny.layer.index, True, "", side, SidePlan(structure, ranks, 0, 0.0), 1))  # type: ignore[arg-type]
 
@@ -66,7 +67,7 @@ def test_at_full_rank_the_wanted_matrices_are_found() -> None:
     torch.testing.assert_close(made.output.reconstruct(), wanted(tiny), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("structure", ["per-expert", "latent", "base-delta"])
+@pytest.mark.parametrize("structure", ["per-expert", "pivoted", "latent", "base-delta"])
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("rank", [2, 4])
 def test_fitted_factors_come_closer_at_the_same_rank(structure: str, narrow: bool, rank: int) -> None:
@@ -151,12 +152,13 @@ def test_noise_is_not_fitted() -> None:
     assert changed < 0.2 * plain
 
 
-@pytest.mark.parametrize("structure", ["per-expert", "latent"])
+@pytest.mark.parametrize("structure", ["per-expert", "pivoted", "latent"])
 def test_fitted_factors_go_through_a_file(structure: str) -> None:
     tiny = tiny_layer(tokens=1000)
     planned = factors(tiny, structure, 3)
     made = fit(tiny, planned, wanted(tiny))
     again = with_fitted(planned, fitted_tensors(made))
+    assert type(again.output) is type(planned.output)
     assert torch.equal(again.output.reconstruct(), made.output.reconstruct())
 
 

@@ -9,7 +9,7 @@ from moesvd_core.planning import Metric
 
 def test_the_recommended_method_comes_first() -> None:
     assert next(iter(METHODS)) == "auto"
-    assert method("auto").structures == ("per-expert", "latent", "base-delta")
+    assert method("auto").structures == ("pivoted", "latent", "base-delta")
 
 
 def test_the_published_methods_are_where_the_paper_puts_them() -> None:
@@ -34,7 +34,7 @@ def test_an_unknown_name_is_answered_with_the_list() -> None:
 
 def test_axes_can_be_overridden_one_by_one() -> None:
     changed = method("fisher").customised(metric="input")
-    assert (changed.metric, changed.structures, changed.allocation) == ("input", ("per-expert",), "greedy")
+    assert (changed.metric, changed.structures, changed.allocation) == ("input", ("pivoted",), "greedy")
     assert method("fisher").customised() == method("fisher")
 
 
@@ -42,7 +42,7 @@ def test_axes_can_be_overridden_one_by_one() -> None:
     ("axes", "message"),
     [
         ({"metric": "loud"}, "metric must be one of plain, scaled, input, output, saliency, frequency, got 'loud'"),
-        ({"structures": ("tucker",)}, "structure must be one of per-expert, shared-v, latent, base-delta, .*, got 'tucker'"),
+        ({"structures": ("tucker",)}, "structure must be one of per-expert, pivoted, shared-v, latent, base-delta, .*, got 'tucker'"),
         ({"allocation": "fair"}, "allocation must be one of uniform, selective, owl, greedy, got 'fair'"),
     ],
 )

@@ -18,7 +18,7 @@ def states(made: SideCurve) -> Iterator[tuple[int, float]]:
     for chosen in product(*ranks):
         slots = list(enumerate(chosen))
         parameters = 0 if set(chosen) == {DENSE} else made.fixed_cost
-        parameters += sum(int(made.dense_cost_S[s] if r == DENSE else r * made.rank_cost_S[s]) for s, r in slots)
+        parameters += sum(int(made.dense_cost_S[s] if r == DENSE else r * made.rank_cost_S[s] - made.identities * r**2) for s, r in slots)
         yield parameters, sum(0.0 if r == DENSE else float(made.loss_SR[s, r]) for s, r in slots)
 
 
@@ -36,11 +36,15 @@ def best_by_brute_force(curves: list[SideCurve], total: int) -> np.ndarray:
     return np.minimum.accumulate(best_B)
 
 
-def problem(seed: int, *, auto: bool, base: bool = False) -> list[SideCurve]:
+def problem(seed: int, *, auto: bool, base: bool = False, pivoted: bool = False) -> list[SideCurve]:
     """Two slots on the input side and two on the output side, small enough for brute force; break-even cuts some ranks off."""
     rng = np.random.default_rng(seed)
     inputs = curve(random_losses(rng, 2, 3), rank_cost=2, dense_cost=int(rng.integers(5, 10)))
     outputs = curve(random_losses(rng, 2, 3), side="output", rank_cost=3, dense_cost=int(rng.integers(7, 14)))
+    if pivoted:  # ranks cost 5, 8 and 9, and 6, 10 and 12
+        free = {"structure": "pivoted", "identities": 1}
+        inputs = replace(inputs, rank_cost_S=np.full(2, 6), dense_cost_S=inputs.dense_cost_S + 3, **free)  # type: ignore[arg-type]
+        outputs = replace(outputs, rank_cost_S=np.full(2, 7), dense_cost_S=outputs.dense_cost_S + 2, **free)  # type: ignore[arg-type]
     if not auto:
         return [inputs, outputs]
     shared = []
@@ -55,11 +59,14 @@ def problem(seed: int, *, auto: bool, base: bool = False) -> list[SideCurve]:
     return [inputs, outputs, *shared]
 
 
-@pytest.mark.parametrize(("auto", "base"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("auto", "base", "pivoted"),
+    [(False, False, False), (True, False, False), (True, True, False), (False, False, True), (True, True, True)],
+)
 @pytest.mark.parametrize("seed", range(8))
-def test_reaches_what_brute_force_finds_wherever_losses_are_convex(seed: int, auto: bool, base: bool) -> None:
+def test_reaches_what_brute_force_finds_wherever_losses_are_convex(seed: int, auto: bool, base: bool, pivoted: bool) -> None:
     """At every corner of the lower hull of the brute-force optimum the plan is optimal; in between it is no worse than the corner below."""
-    curves = problem(seed, auto=auto, base=base)
+    curves = problem(seed, auto=auto, base=base, pivoted=pivoted)
     shape = shape_of(curves, other=1)
     total = shape.expert_parameters
     best_B = best_by_brute_force(curves, total)

@@ -16,10 +16,10 @@ def test_refuses_a_ratio_out_of_bounds(ratio: object) -> None:
     ("field", "value", "listed"),
     [
         ("metric", "fisher", "plain, scaled, input, output"),
-        ("structure", "dense", "per-expert, shared-v, latent"),
+        ("structure", "dense", "per-expert, pivoted, shared-v, latent"),
         ("allocation", "best", "uniform, selective, owl, greedy"),
         ("budget", "bytes", "parameters, flops"),
-        ("structure", ["latent"], "per-expert, shared-v, latent"),
+        ("structure", ["latent"], "per-expert, pivoted, shared-v, latent"),
     ],
 )
 def test_lists_the_choices(field: str, value: object, listed: str) -> None:
