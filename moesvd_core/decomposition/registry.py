@@ -147,6 +147,11 @@ _ALL = (
         "Each expert's own factors, weighted by the activations it reads, the same share everywhere.",
     ),
     Method(
+        "mpifa", "input", ("pivoted",), "uniform", False, "PIFA (Zhao et al., ICML 2025)",
+        "As svd-llm, without what factors say twice, and fitted to what earlier layers have changed.",
+        compensate=True,
+    ),
+    Method(
         "owl", "input", ("per-expert",), "owl", False, "MoE-SVD Table 3; OWL",
         "As svd-llm, with more parameters for layers of many outliers.",
     ),

@@ -150,12 +150,14 @@ def cells(row: _Row, layer: ExpertLayer) -> NDArray[np.uint8]:
     for side, dense in (("input", layer.input_parameters), ("output", layer.output_parameters)):
         ranks_S = np.array(row["ranks"][side])
         stored = row["side_parameters"][side]
-        if row["structure"][side] in ("per-expert", "base-delta", "kept-experts"):
+        if row["structure"][side] in ("per-expert", "pivoted", "base-delta", "kept-experts"):
             base = dense if row["structure"][side] == "base-delta" else 0
             dense_E = ranks_S == DENSE
             factored = int(ranks_S[~dense_E].sum())
-            unit = (stored - base - int(dense_E.sum()) * dense) / factored if factored else 0.0
-            share_E += np.where(dense_E, dense, ranks_S * unit + base / max(1, int((~dense_E).sum())))
+            spared_S = ranks_S**2 if row["structure"][side] == "pivoted" else np.zeros_like(ranks_S)  # identities
+            own = stored - base - int(dense_E.sum()) * dense + int(spared_S[~dense_E].sum())
+            unit = own / factored if factored else 0.0
+            share_E += np.where(dense_E, dense, ranks_S * unit - spared_S + base / max(1, int((~dense_E).sum())))
             whole_E &= dense_E
         else:
             share_E += stored / layer.experts

@@ -91,6 +91,8 @@ def test_a_cell_is_empty_full_or_in_between() -> None:
     based = row(("base-delta", "dense"), ([0, 0, 1, DENSE], [DENSE]), (128 + 24 + 128, 4 * 64))
     third = 128 / 3
     assert plan_table.cells(based, LAYER).tolist() == [*[round(255 * (third + 64) / 192)] * 2, round(255 * (third + 88) / 192), WHOLE]
+    pivoted = row(("pivoted", "pivoted"), ([1, 2, DENSE, 0], [0, 3, DENSE, 0]), (24 + 46 + 128, 42 + 64))
+    assert plan_table.cells(pivoted, LAYER).tolist() == [round(255 * 24 / 192), round(255 * (46 + 42) / 192), WHOLE, 0]
     barely = row(("shared-v", "shared-v"), ([1], [0]), (1, 0))
     assert plan_table.cells(barely, LAYER).tolist() == [1] * 4
 

@@ -67,13 +67,11 @@ VARIANTS = (
     Variant("no backward pass", "gradients: a probe gives their scale", calibration={"gradient": False}),
     Variant("diagonal of the rows' Gram", "what neurons have to do with each other", without=("row_gram_ENN",)),
     Variant("rare experts by themselves", "leaning on the layer's average", methods=_with(shrink=False)),
-    Variant("no common base", "the choice of a base, where it is on offer", methods=_with(structures=("per-expert", "latent"))),
-    Variant("per-expert alone", "the choice of latent", _recipe(structure="per-expert")),
-    Variant("latent alone", "the choice of per-expert", _recipe(structure="latent")),
-    Variant(
-        "uniform ranks, per-expert", "greedy allocation", _recipe(structure="per-expert", allocation="uniform"),
-        beside="per-expert alone",
-    ),
+    Variant("whole factors", "leaving out their identities", methods=_with(structures=("per-expert", "latent", "base-delta"))),
+    Variant("no common base", "the choice of a base, where it is on offer", methods=_with(structures=("pivoted", "latent"))),
+    Variant("pivoted alone", "the choice of latent", _recipe(structure="pivoted")),
+    Variant("latent alone", "the choice of pivoted", _recipe(structure="latent")),
+    Variant("uniform ranks, pivoted", "greedy allocation", _recipe(structure="pivoted", allocation="uniform"), beside="pivoted alone"),
     Variant(
         "latent, bases as they slide", "alternating bases", _recipe(structure="latent"), methods=_with(alternate=False),
         beside="latent alone",
