@@ -54,10 +54,10 @@ def model_curves(
             own = rows if side == "input" else columns
             for structure in structures:
                 where = {"layer": layer, "side": side, "structure": structure}
-                if structure in ("per-expert", "base-delta"):
+                if structure in ("per-expert", "pivoted", "base-delta"):
                     made = curve(loss_ER, **where, rank_cost=rows + columns, dense_cost=rows * columns, load=load_E)
                     base = rows * columns if structure == "base-delta" else 0
-                    curves.append(replace(made, fixed_cost=base, fixed_flops=float(base)))
+                    curves.append(replace(made, fixed_cost=base, fixed_flops=float(base), identities=int(structure == "pivoted")))
                     continue
                 gain_R = np.arange(1, hidden + 1) ** -rng.uniform(0.2, 1.0)
                 loss_R = np.append(gain_R[::-1].cumsum()[::-1], 0.0) / gain_R.sum() * loss_ER[:, 0].sum()
