@@ -10,7 +10,7 @@ A side (input: gate and up stacked; output: down) is one expert's matrix `W_e [N
 - per-expert: `U_e V_e`, a rank for every expert; rank -1 is the matrix itself, rank 0 nothing at all
 - shared-right: `(Σ U_s) V_g`, one V for a group of experts (the paper's form), or for all (latent input: V once a token)
 - shared-left: `P B_e` on the output side (latent output: P once a token)
-- those of `rival_sides.py`
+- those of `pivoted_side.py` and `rival_sides.py`
 """
 
 from collections.abc import Callable, Iterator, Sequence

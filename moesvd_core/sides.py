@@ -28,12 +28,18 @@ def segments(ranks: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
     Few different ranks: one slab for each. Many: every rank is a sum of powers of two, and slab i holds the experts whose rank has bit i,
     so that 128 experts of ranks up to 2047 need eleven slabs and store not one number more than their ranks say.
     """
-    distinct = sorted({rank for rank in ranks if rank > 0}, reverse=True)
+    distinct = by_rank(ranks)
     if len(distinct) <= DISTINCT_RANKS:
-        return [(rank, tuple(e for e, own in enumerate(ranks) if own == rank)) for rank in distinct]
-    widths = [1 << bit for bit in reversed(range(distinct[0].bit_length()))]
+        return distinct
+    widths = [1 << bit for bit in reversed(range(distinct[0][0].bit_length()))]
     slabs = [(width, tuple(e for e, own in enumerate(ranks) if own > 0 and own & width)) for width in widths]
     return [(width, members) for width, members in slabs if members]
+
+
+def by_rank(ranks: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """The experts of every rank above 0: (rank, experts that have it), highest first."""
+    distinct = sorted({rank for rank in ranks if rank > 0}, reverse=True)
+    return [(rank, tuple(e for e, own in enumerate(ranks) if own == rank)) for rank in distinct]
 
 
 def places(members: Sequence[int], experts: int) -> list[int]:

@@ -17,7 +17,7 @@ from tiny_factors import INPUT_FORMS, OUTPUT_FORMS, layer_factors, model_factors
 from tiny_models import TINY, tiny_batch, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moesvd_core import experts, factor_sides, grouped
+from moesvd_core import experts, factor_sides, grouped, pivoted_side
 from moesvd_core.architectures.experts_io import read_experts, write_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
@@ -77,7 +77,7 @@ def test_every_structure_equals_its_matrices(
     factored = replace_experts(model, layer, factors)
     assert torch.allclose(factored.input.matrices(), factors.input.reconstruct(), atol=1e-6)
     assert torch.allclose(factored.output.matrices(), factors.output.reconstruct(), atol=1e-6)
-    assert factors.parameters == sum(parameter.numel() for parameter in factored.parameters())
+    assert factors.parameters == sum(tensor.numel() for tensor in factored.state_dict().values())
     hidden_TD, index_Tk = torch.randn(50, layer.hidden), torch.stack([torch.randperm(count)[:2] for _ in range(50)])
     weight_Tk = torch.rand(50, 2)
     for tokens in (50, 1, 0):
@@ -448,7 +448,8 @@ def test_gradients_equal_those_of_the_multiplied_out_experts() -> None:
 
 
 @pytest.mark.parametrize("make", [partial(layer_factors, input_form="base-delta", output_form="merged"),
-                                  partial(layer_factors, input_form="merged", output_form="base-delta"), narrow_factors])
+                                  partial(layer_factors, input_form="merged", output_form="base-delta"), narrow_factors,
+                                  partial(layer_factors, input_form="pivoted", output_form="pivoted-equal")])
 def test_so_do_those_of_what_rivals_store_and_every_tensor_gets_one(make: Callable[..., LayerFactors]) -> None:
     model = TINY["mixtral"]()
     layers = [(layer, make(layer, read_experts(model.get_submodule(layer.name), layer))) for layer in expert_layers(model)]
@@ -461,6 +462,32 @@ def test_so_do_those_of_what_rivals_store_and_every_tensor_gets_one(make: Callab
     assert torch.allclose(*embeddings, rtol=1e-4, atol=1e-5 * embeddings[0].abs().max().item())
     for module in factored_modules(student).values():
         assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_pivots_that_were_replaced_are_followed(in_place: bool) -> None:
+    model = tiny_model("mixtral")
+    layer = expert_layers(model)[0]
+    weights = read_experts(model.get_submodule(layer.name), layer)
+    pair = []
+    for seed in (0, 1):
+        factors = LayerFactors(layer.index, *(side_factors("pivoted", each, seed) for each in (weights.input_END, weights.output_EDM)))
+        pair.append(replace_experts(copy.deepcopy(model), layer, factors))
+    first, second = pair
+    (call,) = calls_of(first, 20)
+    with torch.no_grad():
+        assert not close(first(*call), second(*call))
+        first.load_state_dict(second.state_dict(), assign=not in_place)
+        assert not torch.equal(first.input.pivot_0, torch.arange(8).expand(1, -1))
+        assert torch.equal(first(*call), second(*call))
+        assert torch.equal(pickle.loads(pickle.dumps(first.input)).matrices(), second.input.matrices())  # noqa: S301
+
+
+def test_indices_stay_integers_whatever_the_factors_are_cast_to() -> None:
+    factored = rounded_layer("mixtral", "pivoted", "pivoted-equal").half().double().to(torch.bfloat16)
+    assert {buffer.dtype for name, buffer in factored.named_buffers() if "pivot" in name} == {torch.int16}
+    assert pivoted_side.index_type(32_767) == torch.int16
+    assert pivoted_side.index_type(32_768) == torch.int32
 
 
 def test_a_base_alone_is_one_matrix_for_all() -> None:
@@ -522,7 +549,7 @@ def test_rows_of_no_group_are_neither_computed_nor_given_a_gradient() -> None:
     assert runs.end_G.tolist() == [2, 3]
 
 
-@pytest.mark.parametrize("input_form", ["ragged", "many-ranks", "summed", "groups"])
+@pytest.mark.parametrize("input_form", ["ragged", "many-ranks", "summed", "groups", "pivoted"])
 def test_rows_that_gpus_leave_undefined_reach_neither_answers_nor_gradients(input_form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("mixtral", num_local_experts=12)
     layer = expert_layers(model)[0]
@@ -563,14 +590,17 @@ def test_rows_that_gpus_leave_undefined_reach_neither_answers_nor_gradients(inpu
         return Undefined.apply(real(UndefinedGradient.apply(x_PC, end), weight_GNC, end_G), end)
 
     monkeypatch.setattr(grouped, "keeps_tail", lambda group_P: True)
-    monkeypatch.setattr(factor_sides, "grouped_linear", as_on_a_gpu)
+    for module in (factor_sides, pivoted_side):
+        monkeypatch.setattr(module, "grouped_linear", as_on_a_gpu)
     answer = factored(*call)
     answer.square().sum().backward()
     assert torch.allclose(answer, expected, atol=1e-5)
     assert torch.allclose(call[0].grad, gradient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("forms", [("latent", "basis"), ("ragged", "many-ranks"), ("summed", "equal"), ("groups", "dense")])
+@pytest.mark.parametrize(
+    "forms", [("latent", "basis"), ("ragged", "many-ranks"), ("summed", "equal"), ("groups", "dense"), ("pivoted", "pivoted-equal")]
+)
 def test_compiles_into_one_graph_for_any_number_of_tokens(forms: tuple[str, str]) -> None:
     model = tiny_model("mixtral", num_local_experts=12)
     layer = expert_layers(model)[0]

@@ -12,6 +12,7 @@ from moesvd_core.decomposition.factors import (
     MergedFactors,
     NarrowFactors,
     PerExpertFactors,
+    PivotedFactors,
     RightGroup,
     SharedLeftFactors,
     SharedRightFactors,
@@ -19,8 +20,12 @@ from moesvd_core.decomposition.factors import (
 )
 
 RANK = 8
-INPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "latent", "base-delta", "base-equal", "merged")
-OUTPUT_FORMS = ("dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "basis", "base-delta", "base-equal", "merged")
+_FORMS = (
+    "dense", "ragged", "equal", "many-ranks", "pruned", "summed", "groups", "base-delta", "base-equal", "merged",
+    "pivoted", "pivoted-equal", "pivoted-full",
+)
+INPUT_FORMS = (*_FORMS, "latent")
+OUTPUT_FORMS = (*_FORMS, "basis")
 
 
 def side_factors(form: str, weight_ENM: torch.Tensor, seed: int = 0) -> SideFactors:
@@ -68,6 +73,12 @@ def side_factors(form: str, weight_ENM: torch.Tensor, seed: int = 0) -> SideFact
             return BaseDeltaFactors(random(rows, columns), per_expert([RANK] * experts))
         case "merged":
             return MergedFactors(random(experts - 1, rows, columns), (*range(experts - 1), 0))
+        case "pivoted":
+            return PivotedFactors(per_expert([(8, -1, 0, 5)[expert % 4] for expert in everyone]))
+        case "pivoted-equal":
+            return PivotedFactors(per_expert([RANK] * experts))
+        case "pivoted-full":
+            return PivotedFactors(per_expert([(columns, 3)[expert % 2] for expert in everyone]))
         case "basis":
             return SharedLeftFactors(random(rows, RANK), random(experts, RANK, columns))
     raise ValueError(form)

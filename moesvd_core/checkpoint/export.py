@@ -339,9 +339,9 @@ def _parameters(files: ModelFiles) -> int:
 def _counts(model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles, refitted: int) -> Counts:
     """Counts of a written model, and of the same with its experts unfactored."""
     parameters, layers = _parameters(files), model.config.get_text_config().num_hidden_layers
-    held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values() if tensor.numel()}  # tied ones once
+    held = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.numel()}.values()  # tied ones once
+    factored = [tensor for module in modules.values() for tensor in (*module.parameters(), *module.buffers())]
     native = sum(ExpertLayer(**module.expert_layer).parameters for module in modules.values())
-    factored = sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
-    original = sum(held.values()) - factored + native
-    saved_bytes = (original - parameters) * model.dtype.itemsize
-    return Counts(parameters, original, files.bytes, files.bytes + saved_bytes, len(modules), layers, refitted)
+    original = sum(tensor.numel() for tensor in held) - sum(tensor.numel() for tensor in factored) + native
+    original_bytes = sum(tensor.nbytes for tensor in held) - sum(tensor.nbytes for tensor in factored) + native * model.dtype.itemsize
+    return Counts(parameters, original, files.bytes, original_bytes, len(modules), layers, refitted)

@@ -18,12 +18,15 @@ from moesvd_core.decomposition.factors import (
     MergedFactors,
     NarrowFactors,
     PerExpertFactors,
+    PivotedFactors,
     SharedLeftFactors,
     SharedRightFactors,
     SideFactors,
 )
+from moesvd_core.decomposition.pivots import pivoted
 from moesvd_core.experts import FactoredExperts
-from moesvd_core.sides import segments
+from moesvd_core.pivoted_side import index_type
+from moesvd_core.sides import by_rank, segments
 
 Spec = dict[str, Any]
 
@@ -43,14 +46,19 @@ def layer_tensors(layer: ExpertLayer, factors: LayerFactors, dtype: torch.dtype)
     """(name under the experts module, contiguous tensor) of everything that the factored module holds, floating tensors cast to `dtype`."""
     for side, side_factors in (("input", factors.input), ("output", factors.output)):
         for name, tensor in _side_tensors(side_factors):
-            yield f"{side}.{name}", tensor.to(dtype).contiguous()
+            yield f"{side}.{name}", floating(tensor, dtype).contiguous()
     for name, bias in (("input_bias", factors.input_bias_EN), ("output_bias", factors.output_bias_ED)):
         if bias is not None:
             yield name, bias.to(dtype).contiguous()
     with torch.device("meta"):
-        buffers = dict(FactoredExperts(layer_spec(layer, factors), gate=torch.nn.functional.silu).named_buffers())
-    for name, buffer in buffers.items():
+        own = dict(FactoredExperts(layer_spec(layer, factors), gate=torch.nn.functional.silu).named_buffers(recurse=False))
+    for name, buffer in own.items():
         yield name, torch.zeros(buffer.shape, dtype=dtype)
+
+
+def floating(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another floating type; indices stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _side_spec(factors: SideFactors) -> Spec:
@@ -74,6 +82,8 @@ def _side_spec(factors: SideFactors) -> Spec:
             return {"structure": "shared-left", "rank": factors.left_NR.shape[1]}
         case BaseDeltaFactors():
             return {"structure": "base-delta", "ranks": list(factors.own.ranks)}
+        case PivotedFactors():
+            return {"structure": "pivoted", "ranks": list(factors.own.ranks)}
         case NarrowFactors():
             return {"structure": "narrow", "size": factors.weight_ENM.shape[factors.dim], "blocks": factors.blocks}
         case MergedFactors():
@@ -97,6 +107,8 @@ def _side_tensors(factors: SideFactors) -> Iterator[tuple[str, Tensor]]:
         case BaseDeltaFactors():
             yield "base", factors.base_NM
             yield from _slabs(factors.own)
+        case PivotedFactors():
+            yield from _pivoted_slabs(factors.own)
         case NarrowFactors():
             yield "weight", factors.weight_ENM
         case MergedFactors():
@@ -111,5 +123,20 @@ def _slabs(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:
         yield f"right_{i}", torch.stack([factors.right[e][start_E[e] : start_E[e] + width] for e in members])
         for expert in members:
             start_E[expert] += width
+    yield from _dense(factors)
+
+
+def _pivoted_slabs(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:
+    """Every expert's factors without their identity, those of one rank together."""
+    for i, (_, members) in enumerate(by_rank(factors.ranks)):
+        stored = [pivoted(factors.left[e], factors.right[e]) for e in members]
+        left_GNR, right_GRS, pivot_GR = (torch.stack(tensors) for tensors in zip(*stored, strict=True))
+        yield f"left_{i}", left_GNR
+        yield f"right_{i}", right_GRS
+        yield f"pivot_{i}", pivot_GR.to(index_type(factors.right[members[0]].shape[1]))
+    yield from _dense(factors)
+
+
+def _dense(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:
     if factors.dense:
         yield "dense", torch.stack([factors.dense[expert] for expert in sorted(factors.dense)])

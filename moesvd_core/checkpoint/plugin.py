@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moesvd_core import rival_sides  # noqa: F401 - makes `FactoredExperts` know its structures
+from moesvd_core import pivoted_side, rival_sides  # noqa: F401 - make `FactoredExperts` know their structures
 from moesvd_core.experts import FactoredExperts, gate_of
 from moesvd_core.kept_router import restrict
 

@@ -28,6 +28,9 @@ from moesvd_core.errors import CheckpointError, InputError, ResourceError
 from moesvd_core.progress import Progress
 
 torch.set_num_threads(1)
+ON_DISK = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0"), "cpu")
+ON_DISK |= dict.fromkeys(("model.layers.1", "model.layers.2"), "disk")
+"""Where a model is loaded to whose last two layers stay on the disk."""
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +127,7 @@ def test_loads_with_device_maps_and_from_disk(
     monkeypatch.setattr(experts, "SMALL_EXPERT", cached)
     expected = logits(model)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(factored, device_map="auto")), expected, atol=1e-6)
-    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    places |= {f"model.layers.{index}": "disk" if index else "cpu" for index in range(3)}
-    offloaded = AutoModelForCausalLM.from_pretrained(factored, device_map=places, offload_folder=tmp_path)
+    offloaded = AutoModelForCausalLM.from_pretrained(factored, device_map=ON_DISK, offload_folder=tmp_path)
     assert offloaded.model.layers[1].mlp.experts.input.right_0.device.type == "meta"
     assert torch.allclose(logits(offloaded), expected, atol=1e-6)
 
@@ -161,6 +162,37 @@ def test_exports_in_another_dtype_only_what_the_model_is_made_of(tmp_path: Path)
     assert AutoModelForCausalLM.from_pretrained(made.path).dtype == torch.bfloat16
     assert json.loads((made.path / "config.json").read_text())["dtype"] == "bfloat16"
     assert made.verification.logit_difference <= 1e-6
+
+
+def pivoted_factors(layer: ExpertLayer) -> LayerFactors:
+    native = TINY["mixtral"]().get_submodule(layer.name)
+    return layer_factors(layer, read_experts(native, layer), *(("pivoted", "pivoted-equal"), ("pivoted-full", "pivoted"))[layer.index % 2])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_indices_of_pivots_pass_every_way_of_writing_and_loading(source: Path, dtype: torch.dtype, tmp_path: Path) -> None:
+    made = export_streamed(ModelFiles.open(source), pivoted_factors, tmp_path / "made", dtype=dtype, shard_size=20_000)
+    stored = {name: tensor for path in made.path.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert {tensor.dtype for tensor in stored.values()} == {dtype, torch.int16}
+    assert made.counts.bytes == sum(tensor.nbytes for tensor in stored.values())
+    factors = [pivoted_factors(layer) for layer in LayerStream(source).expert_layers]
+    assert made.counts.original_parameters - made.counts.parameters == 3 * 4 * 3 * 32 * 24 - sum(each.parameters for each in factors)
+    loaded = AutoModelForCausalLM.from_pretrained(made.path)
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {dtype, torch.int16}
+    expected = logits(loaded)
+    again = export(loaded, None, tmp_path / "again")
+    assert (again.counts.parameters, again.counts.bytes) == (made.counts.parameters, made.counts.bytes)
+    assert (again.counts.original_parameters, again.counts.original_bytes) == (
+        made.counts.original_parameters, made.counts.original_parameters * dtype.itemsize
+    )
+    for device_map in ("auto", ON_DISK):
+        placed = AutoModelForCausalLM.from_pretrained(again.path, device_map=device_map, offload_folder=tmp_path / "offloaded")
+        assert torch.equal(logits(placed), expected)
+    dense = export(loaded, None, tmp_path / "dense", format="dense")
+    assert dense.counts.ratio == 0
+    difference = logits(AutoModelForCausalLM.from_pretrained(dense.path)).float() - expected.float()
+    assert difference.norm() <= (1e-6 if dtype == torch.float32 else 0.05) * expected.float().norm()
 
 
 def test_shards_are_indexed_and_load(source: Path, model: PreTrainedModel, tmp_path: Path) -> None:

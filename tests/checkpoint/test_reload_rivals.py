@@ -1,4 +1,5 @@
-"""Exports of what rivals store, of every family, loaded in fresh processes: with the package, and with the code in the export alone."""
+"""Exports of what rivals store, and of factors without identities, of every family, loaded in fresh processes: with the package, and with
+the code in the export alone."""
 
 import json
 import os
@@ -27,6 +28,10 @@ torch.set_num_threads(1)
 MAKERS = {
     "pruned": (partial(kept_factors, kept=(0, 2, 3)), partial(layer_factors, input_form="base-delta", output_form="merged")),
     "narrow": (narrow_factors, partial(layer_factors, input_form="merged", output_form="base-delta")),
+    "pivoted": (
+        partial(layer_factors, input_form="pivoted", output_form="pivoted-equal"),
+        partial(layer_factors, input_form="pivoted-full", output_form="pivoted"),
+    ),
 }
 """What the routed layers of an export are made into, in turns."""
 
@@ -78,10 +83,11 @@ def test_every_export_gives_the_expected_logits(exports: Path, way: str) -> None
         assert torch.allclose(logits[folder], expected[folder], atol=1e-5, rtol=1e-5), folder
 
 
+@pytest.mark.parametrize("kind", ["narrow", "pivoted"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
-def test_a_dense_export_holds_what_the_factors_stand_for(name: str, tmp_path: Path) -> None:
+def test_a_dense_export_holds_what_the_factors_stand_for(name: str, kind: str, tmp_path: Path) -> None:
     model, source = TINY[name](), save_tiny(name, tmp_path / "source")
-    found = made(model, "narrow")
+    found = made(model, kind)
     written = export_streamed(ModelFiles.open(source), partial(factors_of, found), tmp_path / "dense", format="dense")
     assert written.verification.logit_difference is not None and written.verification.logit_difference <= 1e-6
     assert written.counts.parameters == written.counts.original_parameters

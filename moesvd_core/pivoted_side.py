@@ -1,0 +1,111 @@
+"""The side of `FactoredExperts` (see `experts.py`) whose factors are stored without their identities (see `decomposition/pivots.py`).
+
+An export carries a copy of this file, so it must import torch and the other files that are carried only.
+
+Shapes as in `experts.py`; here G is the number of experts of one slab, and S = C − R.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesvd_core.factor_sides import STRUCTURES
+from moesvd_core.grouped import Pairs, Runs, grouped_linear, in_graph, times
+from moesvd_core.sides import Side, by_rank, places
+
+
+class PivotedSide(Side):
+    """`U_e V_e` with a rank for every expert, where some R columns of V_e, its pivots, are an identity.
+
+    Slab i, of the experts of one rank, is `left_i` [G, N, R], `right_i` [G, R, S] with the columns that are no pivots, and `pivot_i`
+    [G, R], which ones are, ascending. Experts of rank -1 keep their matrix in `dense` [F, N, C].
+    """
+
+    def __init__(self, ranks: Sequence[int], rows: int, columns: int, reads_tokens: bool, **kind: Any) -> None:
+        super().__init__(rows, reads_tokens)
+        self.ranks, self.columns = tuple(ranks), columns
+        self.slabs = by_rank(ranks)
+        self.whole = tuple(expert for expert, rank in enumerate(ranks) if rank < 0)
+        self._orders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for i, (rank, members) in enumerate(self.slabs):
+            self.register_parameter(f"left_{i}", nn.Parameter(torch.empty(len(members), rows, rank, **kind)))
+            self.register_parameter(f"right_{i}", nn.Parameter(torch.empty(len(members), rank, columns - rank, **kind)))
+            index = torch.arange(rank, dtype=index_type(columns), device=kind.get("device"))
+            self.register_buffer(f"pivot_{i}", index.repeat(len(members), 1))
+        if self.whole:
+            self.dense = nn.Parameter(torch.empty(len(self.whole), rows, columns, **kind))
+        self._place = {expert: (i, place) for i, (_, members) in enumerate(self.slabs) for place, expert in enumerate(members)}
+
+    def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        x_PC = x_PC.to(next((own.dtype for own in self.parameters()), x_PC.dtype))
+        if self.slabs and len(self.slabs[0][1]) == len(self.ranks):  # one rank for all: the pairs stand as needed
+            return self._pivoted(0, x_PC, pairs.expert_P, pairs.end_E, lambda z_PR: z_PR)
+        y_PN = torch.zeros(len(x_PC), self.rows, dtype=x_PC.dtype, device=x_PC.device)
+        for i, members in enumerate([*(members for _, members in self.slabs), *([self.whole] if self.whole else [])]):
+            place_P = self.table(f"slab {i}", x_PC.device, partial(places, members, len(self.ranks)))[pairs.expert_P]
+            runs = Runs(place_P, len(members), ascending=True)
+            x_QC = runs.take(x_PC)
+            if i < len(self.slabs):
+                place_Q = place_P[runs.row_Q].clamp(max=len(members) - 1)  # whatever stands behind the last run is zero
+                y_QN = self._pivoted(i, x_QC, place_Q, runs.end_G, runs.clean)
+            else:
+                y_QN = grouped_linear(x_QC, self.dense, runs.end_G)
+            y_PN.index_add_(0, runs.row_Q, runs.clean(y_QN))
+        return y_PN
+
+    def _pivoted(
+        self, i: int, x_QC: torch.Tensor, place_Q: torch.Tensor, end_G: torch.Tensor, clean: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Rows of a slab's experts, which stand at these places in it, by grouped products [Q, N]."""
+        rank = self.slabs[i][0]
+        x_QC = x_QC.gather(1, self._order(i)[place_Q])
+        z_QR = x_QC[:, :rank] + grouped_linear(x_QC[:, rank:], self.get_parameter(f"right_{i}"), end_G)
+        return grouped_linear(clean(z_QR), self.get_parameter(f"left_{i}"), end_G)
+
+    def answer(self, expert: int, x_QC: torch.Tensor) -> torch.Tensor:
+        if self.ranks[expert] <= 0:
+            whole = self.ranks[expert] < 0
+            return times(x_QC, self.matrix("dense", self.whole.index(expert))) if whole else x_QC.new_zeros(len(x_QC), self.rows)
+        rank, (i, place) = self.ranks[expert], self._place[expert]
+        order_C, right_RS = self._order(i)[place], self.matrix(f"right_{i}", place)
+        z_QR = times(x_QC.index_select(1, order_C[rank:]), right_RS)
+        z_QR[:, :rank] += x_QC.index_select(1, order_C[:rank])
+        return times(z_QR, self.matrix(f"left_{i}", place))
+
+    def _order(self, i: int) -> torch.Tensor:
+        """All columns, for each expert of a slab: its pivots, then the others, ascending [G, C]; made anew when pivots were replaced."""
+        pivot_GR = self.get_buffer(f"pivot_{i}")
+        found = self._orders.get(i)
+        if found is None or found[0] is not pivot_GR:
+            other_GC = torch.ones(len(pivot_GR), self.columns, dtype=torch.uint8, device=pivot_GR.device).scatter_(1, pivot_GR.long(), 0)
+            found = pivot_GR, other_GC.argsort(dim=1, stable=True)
+            if not in_graph():  # whose memory is its own
+                self._orders[i] = found
+        return found[1]
+
+    def _load_from_state_dict(self, *call: Any) -> None:
+        self._orders.clear()  # loading may write into the pivots
+        super()._load_from_state_dict(*call)
+
+    def matrices(self) -> torch.Tensor:
+        example = next(self.parameters(), torch.empty(0))
+        full_ENC = example.new_zeros(len(self.ranks), self.rows, self.columns)
+        for i, (_, members) in enumerate(self.slabs):
+            left_GNR, right_GRS = self.get_parameter(f"left_{i}"), self.get_parameter(f"right_{i}")
+            ordered_GNC = torch.cat([left_GNR, left_GNR @ right_GRS], 2)
+            order_GNC = self._order(i)[:, None].expand(ordered_GNC.shape)
+            full_ENC[list(members)] = torch.empty_like(ordered_GNC).scatter(2, order_GNC, ordered_GNC)
+        if self.whole:
+            full_ENC[list(self.whole)] = self.dense
+        return full_ENC
+
+
+def index_type(columns: int) -> torch.dtype:
+    """The smallest one that names so many columns."""
+    return torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
+
+
+STRUCTURES["pivoted"] = lambda spec, experts, *shape, **kind: PivotedSide(spec["ranks"], *shape, **kind)
