@@ -23,7 +23,6 @@ from moesvd_core.decomposition.factors import (
     SharedRightFactors,
     SideFactors,
 )
-from moesvd_core.decomposition.pivots import pivoted
 from moesvd_core.experts import FactoredExperts
 from moesvd_core.pivoted_side import index_type
 from moesvd_core.sides import by_rank, segments
@@ -108,7 +107,7 @@ def _side_tensors(factors: SideFactors) -> Iterator[tuple[str, Tensor]]:
             yield "base", factors.base_NM
             yield from _slabs(factors.own)
         case PivotedFactors():
-            yield from _pivoted_slabs(factors.own)
+            yield from _pivoted_slabs(factors)
         case NarrowFactors():
             yield "weight", factors.weight_ENM
         case MergedFactors():
@@ -126,15 +125,14 @@ def _slabs(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:
     yield from _dense(factors)
 
 
-def _pivoted_slabs(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:
+def _pivoted_slabs(factors: PivotedFactors) -> Iterator[tuple[str, Tensor]]:
     """Every expert's factors without their identity, those of one rank together."""
-    for i, (_, members) in enumerate(by_rank(factors.ranks)):
-        stored = [pivoted(factors.left[e], factors.right[e]) for e in members]
-        left_GNR, right_GRS, pivot_GR = (torch.stack(tensors) for tensors in zip(*stored, strict=True))
+    for i, (rank, members) in enumerate(by_rank(factors.own.ranks)):
+        left_GNR, right_GRS, pivot_GR = (torch.stack(tensors) for tensors in zip(*(factors.stored[e] for e in members), strict=True))
         yield f"left_{i}", left_GNR
         yield f"right_{i}", right_GRS
-        yield f"pivot_{i}", pivot_GR.to(index_type(factors.right[members[0]].shape[1]))
-    yield from _dense(factors)
+        yield f"pivot_{i}", pivot_GR.to(index_type(rank + right_GRS.shape[2]))
+    yield from _dense(factors.own)
 
 
 def _dense(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:

@@ -9,11 +9,13 @@ are). The rank R of a matrix is always the length of a tensor's dimension: nothi
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod, sqrt
 
 import torch
 
 from moesvd_core.architectures.layout import ExpertWeights
+from moesvd_core.decomposition.pivots import pivoted
 from moesvd_core.planning import DENSE
 
 
@@ -196,6 +198,11 @@ class PivotedFactors(SideFactors):
     def parameters(self) -> int:
         """With the pivots' indices, and without the identities."""
         return self.own.parameters - sum(rank * (rank - 1) for rank in self.own.ranks if rank > 0)
+
+    @cached_property
+    def stored(self) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
+        """Every expert's product at its pivots [N, R], coefficients of the other columns [R, M - R] and pivots [R]; made once."""
+        return tuple(pivoted(left_NR, right_RM) for left_NR, right_RM in zip(self.own.left, self.own.right, strict=True))
 
     def reconstruct(self) -> torch.Tensor:
         return self.own.reconstruct()
