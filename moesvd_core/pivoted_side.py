@@ -33,7 +33,7 @@ class PivotedSide(Side):
         for i, (rank, members) in enumerate(self.slabs):
             self.register_parameter(f"left_{i}", nn.Parameter(torch.empty(len(members), rows, rank, **kind)))
             self.register_parameter(f"right_{i}", nn.Parameter(torch.empty(len(members), rank, columns - rank, **kind)))
-            index = torch.arange(rank, dtype=index_type(columns), device=kind.get("device"))
+            index = torch.arange(rank, dtype=index_type(kind.get("dtype") or torch.get_default_dtype()), device=kind.get("device"))
             self.register_buffer(f"pivot_{i}", index.repeat(len(members), 1))
         if self.whole:
             self.dense = nn.Parameter(torch.empty(len(self.whole), rows, columns, **kind))
@@ -80,7 +80,8 @@ class PivotedSide(Side):
         pivot_GR = self.get_buffer(f"pivot_{i}")
         found = self._orders.get(i)
         if found is None or found[0] is not pivot_GR:
-            other_GC = torch.ones(len(pivot_GR), self.columns, dtype=torch.uint8, device=pivot_GR.device).scatter_(1, pivot_GR.long(), 0)
+            other_GC = torch.ones(len(pivot_GR), self.columns, dtype=torch.uint8, device=pivot_GR.device)
+            other_GC.scatter_(1, as_places(pivot_GR), 0)
             found = pivot_GR, other_GC.argsort(dim=1, stable=True)
             if not in_graph():  # whose memory is its own
                 self._orders[i] = found
@@ -103,9 +104,14 @@ class PivotedSide(Side):
         return full_ENC
 
 
-def index_type(columns: int) -> torch.dtype:
-    """The smallest one that names so many columns."""
-    return torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
+def index_type(dtype: torch.dtype) -> torch.dtype:
+    """Integers of as many bytes as the factors' numbers have, so that a parameter counts alike whatever it is."""
+    return {2: torch.int16, 4: torch.int32}.get(dtype.itemsize, torch.int64)
+
+
+def as_places(index_GR: torch.Tensor) -> torch.Tensor:
+    """Stored indices, int64; those of two bytes go up to 65,535 and may have become negative."""
+    return index_GR.long() & 0xFFFF if index_GR.dtype == torch.int16 else index_GR.long()
 
 
 STRUCTURES["pivoted"] = lambda spec, experts, *shape, **kind: PivotedSide(spec["ranks"], *shape, **kind)

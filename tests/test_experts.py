@@ -486,8 +486,13 @@ def test_pivots_that_were_replaced_are_followed(in_place: bool) -> None:
 def test_indices_stay_integers_whatever_the_factors_are_cast_to() -> None:
     factored = rounded_layer("mixtral", "pivoted", "pivoted-equal").half().double().to(torch.bfloat16)
     assert {buffer.dtype for name, buffer in factored.named_buffers() if "pivot" in name} == {torch.int16}
-    assert pivoted_side.index_type(32_767) == torch.int16
-    assert pivoted_side.index_type(32_768) == torch.int32
+
+
+def test_indices_take_as_many_bytes_as_numbers_and_reach_far_enough() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        assert pivoted_side.index_type(dtype).itemsize == dtype.itemsize
+        index_R = torch.tensor([0, 32_767, 32_768, 65_535])
+        assert torch.equal(pivoted_side.as_places(index_R.to(pivoted_side.index_type(dtype))), index_R)
 
 
 def test_a_base_alone_is_one_matrix_for_all() -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.router import rerouted, router_step
-from moesvd_core.checkpoint.factored import Spec, floating, is_dense, layer_spec, layer_tensors
+from moesvd_core.checkpoint.factored import Spec, in_type, is_dense, layer_spec, layer_tensors
 from moesvd_core.checkpoint.plugin import METHOD, attach, replace_module
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.experts import FactoredExperts
@@ -28,10 +28,10 @@ def replace_experts(model: nn.Module, layer: ExpertLayer, factors: LayerFactors)
 
 
 def replace_by_tensors(model: nn.Module, spec: Spec, tensors: Iterable[tuple[str, torch.Tensor]]) -> FactoredExperts:
-    """The same from the module's description and the tensors that a checkpoint stores of it; factors are cast to the experts' dtype."""
+    """The same from the module's description and the tensors that a checkpoint stores of it; they are cast to the experts' dtype."""
     example = next(model.get_submodule(spec["layer"]["name"]).parameters())
     factored = replace_module(model, spec, torch.device("meta"))
-    factored.load_state_dict({name: floating(tensor.to(example.device), example.dtype) for name, tensor in tensors}, assign=True)
+    factored.load_state_dict({name: in_type(tensor.to(example.device), example.dtype) for name, tensor in tensors}, assign=True)
     return factored
 
 

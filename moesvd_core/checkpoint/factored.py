@@ -42,10 +42,10 @@ def layer_spec(layer: ExpertLayer, factors: LayerFactors) -> Spec:
 
 
 def layer_tensors(layer: ExpertLayer, factors: LayerFactors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name under the experts module, contiguous tensor) of everything that the factored module holds, floating tensors cast to `dtype`."""
+    """(name under the experts module, contiguous tensor) of everything that the factored module holds, as `in_type` casts it."""
     for side, side_factors in (("input", factors.input), ("output", factors.output)):
         for name, tensor in _side_tensors(side_factors):
-            yield f"{side}.{name}", floating(tensor, dtype).contiguous()
+            yield f"{side}.{name}", in_type(tensor, dtype).contiguous()
     for name, bias in (("input_bias", factors.input_bias_EN), ("output_bias", factors.output_bias_ED)):
         if bias is not None:
             yield name, bias.to(dtype).contiguous()
@@ -55,9 +55,9 @@ def layer_tensors(layer: ExpertLayer, factors: LayerFactors, dtype: torch.dtype)
         yield name, torch.zeros(buffer.shape, dtype=dtype)
 
 
-def floating(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another floating type; indices stay what they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as experts of this type hold it: numbers in it, indices in integers of as many bytes."""
+    return tensor.to(dtype if tensor.is_floating_point() else index_type(dtype))
 
 
 def _side_spec(factors: SideFactors) -> Spec:
@@ -127,11 +127,11 @@ def _slabs(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:
 
 def _pivoted_slabs(factors: PivotedFactors) -> Iterator[tuple[str, Tensor]]:
     """Every expert's factors without their identity, those of one rank together."""
-    for i, (rank, members) in enumerate(by_rank(factors.own.ranks)):
+    for i, (_, members) in enumerate(by_rank(factors.own.ranks)):
         left_GNR, right_GRS, pivot_GR = (torch.stack(tensors) for tensors in zip(*(factors.stored[e] for e in members), strict=True))
         yield f"left_{i}", left_GNR
         yield f"right_{i}", right_GRS
-        yield f"pivot_{i}", pivot_GR.to(index_type(rank + right_GRS.shape[2]))
+        yield f"pivot_{i}", pivot_GR
     yield from _dense(factors.own)
 
 
