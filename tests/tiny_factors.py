@@ -123,10 +123,11 @@ def kept_factors(layer: ExpertLayer, weights: ExpertWeights, kept: tuple[int, ..
     return LayerFactors(layer.index, *sides, weights.input_bias_EN, weights.output_bias_ED, kept)
 
 
-def model_factors(model: torch.nn.Module, *, leave: int = 0) -> list[tuple[ExpertLayer, LayerFactors]]:
-    """Factors for all routed layers but the first `leave`: latent and ragged in turns."""
-    forms = (("latent", "ragged"), ("ragged", "basis"))
+def model_factors(
+    model: torch.nn.Module, *, leave: int = 0, forms: tuple[tuple[str, str], ...] = (("latent", "ragged"), ("ragged", "basis"))
+) -> list[tuple[ExpertLayer, LayerFactors]]:
+    """Factors for all routed layers but the first `leave`, of these forms in turns."""
     return [
-        (layer, layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), *forms[i % 2]))
+        (layer, layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), *forms[i % len(forms)]))
         for i, layer in enumerate(expert_layers(model)[leave:])
     ]

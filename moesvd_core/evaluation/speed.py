@@ -197,8 +197,9 @@ def _grouped_flops(input_shape: torch.Size, weight_shape: torch.Size, *_: Any, *
     return 2 * input_shape[0] * input_shape[1] * weight_shape[-1]
 
 
-def _packed_flops(input_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """Rows [S, a] times a matrix [b, a]."""
+def _packed_flops(input_shape: torch.Size, *others: Any, **_: Any) -> int:
+    """Rows [S, a] times a matrix [b, a], which may come behind what is added to the product."""
+    weight_shape = [shape for shape in others if isinstance(shape, torch.Size)][-1]
     return 2 * input_shape[0] * input_shape[1] * weight_shape[0]
 
 
