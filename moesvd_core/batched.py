@@ -9,26 +9,29 @@ Shapes: T tokens, k active experts a token, P pairs, E experts in an order of a 
 of one batch, R rows in memory, N rows and C columns of one matrix.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
 from moesvd_core.grouped import Run, add_up, usual
 
+Link = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+"""A matrix [C, N], or what makes the same of rows [Q, C] where no expert has one of its own."""
+
 
 class Step(NamedTuple):
     """One matrix of each expert of a batch.
 
     Attributes:
-        weight_GCN: the matrices, transposed; one piece of memory.
-        rows_RN: the same as rows, C for each expert.
+        weight_GCN: the matrices, transposed; one piece of memory, or links.
+        rows_RN: the same as rows, C for each expert, who may share some.
         row_GC: which of these are whose, int32.
         first: the place of the first expert.
     """
 
-    weight_GCN: torch.Tensor
+    weight_GCN: torch.Tensor | Sequence[Link]
     rows_RN: torch.Tensor
     row_GC: torch.Tensor
     first: int
@@ -53,7 +56,8 @@ class Arranged:
     Attributes:
         batches: of experts that follow each other in `order`.
         order: all experts.
-        chains: of each expert, the matrices [C, N] that its rows pass.
+        chains: of each expert, what its rows pass; a matrix comes last.
+        joined: whether each batch can take rows of all its experts at once.
         shared: what every token meets once, before the input side's batches or after the output side's.
         steps: products that all experts take together.
     """
@@ -61,7 +65,7 @@ class Arranged:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter | None],
-        batches: Sequence[Sequence[torch.Tensor]],
+        batches: Sequence[Sequence[torch.Tensor | Step]],
         order: Sequence[int] | None = None,
         ranks: Sequence[int] = (),
         shared_NC: torch.Tensor | None = None,
@@ -70,15 +74,16 @@ class Arranged:
 
         Args:
             parameters: who replaces or moves one makes this outdated (see `holds`).
-            batches: matrices [G, N, C] of consecutive experts, standing transposed in memory.
+            batches: matrices [G, N, C] of consecutive experts, standing transposed in memory, or the steps that they are made into.
             order: None: as they are counted.
             ranks: of each expert; what pairs of matrices are filled up with beyond is left out of `chains`.
             shared_NC: one matrix for all.
         """
         self.batches, count = list[Batch](), 0
         for batch in batches:
-            self.batches.append(tuple(Step.of(weight_GNC, count) for weight_GNC in batch))
-            count += len(batch[0])
+            self.batches.append(tuple(each if isinstance(each, Step) else Step.of(each, count) for each in batch))
+            count += len(self.batches[-1][0].row_GC)
+        self.joined = all(isinstance(step.weight_GCN, torch.Tensor) for batch in self.batches for step in batch)
         self.shared = None if shared_NC is None else Step.of(shared_NC[None])
         self.steps = sum(len(batch) for batch in batches)
         self.order = tuple(range(count)) if order is None else tuple(order)
@@ -87,10 +92,13 @@ class Arranged:
         self._place_E = None if places == list(self.order) == sorted(places) else torch.tensor(places)
         self._found = [(name, parameter.data_ptr()) for name, parameter in parameters.items() if parameter is not None]
 
-    def _chain(self, place: int, rank: int) -> list[torch.Tensor]:
+    def _chain(self, place: int, rank: int) -> list[Link]:
         batch = next(batch for batch in reversed(self.batches) if batch[0].first <= place)
-        matrices = [step.weight_GCN[place - step.first] for step in batch]
-        return matrices if len(matrices) == 1 else [matrices[0][:, :rank], matrices[1][:rank]]
+        links = [step.weight_GCN[place - step.first] for step in batch]
+        if len(links) == 1:
+            return links
+        first, last_RN = links
+        return [first[:, :rank] if isinstance(first, torch.Tensor) else first, cast(torch.Tensor, last_RN)[:rank]]
 
     def holds(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
         """Whether the parameters are still where they were."""
@@ -237,13 +245,14 @@ def every_row(batches: Sequence[Batch], x_EQC: torch.Tensor) -> torch.Tensor:
         x_GQC = x_EQC[start : start + len(batch[0].row_GC)]
         start += len(x_GQC)
         for step in batch:
-            x_GQC = torch.bmm(x_GQC.to(step.weight_GCN.dtype), step.weight_GCN)
+            weight_GCN = cast(torch.Tensor, step.weight_GCN)
+            x_GQC = torch.bmm(x_GQC.to(weight_GCN.dtype), weight_GCN)
         parts.append(x_GQC)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def chained(x_QC: torch.Tensor, chain: Sequence[torch.Tensor]) -> torch.Tensor:
+def chained(x_QC: torch.Tensor, chain: Sequence[Link]) -> torch.Tensor:
     """Rows of one expert through its matrices [C, N], one after the other."""
-    for matrix_CN in chain:
-        x_QC = torch.mm(x_QC, matrix_CN)
+    for link in chain:
+        x_QC = torch.mm(x_QC, link) if isinstance(link, torch.Tensor) else link(x_QC)
     return x_QC

@@ -9,7 +9,7 @@ width, n input rows, G members of a group, R rank, N rows and C columns of one e
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ CACHED_NUMBERS = 1 << 19
 """So many numbers between the sides stay in a CPU's cache; where there are more, each expert in turn passes both sides at once."""
 FEW_MULTIPLICATIONS = 16_000_000
 """So many multiplications of all pairs cost less, one pair at a time, than arranging pairs by expert."""
+APART = 3
+"""Times as many, where experts would then have to take turns."""
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -180,13 +182,14 @@ class FactoredExperts(nn.Module):
         self, first: Arranged, then: Arranged, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None
     ) -> torch.Tensor:
         """The answer of small experts, in the way that takes least time for so many pairs."""
-        if index_Tk.numel() * self._size <= FEW_MULTIPLICATIONS * self.num_experts:
+        joined = first.joined and then.joined
+        if index_Tk.numel() * self._size <= FEW_MULTIPLICATIONS * self.num_experts * (1 if joined else APART):
             out_TD = self._answer_by_pair(first, then, hidden_TD, index_Tk, weight_Tk)
         else:
             place_Tk = then.places(index_Tk)
             counts = place_Tk.reshape(-1).bincount(minlength=self.num_experts).tolist()
             turn = (first.steps + then.steps) * PRODUCT_COST * self.num_experts / self._size
-            rows = 0 if index_Tk.numel() > JOINED_PAIRS else slot_rows(counts, turn, READING_COST * counts.count(0))
+            rows = 0 if not joined or index_Tk.numel() > JOINED_PAIRS else slot_rows(counts, turn, READING_COST * counts.count(0))
             if rows > 0:
                 out_TD = self._answer_in_slots(first, then, hidden_TD, Slots(place_Tk, counts, rows), weight_Tk)
             else:
@@ -229,14 +232,14 @@ class FactoredExperts(nn.Module):
         token_S = torch.zeros(rows, dtype=torch.int64)
         if pairs.token_P is not None:
             token_S[: len(pairs.token_P)] = pairs.token_P
-        x_SC = self.input.narrow(hidden_TD).to(first.chains[0][0].dtype).index_select(0, token_S)
+        x_SC = self.input.narrow(hidden_TD).to(first.batches[0][0].rows_RN.dtype).index_select(0, token_S)
         y_SN = x_SC.new_empty(rows, self.output.rows)
         for expert, start, stop in spans:
             pre_QN = chained(x_SC[start:stop], first.chains[expert])
             if self.input_bias is not None:
                 pre_QN = pre_QN + self.input_bias[expert]
             *others, last_CN = then.chains[expert]
-            torch.mm(chained(self.gate(pre_QN), others), last_CN, out=y_SN[start:stop])
+            torch.mm(chained(self.gate(pre_QN), others), cast(torch.Tensor, last_CN), out=y_SN[start:stop])
         return self.output.widen(pairs.combine(y_SN[: len(pairs.expert_P)]))
 
     @property

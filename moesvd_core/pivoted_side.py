@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesvd_core.batched import Arranged, Link, Step, transposed
 from moesvd_core.factor_sides import STRUCTURES
 from moesvd_core.grouped import TURNED_ROWS, Pairs, Runs, grouped_linear, in_graph, times
 from moesvd_core.sides import Side, by_rank, places
@@ -74,9 +75,8 @@ class PivotedSide(Side):
         rank, (i, place) = self.ranks[expert], self._place[expert]
         order_C, right_RS = self._order(i)[place], self.matrix(f"right_{i}", place)
         x_QC = x_QC.to(right_RS.dtype)
-        if len(x_QC) >= TURNED_ROWS[0] and not right_RS.is_mkldnn:  # columns are taken faster where they stand as rows
-            ordered_CQ = x_QC.t().contiguous().index_select(0, order_C)
-            z_QR = torch.addmm(ordered_CQ[:rank], right_RS, ordered_CQ[rank:]).t()
+        if len(x_QC) >= TURNED_ROWS[0] and not right_RS.is_mkldnn:
+            z_QR = _ordered_times(order_C, right_RS, x_QC)
         else:
             pivot_QR, other_QS = (x_QC.gather(1, column_X.expand(len(x_QC), -1)) for column_X in (order_C[:rank], order_C[rank:]))
             packed = right_RS.is_mkldnn
@@ -97,7 +97,39 @@ class PivotedSide(Side):
 
     def _load_from_state_dict(self, *call: Any) -> None:
         self._orders.clear()  # loading may write into the pivots
+        self._arranged = None
         super()._load_from_state_dict(*call)
+
+    @property
+    def batchable(self) -> bool:
+        return bool(self.slabs)
+
+    def _arrange(self) -> Arranged:
+        """All U [F, N, R] of one rank, and the other columns of all V as rows behind those of an identity, which all experts share, and one
+        of zeros, for experts that have nothing."""
+        example, highest = self.get_parameter("left_0").detach(), -(-self.slabs[0][0] // 8) * 8
+        nothing = tuple(expert for expert, rank in enumerate(self.ranks) if rank == 0)
+        factored, own = (*self._place, *nothing), sum(len(members) * (self.columns - rank) for rank, members in self.slabs)
+        left_FNR = example.new_zeros(len(factored), highest, self.rows).transpose(1, 2)
+        rows_XR = example.new_zeros(highest + 1 + own, highest)
+        rows_XR[:highest].fill_diagonal_(1)
+        row_FC = torch.full((len(factored), self.columns), highest, dtype=torch.int32)
+        links, place, row = list[Link](), 0, highest + 1
+        for i, (rank, members) in enumerate(self.slabs):
+            after, others = place + len(members), self.columns - rank
+            other_GS = torch.arange(row, row + len(members) * others, dtype=torch.int32).view(len(members), others)
+            pivot_GR = torch.arange(rank, dtype=torch.int32).expand(len(members), -1)
+            row_FC[place:after].scatter_(1, self._order(i), torch.cat([pivot_GR, other_GS], 1))
+            right_GSR = rows_XR[row : row + other_GS.numel()].view(len(members), others, highest)[:, :, :rank]
+            for name, view in ((f"left_{i}", left_FNR[place:after, :, :rank]), (f"right_{i}", right_GSR.transpose(1, 2))):
+                view.copy_(self.get_parameter(name).detach())
+                self.get_parameter(name).data = view
+            links += [partial(_ordered_times, order_C, right_SR.t()) for order_C, right_SR in zip(self._order(i), right_GSR, strict=True)]
+            place, row = after, row + other_GS.numel()
+        links += [lambda x_QC: x_QC[:, :0]] * len(nothing)
+        batches = [[transposed(self.dense)]] if self.whole else []
+        step = Step(links, rows_XR, row_FC, len(self.whole))
+        return Arranged(self._parameters, [*batches, [step, left_FNR]], self.whole + factored, self.ranks)
 
     def matrices(self) -> torch.Tensor:
         example = next(self.parameters(), torch.empty(0))
@@ -110,6 +142,13 @@ class PivotedSide(Side):
         if self.whole:
             full_ENC[list(self.whole)] = self.dense
         return full_ENC
+
+
+def _ordered_times(order_C: torch.Tensor, right_RS: torch.Tensor, x_QC: torch.Tensor) -> torch.Tensor:
+    """Rows times a right factor [Q, R]; their columns are put in order where they stand as rows, which is faster on CPUs."""
+    ordered_CQ = x_QC.t().contiguous().index_select(0, order_C)
+    rank = len(right_RS)
+    return torch.addmm(ordered_CQ[:rank], right_RS, ordered_CQ[rank:]).t()
 
 
 def index_type(dtype: torch.dtype) -> torch.dtype:

@@ -107,7 +107,10 @@ WAYS = {
     "_answer_in_turns": {"FEW_MULTIPLICATIONS": -1, "JOINED_PAIRS": -1},
 }
 """How small experts answer, and what makes them choose it."""
-SMALL_FORMS = [*product(INPUT_FORMS, ["basis"]), *product(["latent"], OUTPUT_FORMS), ("ragged", "ragged"), ("ragged", "equal")]
+SMALL_FORMS = [
+    *product(INPUT_FORMS, ["basis"]), *product(["latent"], OUTPUT_FORMS),
+    ("ragged", "ragged"), ("ragged", "equal"), ("pivoted", "pivoted-full"),
+]
 
 
 @pytest.fixture(params=WAYS)
@@ -135,6 +138,16 @@ def test_small_experts_of_every_family_answer_each_way_as_where_gradients_are_re
     name: str, forms: tuple[str, str], way: list[int]
 ) -> None:
     """With biases, with scaled inputs, without a gate."""
+    answers_that_way(name, forms, way)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
+@pytest.mark.parametrize("way", ["_answer_by_pair", "_answer_in_turns"], indirect=True)
+def test_small_experts_without_identities_answer_each_way_but_all_at_once(name: str, way: list[int]) -> None:
+    answers_that_way(name, ("pivoted", "pivoted-full"), way)
+
+
+def answers_that_way(name: str, forms: tuple[str, str], way: list[int]) -> None:
     model = TINY[name]()
     layer = expert_layers(model)[0]
     factored = replace_experts(model, layer, layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), *forms))
@@ -156,7 +169,9 @@ def test_every_structure_answers_each_way_within_its_rounding(input_form: str, o
             assert close(factored(*call), expected, 1.5e-2)
 
 
-@pytest.mark.parametrize("forms", [("latent", "basis"), ("ragged", "ragged"), ("ragged", "dense"), ("equal", "equal")])
+@pytest.mark.parametrize(
+    "forms", [("latent", "basis"), ("ragged", "ragged"), ("ragged", "dense"), ("equal", "equal"), ("pivoted", "pivoted")]
+)
 @pytest.mark.parametrize("inference", [False, True])
 def test_parameters_stay_what_they_were_when_small_experts_arrange_them(forms: tuple[str, str], inference: bool) -> None:
     factored = rounded_layer("mixtral", *forms).float()
@@ -183,7 +198,7 @@ def test_parameters_stay_what_they_were_when_small_experts_arrange_them(forms: t
         assert close(copy.deepcopy(factored)(*call), doubled)
         factored.load_state_dict(before)
         assert close(factored(*call), answer)
-        factored.load_state_dict({name: tensor * 2 for name, tensor in before.items()}, assign=True)
+        factored.load_state_dict({name: tensor * (1 + tensor.is_floating_point()) for name, tensor in before.items()}, assign=True)
         assert close(factored(*call), doubled)
         assert close(factored.double()(call[0].double(), *call[1:]), doubled.double())
 

@@ -36,7 +36,7 @@ STATIONS = {
     "moesvd_core.factor_sides": ("moesvd_core.batched", "moesvd_core.grouped", "moesvd_core.sides"),
     "moesvd_core.experts": ("moesvd_core.batched", "moesvd_core.factor_sides", "moesvd_core.grouped"),
     "moesvd_core.rival_sides": ("moesvd_core.batched", "moesvd_core.factor_sides", "moesvd_core.grouped", "moesvd_core.sides"),
-    "moesvd_core.pivoted_side": ("moesvd_core.factor_sides", "moesvd_core.grouped", "moesvd_core.sides"),
+    "moesvd_core.pivoted_side": ("moesvd_core.batched", "moesvd_core.factor_sides", "moesvd_core.grouped", "moesvd_core.sides"),
     "moesvd_core.kept_router": (),
     "moesvd_core.checkpoint": (
         "moesvd_core.architectures", "moesvd_core.decomposition.factors", "moesvd_core.decomposition.pivots",

@@ -189,7 +189,7 @@ def test_indices_of_pivots_pass_every_way_of_writing_and_loading(source: Path, d
     )
     for device_map in ("auto", ON_DISK):
         placed = AutoModelForCausalLM.from_pretrained(again.path, device_map=device_map, offload_folder=tmp_path / "offloaded")
-        assert torch.equal(logits(placed), expected)
+        assert (logits(placed) - expected).norm() <= (1e-6 if dtype == torch.float32 else 2e-2) * expected.norm()
     dense = export(loaded, None, tmp_path / "dense", format="dense")
     assert dense.counts.ratio == 0
     difference = logits(AutoModelForCausalLM.from_pretrained(dense.path)).float() - expected.float()

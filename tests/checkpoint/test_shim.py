@@ -36,6 +36,10 @@ def test_imports_nothing_of_ours_and_defines_the_class_it_is_asked_for(architect
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     standard = {"ast", "collections", "copy", "functools", "threading", "types", "typing"}  # of Python itself, and nothing that reaches out
     assert {name.split(".")[0] for name in imported} <= standard | {"torch", "transformers"}
+    defined = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    defined += [target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)]
+    harmless = {"register", "UnsupportedModelError"}  # called before it is defined again; the same each time
+    assert {name for name in defined if defined.count(name) > 1} <= harmless, "what comes later would be called in its place"
     classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     assert classes >= {architecture, "FactoredExperts", "MoesvdQuantizer", "Runs"}
     assert set(auto_map(architecture).values()) <= {f"modeling_moesvd.{name}" for name in classes}
