@@ -118,6 +118,28 @@ def cancel(given: Namespace) -> None:
     Client(run.path.parent).cancel(run)
 
 
+def delete(given: Namespace) -> None:
+    """`moesvd delete`: a run and everything in it, once a person at the terminal or `--yes` has said so."""
+    from moesvd_core.runs.deletion import held
+
+    run = opened(given.run)
+    client = Client(run.path.parent)
+    client.require_deletable(run)
+    holds = held(run)
+    what = f"run {run.name} of {run.identity.model}, {holds.bytes:,} bytes{f' with {holds.words}' if holds.words else ''}"
+    if not given.yes:
+        if not sys.stdin.isatty():
+            raise InputError(f"nobody can be asked whether to delete {what}: say --yes")
+        print(plain(f"Delete {what}? Nothing brings it back. [y/N] "), end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Cancelled(f"run {run.name} is kept")
+    gone = client.delete(run)
+    if given.json:
+        show_json({"run": run.name, "path": str(run.path), **vars(gone)})
+    else:
+        print(plain(f"deleted {what}"))
+
+
 def resume(given: Namespace) -> None:
     """`moesvd resume`: go on with what was interrupted, cancelled or failed."""
     run = opened(given.run)

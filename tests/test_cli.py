@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and how it ends."""
 
+import io
 import json
 import os
 import signal
@@ -10,13 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs.run_helpers import new_run
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moesvd_core import commands
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.cli import main, parser
+from moesvd_core.runs.client import enqueue
+from moesvd_core.runs.folder import RunFolder
 
+HOUSE = Path(__file__).parents[1]
 FAST = ["--samples", "4", "--length", "24", "--windows", "4"]
 IS_A_SHARE = "the share of the model's parameters to remove"
 
@@ -138,6 +143,9 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
         (["compare", "MODEL", "MODEL", "--prompt", ""], "prompt must not be empty: write at least one word"),
         (["compare", "MODEL", "MODEL", "--prompt", "a" * 1_000_000], "prompt must have fewer than 64 tokens, the model's limit"),
         (["cancel", "unknown"], "no run"),
+        (["delete", "unknown"], "no run"),
+        (["delete", "../outside"], "no run"),
+        (["delete", str(HOUSE / "assets" / "demo-run"), "--yes"], "comes with the program"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(
@@ -223,3 +231,45 @@ def test_a_push_needs_a_token_and_an_export(tmp_path: Path, capsys: pytest.Captu
     assert main(["push", str(tmp_path), "owner/name"]) == 2
     assert "no complete export" in (printed := capsys.readouterr().err)
     assert "hf_aVerySecretToken123" not in printed
+
+
+def test_a_run_is_deleted_for_a_script_that_says_so(runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(runs_root)
+    (run.path / "statistics" / "layer").write_bytes(bytes(1_000_000))
+    assert main(["delete", run.name]) == 2
+    refused = capsys.readouterr()
+    assert (refused.out, run.path.exists()) == ("", True)
+    assert "nobody can be asked whether to delete run tiny-00000001 of tiny, 1,000," in refused.err
+    assert "say --yes" in refused.err
+    assert main(["delete", run.name, "--yes"]) == 0
+    assert capsys.readouterr().out.startswith("deleted run tiny-00000001 of tiny, 1,000,")
+    assert not run.path.exists()
+    assert main(["delete", str(new_run(runs_root).path), "--yes", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["run"], told["exports"], told["votes"], run.path.exists()) == ("tiny-00000001", 0, 0, False)
+    assert told["bytes"] > 100
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("Yes\n", 0), ("n\n", 130), ("\n", 130), ("", 130), ("yesterday\n", 130)])
+def test_a_person_is_asked_before_a_run_is_deleted(
+    answer: str, status: int, runs_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(runs_root)
+    terminal = io.StringIO(answer)
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert main(["delete", run.name]) == status
+    assert run.path.exists() == (status != 0)
+    said = capsys.readouterr().err
+    assert said.startswith("Delete run tiny-00000001 of tiny, ")
+    assert ("run tiny-00000001 is kept" in said) == (status != 0)
+
+
+def test_a_run_at_work_is_not_deleted_and_nobody_is_asked(runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(runs_root)
+    enqueue(run, "analyze", {})
+    for words in (["delete", run.name], ["delete", run.name, "--yes"]):
+        assert main(words) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line == "moesvd: run tiny-00000001 is at work: cancel it before it is deleted"
+    assert RunFolder.open(run.path).identity == run.identity

@@ -4,6 +4,7 @@ Everything goes through files, so a client may come and go: closing a tab or res
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from moesvd_core import atomic
 from moesvd_core.errors import InputError, RunError
+from moesvd_core.runs.deletion import Held, held, require_deletable
 from moesvd_core.runs.events import Event
 from moesvd_core.runs.folder import RunFolder, list_runs, runs_root
 from moesvd_core.runs.jobs import ENDED, INTERRUPTED, Job, JobState, read_jobs
@@ -238,20 +240,34 @@ class Client:
                 return
             time.sleep(0.1)
 
-    def delete(self, run: RunFolder) -> None:
-        """Remove a run and everything in it.
+    def require_deletable(self, run: RunFolder) -> None:
+        """Refuse what `delete` would refuse, before a person is asked whether they mean it.
 
         Raises:
-            RunError: a job runs or waits, or the run belongs to another login.
+            RunError: a job runs or waits; the run belongs to another login, comes with the program, or may not be written to.
         """
-        import shutil
-
         self.require_own(run)
+        require_deletable(run)
+        _mark_interrupted(run)
+        _require_ended(run)
+
+    def delete(self, run: RunFolder) -> Held:
+        """Remove a run and everything in it; returns what it held.
+
+        Raises:
+            RunError: as `require_deletable`; or something in it could not be removed.
+        """
+        self.require_deletable(run)
         with run.locked():
-            if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
-                raise RunError(f"run {run.name} is at work: cancel it before it is deleted")
-            (run.path / "run.json").unlink(missing_ok=True)  # first: what is left if this is interrupted is no run any more
-            shutil.rmtree(run.path)
+            _require_ended(run)  # again: work may have been asked for meanwhile
+            gone, path = held(run), run.path.resolve()
+            (path / "run.json").unlink()  # first: what is left if this is interrupted is no run any more
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                reason = error.strerror or error
+                raise RunError(f"run {run.name} is deleted, but {path} could not be emptied ({reason}): remove that folder") from error
+        return gone
 
 
 def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any], by: str = "") -> Job:
@@ -271,6 +287,16 @@ def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any], by: str =
         Queue(run.path.parent).join(run, number)
         run.log.append("submitted", number, action=action, arguments=dict(arguments), **({"by": by} if by else {}))
         return read_jobs(run.log)[number]
+
+
+def _require_ended(run: RunFolder) -> None:
+    """Refuse a run that somebody works on, or is about to.
+
+    Raises:
+        RunError: a job runs or waits.
+    """
+    if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
+        raise RunError(f"run {run.name} is at work: cancel it before it is deleted")
 
 
 def _unfinished(jobs: tuple[Job, ...]) -> list[Job]:
