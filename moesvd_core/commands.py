@@ -126,7 +126,7 @@ def delete(given: Namespace) -> None:
     client = Client(run.path.parent)
     client.require_deletable(run)
     holds = held(run)
-    what = f"run {run.name} of {run.identity.model}, {holds.bytes:,} bytes{f' with {holds.words}' if holds.words else ''}"
+    what = ", ".join([f"run {run.name} of {run.identity.model}", *holds.counted, f"{holds.bytes:,} bytes"])
     if not given.yes:
         if not sys.stdin.isatty():
             raise InputError(f"nobody can be asked whether to delete {what}: say --yes")

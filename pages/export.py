@@ -38,7 +38,7 @@ PUSH_SECONDS = 2.0
 
 def build(context: Context) -> None:
     """Lay out the page."""
-    pushes = Pushes()
+    pushes = context.pushes
     with Page(context, "Export", "Write the compressed model, see it verified, and take it with you.") as page:
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=7, min_width=300):

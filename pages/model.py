@@ -18,6 +18,7 @@ from pages.components import jobs, machine, next_steps, tables
 from pages.components.context import Context
 from pages.components.model_facts import facts_html, needs_html
 from pages.components.page import Page
+from pages.components.run_deletion import RunDeletion
 from pages.components.session import ViewState
 from pages.components.text import empty, moment
 from pages.components.visitor import visitor
@@ -47,7 +48,8 @@ def build(context: Context) -> None:
                     fields = _fields(context)
                 analyse = gr.Button("Analyse", variant="primary", elem_id="analyse")
                 jobs.Panel(page)
-        runs = gr.HTML("", elem_id="runs")
+        runs = tables.pressed_in("runs")
+        RunDeletion(page, runs, lambda state: runs_html(context, state))
         calibration, methods = fields[:-1], fields[-1]
 
         page.view(_run_shown(context), [name, facts, card, needs, *calibration], fields=("run",))
@@ -150,7 +152,7 @@ def _run_shown(context: Context) -> Callable[[ViewState], Any]:
         """The run's model and calibration, in the fields and beside them."""
         run = context.open(state)
         if run is None:
-            return gr.Dropdown(choices=context.models()), None, _no_model(), "", *[gr.skip() for _ in range(5)]
+            return gr.Dropdown(choices=context.models(), value=None), None, _no_model(), "", *[gr.skip() for _ in range(5)]
         model, facts = context.model_name(run.identity.model), context.facts(run)
         used = Calibration.from_dict(dict(run.identity.calibration))
         values = (used.dataset, used.samples, used.length, used.seed, used.batch)
@@ -174,6 +176,7 @@ def runs_html(context: Context, state: ViewState) -> str:
         tables.Column("model", "Model"),
         tables.Column("state", "State"),
         tables.Column("created", "Made", moment),
+        tables.Column("run", "Delete", press=lambda row: f"Delete run {row['run']}" if row["own"] else ""),
     ]
     rows = [_row(context, status) for status in statuses]
     return tables.table(rows, columns, caption="Runs", name="runs", chosen=lambda row: row["run"] == state.run, height=420)
@@ -182,7 +185,8 @@ def runs_html(context: Context, state: ViewState) -> str:
 def _row(context: Context, status: RunStatus) -> dict[str, Any]:
     model = context.model_name(status.model) if status.model else None
     told = jobs.summary(status).replace(f"{context.settings.runs}/", "")  # where runs lie on the machine is nobody's business
-    return {"run": status.id or None, "model": model, "state": told, "created": status.created or None}
+    own = status.id and not context.settings.public_demo and context.client.may_change(status.owner)
+    return {"run": status.id or None, "model": model, "state": told, "created": status.created or None, "own": own}
 
 
 def _no_model() -> str:

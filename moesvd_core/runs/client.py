@@ -43,6 +43,7 @@ class RunStatus:
         jobs: all of them, oldest first.
         place: jobs ahead of it in the machine's queue, 0 when it is its turn, None when it does not wait.
         hanging: seconds for which a live worker has given no sign of life, None for one that is well.
+        owner: the login that made the run, "" for everybody's.
     """
 
     id: str
@@ -54,6 +55,7 @@ class RunStatus:
     place: int | None = None
     error: str = ""
     hanging: float | None = None
+    owner: str = ""
 
     @property
     def busy(self) -> bool:
@@ -126,7 +128,11 @@ class Client:
 
     def owns(self, run: RunFolder) -> bool:
         """Whether whoever asks may change the run."""
-        return not self._who() or run.identity.owner in ("", self._who())
+        return self.may_change(run.identity.owner)
+
+    def may_change(self, owner: str) -> bool:
+        """Whether whoever asks may change the runs of a login, "" for everybody's."""
+        return not self._who() or owner in ("", self._who())
 
     def require_own(self, run: RunFolder) -> None:
         """Refuse whoever may look at the run only.
@@ -146,11 +152,12 @@ class Client:
         jobs = tuple(read_jobs(run.log).values())
         identity = run.identity
         if not jobs:
-            return RunStatus(run.name, identity.model, identity.created, "new", None, ())
+            return RunStatus(run.name, identity.model, identity.created, "new", None, (), owner=identity.owner)
         open_jobs = [job for job in jobs if job.state not in ENDED]
         job = next((job for job in open_jobs if job.state == "running"), open_jobs[0] if open_jobs else jobs[-1])
         place = Queue(run.path.parent).place(run, job.id) if job.state == "queued" else None
-        return RunStatus(run.name, identity.model, identity.created, job.state, job, jobs, place, hanging=run.hanging())
+        hanging = run.hanging()
+        return RunStatus(run.name, identity.model, identity.created, job.state, job, jobs, place, hanging=hanging, owner=identity.owner)
 
     def runs(self) -> list[RunStatus]:
         """All runs, newest first; damaged ones too, with the reason."""

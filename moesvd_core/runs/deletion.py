@@ -28,10 +28,10 @@ class Held:
     votes: int
 
     @property
-    def words(self) -> str:
-        """What is in it besides what an analysis makes again: "2 exports and 1 vote", "" for nothing."""
-        counted = ((self.exports, "export"), (self.votes, "vote"))
-        return " and ".join(f"{number} {name}{'' if number == 1 else 's'}" for number, name in counted if number)
+    def counted(self) -> list[str]:
+        """What is in it besides what an analysis makes again, in words: "2 exports", "1 vote"; nothing for none."""
+        found = ((self.exports, "export"), (self.votes, "vote"))
+        return [f"{number} {name}{'' if number == 1 else 's'}" for number, name in found if number]
 
 
 def held(run: RunFolder) -> Held:

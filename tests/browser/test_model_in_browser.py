@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import Page, expect
+from runs.run_helpers import new_run
 
 Open = Callable[..., Page]
 
@@ -83,6 +84,37 @@ def test_light_and_dark_can_be_switched_and_are_kept(visit: Open) -> None:
     page.goto(page.url.replace("__theme=light&", ""))
     settled(page)
     assert page.evaluate(background) == "rgb(16, 19, 24)"
+
+
+def test_a_run_is_deleted_once_that_was_confirmed_and_other_tabs_are_told(visit: Open, runs: Path) -> None:
+    for name in ("going-1", "going-2"):
+        new_run(runs, name)
+    page, other = settled(visit("/?run=going-1&ratio=0.25")), settled(visit("/?run=going-1"))
+    row = page.get_by_role("button", name="Delete run going-1")
+    row.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#run-deletion [role=alert]")).to_contain_text("Delete run going-1 of tiny?")
+    expect(page.get_by_role("button", name="Keep it")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#run-deletion")).to_be_hidden()
+    expect(page.get_by_role("region", name="Runs")).to_be_focused()
+    row.click()
+    page.get_by_role("button", name="Delete run", exact=True).click()
+    expect(page.get_by_text("Run going-1 is deleted")).to_be_visible()
+    expect(page.locator("#runs")).not_to_contain_text("going-1")
+    expect(page.locator(".strip")).to_contain_text("tiny-0000000f")
+    page.wait_for_function("location.search.includes('run=tiny-0000000f') && location.search.includes('ratio=0.25')")
+    assert not (runs / "going-1").exists()
+    page.get_by_role("button", name="Delete run going-2").click()
+    page.get_by_role("button", name="Delete run", exact=True).click()
+    expect(page.locator("#runs")).not_to_contain_text("going-2")
+    expect(page.locator(".strip")).to_contain_text("tiny-0000000f")
+    other.get_by_role("button", name="Delete run going-1").click()
+    told = other.get_by_text("run going-1 is not here: it was deleted")
+    expect(told).to_be_visible()
+    other.reload()
+    expect(told).to_be_visible()
+    expect(settled(other).locator(".strip")).to_contain_text("tiny-0000000f")
 
 
 def test_whoever_leaves_pages_before_they_have_answered_stops_nobody(visit: Open) -> None:

@@ -37,12 +37,12 @@ def test_what_a_run_holds_is_counted(client: Client) -> None:
     written = sum(map(len, files(run.path).values())) - Path(__file__).stat().st_size
     link = (run.path / "work" / "link").lstat().st_size
     assert held(run) == Held(written + link, 0, 0)
-    assert held(run).words == ""
+    assert held(run).counted == []
     add_export(run)
     for _ in range(2):
         add_vote(run, Vote("auto", 0.4, "neither", "original", "Why?", "a", "b", {}))
     assert held(run).exports == 1
-    assert held(run).words == "1 export and 2 votes"
+    assert held(run).counted == ["1 export", "2 votes"]
 
 
 def test_a_deleted_run_is_gone_with_all_it_held_and_nothing_else(client: Client, tmp_path: Path) -> None:
