@@ -185,7 +185,7 @@ def runs_html(context: Context, state: ViewState) -> str:
 def _row(context: Context, status: RunStatus) -> dict[str, Any]:
     model = context.model_name(status.model) if status.model else None
     told = jobs.summary(status).replace(f"{context.settings.runs}/", "")  # where runs lie on the machine is nobody's business
-    own = status.id and not context.settings.public_demo and context.client.may_change(status.owner)
+    own = status.id and not context.settings.public_demo and context.client.may_delete(status.owner)
     return {"run": status.id or None, "model": model, "state": told, "created": status.created or None, "own": own}
 
 

@@ -128,11 +128,11 @@ class Client:
 
     def owns(self, run: RunFolder) -> bool:
         """Whether whoever asks may change the run."""
-        return self.may_change(run.identity.owner)
+        return not self._who() or run.identity.owner in ("", self._who())
 
-    def may_change(self, owner: str) -> bool:
-        """Whether whoever asks may change the runs of a login, "" for everybody's."""
-        return not self._who() or owner in ("", self._who())
+    def may_delete(self, owner: str) -> bool:
+        """Whether whoever asks may delete runs of this owner: what is everybody's ("") is no login's to take from the others."""
+        return not self._who() or owner == self._who()
 
     def require_own(self, run: RunFolder) -> None:
         """Refuse whoever may look at the run only.
@@ -251,9 +251,11 @@ class Client:
         """Refuse what `delete` would refuse, before a person is asked whether they mean it.
 
         Raises:
-            RunError: a job runs or waits; the run belongs to another login, comes with the program, or may not be written to.
+            RunError: a job runs or waits; the run belongs to another login or to everybody, comes with the program, or is read-only.
         """
         self.require_own(run)
+        if not self.may_delete(run.identity.owner):
+            raise RunError(f"run {run.name} is everybody's, and no login deletes it: `moesvd delete` on the machine does")
         require_deletable(run)
         _mark_interrupted(run)
         _require_ended(run)

@@ -129,18 +129,20 @@ def test_a_run_stays_while_an_export_of_it_is_pushed(context: Context) -> None:
 
 
 @pytest.mark.usefixtures("as_bob")
-def test_a_run_of_another_login_has_no_button_and_stays(tmp_path: Path) -> None:
-    for name, owner in (("hers-1", "ann"), ("his-1", "bob")):
+def test_a_run_of_another_login_or_of_everybody_has_no_button_and_stays(tmp_path: Path) -> None:
+    for name, owner in (("hers-1", "ann"), ("his-1", "bob"), ("ours-1", "")):
         RunFolder.create(tmp_path / name, Identity(name, "tiny", {"samples": 1}, "2026-01-01T00:00:00+00:00", owner=owner))
     context = Context(Settings(runs=tmp_path))
     made = model.runs_html(context, ViewState())
-    assert (DELETES.format("hers-1") in made, DELETES.format("his-1") in made) == (False, True)
+    assert [DELETES.format(name) in made for name in ("hers-1", "his-1", "ours-1")] == [False, True, False]
     deletion = deletion_of(context)
     for act in (lambda: deletion._ask(pressed("hers-1")), lambda: deletion._delete(ViewState(), "hers-1")):
         with pytest.raises(RunError, match="belongs to ann, who alone changes it"):
             act()
+    with pytest.raises(RunError, match="is everybody's, and no login deletes it"):
+        deletion._delete(ViewState(), "ours-1")
     deletion._delete(ViewState(), "his-1")
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["hers-1"]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["hers-1", "ours-1"]
 
 
 def test_a_public_demo_deletes_nothing(context: Context) -> None:
