@@ -17,6 +17,7 @@ from moesvd_core.runs.source import prepare
 from pages.components import jobs, machine, next_steps, tables
 from pages.components.context import Context
 from pages.components.model_facts import facts_html, needs_html
+from pages.components.numbers import named
 from pages.components.page import Page
 from pages.components.run_deletion import RunDeletion
 from pages.components.session import ViewState
@@ -25,6 +26,8 @@ from pages.components.visitor import visitor
 
 PLANNED = ("auto", "moe-svd", "svd-llm")
 """Methods whose plans an analysis makes unless others are chosen."""
+_NAMES = {"samples": "Windows", "length": "Tokens a window", "seed": "Seed", "batch": "Windows at once"}
+"""Of the calibration's numbers: setting -> field."""
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private"}
 _PROBE: Mapping[str, Any] = {**_PRIVATE, "concurrency_id": "probe", "concurrency_limit": 2}
 
@@ -63,18 +66,15 @@ def build(context: Context) -> None:
 
 
 def _fields(context: Context) -> list[Any]:
-    """What decides a calibration: dataset, samples, length, seed, batch; then the methods to plan for.
-
-    Numbers come as they were typed: rounding them, as a precision would, hides from `Calibration` those that it refuses.
-    """
+    """What decides a calibration: dataset, samples, length, seed, batch; then the methods to plan for."""
     usual = Calibration()
     dataset = gr.Textbox(usual.dataset, label="Text", info=context.text_help)
     with gr.Row():
-        samples = gr.Number(usual.samples, label="Windows", minimum=1, min_width=110)
-        length = gr.Number(None, label="Tokens a window", minimum=2, min_width=110, placeholder="the model's")
+        samples = gr.Number(usual.samples, label=_NAMES["samples"], min_width=110)
+        length = gr.Number(None, label=_NAMES["length"], min_width=110, placeholder="the model's")
     with gr.Row():
-        seed = gr.Number(usual.seed, label="Seed", minimum=0, min_width=110)
-        batch = gr.Number(usual.batch, label="Windows at once", minimum=1, min_width=110)
+        seed = gr.Number(usual.seed, label=_NAMES["seed"], min_width=110)
+        batch = gr.Number(usual.batch, label=_NAMES["batch"], min_width=110)
     methods = gr.CheckboxGroup(list(METHODS), value=list(PLANNED), label="Plan for")
     return [dataset, samples, length, seed, batch, methods]
 
@@ -85,9 +85,9 @@ def calibration_of(context: Context, values: tuple[Any, ...]) -> Calibration:
     Raises:
         InputError: a value out of bounds, or a text that a visitor may not read.
     """
-    names = ("dataset", "samples", "length", "seed", "batch")
-    given: dict[str, Any] = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-    return Calibration(**given | {"dataset": context.find_text(given.get("dataset", ""))})
+    given: dict[str, Any] = {name: value for name, value in zip(("dataset", *_NAMES), values, strict=True) if value is not None}
+    with named(_NAMES):
+        return Calibration(**given | {"dataset": context.find_text(given.get("dataset", ""))})
 
 
 def _probe(context: Context) -> Callable[..., Any]:
@@ -135,7 +135,9 @@ def _analyse(context: Context) -> Callable[..., Any]:
         settings = context.settings
         model, calibration = context.find_model(text or ""), calibration_of(context, values)
         if calibration.length is not None:  # a run with windows that its model cannot read could only fail
-            window_length(calibration.length, inspect(model, trust_remote_code=settings.remote_code).context_length)
+            facts = inspect(model, trust_remote_code=settings.remote_code)
+            with named(_NAMES):
+                window_length(calibration.length, facts.context_length)
         run = prepare(
             model, calibration, root=settings.runs, model_roots=settings.models, allow_remote_code=settings.remote_code, owner=visitor(),
         )

@@ -23,6 +23,7 @@ from moesvd_core.runs.folder import RunFolder
 
 HOUSE = Path(__file__).parents[1]
 FAST = ["--samples", "4", "--length", "24", "--windows", "4"]
+WINDOWS = "windows must be a whole number of at least 1"
 IS_A_SHARE = "the share of the model's parameters to remove"
 
 
@@ -121,9 +122,9 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
         (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--samples", "0"], "samples must be a whole number of at least 1"),
         (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--dataset", "nowhere.txt"], "nowhere.txt"),
         (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--evaluate-on", "nowhere.txt"], "nowhere.txt cannot be read"),
-        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--windows", "-1"], "windows must be at least 1, got -1"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--windows", "-1"], f"{WINDOWS}, got -1"),
         (["analyze", "MODEL", "--dataset", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
-        (["analyze", "MODEL", "--windows", "0"], "windows must be at least 1, got 0"),
+        (["analyze", "MODEL", "--windows", "0"], f"{WINDOWS}, got 0"),
         (["analyze", "MODEL", "--method", "magic"], "method must be one of auto"),
         (["analyze", "MODEL", "--reference-ratio", "1.5"], "ratio must be a number in [0, 1)"),
         (["analyze", "DENSE"], "model type 'llama' is dense"),

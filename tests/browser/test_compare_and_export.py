@@ -144,6 +144,15 @@ def test_a_wrong_question_is_explained(compare: Open) -> None:
     expect(page.locator("#told")).to_have_text("")
 
 
+def test_half_a_token_and_too_many_are_refused_by_name(compare: Open) -> None:
+    page = compare()
+    field = page.get_by_label("Tokens", exact=True)
+    for given, words in (("2.5", "must be a whole number of at least 1, got 2.5"), ("5000", "must be in [1, 4096], got 5000")):
+        field.fill(given)
+        page.get_by_role("button", name="Ask both").click()
+        expect(page.get_by_text(f"“Tokens” {words}")).to_be_visible(timeout=60_000)
+
+
 def test_an_export_goes_from_the_button_to_the_visitor_s_disk(export: Open, run: RunFolder, tmp_path: Path) -> None:
     page = export()
     expect(page.locator("#export-summary")).to_contain_text("model-mixtral-auto-20-factored-compensated")

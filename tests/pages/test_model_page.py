@@ -71,9 +71,9 @@ def test_the_run_shows_its_model_before_a_worker_has_looked_at_it(context: Conte
 
 @pytest.mark.parametrize(("values", "words"), [
     (("/etc/passwd", 2, None, 0, 1), "nor a data set"),
-    (("sotu", 0, None, 0, 1), "samples must be"),
-    (("sotu", 2, 1, 0, 1), "length must be"),
-    (("sotu", 2, 100_000, 0, 1), r"length must be in \[2, 256\] tokens for this model, got 100000: give one in that range"),
+    (("sotu", 0, None, 0, 1), "“Windows” must be a whole number of at least 1 windows, got 0"),
+    (("sotu", 2, 1, 0, 1), "“Tokens a window” must be a whole number of at least 2 tokens, got 1"),
+    (("sotu", 2, 100_000, 0, 1), r"“Tokens a window” must be in \[2, 256\] tokens for this model, got 100000: give one in that range"),
 ])
 def test_settings_that_cannot_be_used_are_explained(context: Context, values: tuple[object, ...], words: str) -> None:
     with pytest.raises(InputError, match=words):
