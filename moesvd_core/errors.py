@@ -17,6 +17,10 @@ class CheckpointError(InputError):
     """A model file that is missing, damaged, unsafe or inconsistent; the message names the file and, where known, the tensor."""
 
 
+class UnreachableHubError(CheckpointError):
+    """The hub cannot be asked for a model now; nothing is known of whether there is one of that name."""
+
+
 class StatisticsError(MoesvdError):
     """Calibration produced or met something that cannot be used; the message names the layer and the expert."""
 

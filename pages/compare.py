@@ -11,7 +11,7 @@ from moesvd_core.errors import InputError
 from moesvd_core.evaluation.generation import Sampling, side_by_side, warm_up
 from moesvd_core.evaluation.speed import weight_bytes
 from moesvd_core.evaluation.text_scores import token_scores
-from moesvd_core.runs.known import measurements
+from moesvd_core.runs.known import measurements, refuse_unreachable
 from moesvd_core.runs.votes import add_vote, read_votes
 from moesvd_core.runs.workbench import Text
 from pages.components import answers, jobs, token_colors
@@ -209,6 +209,7 @@ def _measure(context: Context) -> Callable[..., Any]:
         run = context.require_run(state)
         with named(_NAMES):
             text = Text(dataset=context.find_text(dataset), windows=windows)
+        refuse_unreachable(run, recipe_of(state))
         context.client.submit(run, "measure", recipe=recipe_of(state).as_dict(), text=vars(text))
         return gr.Timer(active=True)
 

@@ -17,7 +17,7 @@ from moesvd_core.runs.bounded import plan_at_once
 from moesvd_core.runs.command_line import compress_command, export_command
 from moesvd_core.runs.exports import ExportFolder, export_name, list_exports, open_export
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import reach
+from moesvd_core.runs.known import reach, refuse_unreachable
 from moesvd_core.runs.pushes import Pushes
 from pages.components import export_parts as parts
 from pages.components import jobs
@@ -131,6 +131,7 @@ def _write(context: Context) -> Callable[..., Any]:
         run = context.require_run(state)
         recipe = replace(recipe_of(state), compensate=fit, refit_router=refit)
         name, number = place(run, recipe, form, dtype)
+        refuse_unreachable(run, recipe)
         output = str((run.station("exports") / name).absolute())
         jobs_now = context.client.status(run).jobs
         if any(job.arguments.get("output") == output and job.state in ("queued", "running") for job in jobs_now):

@@ -8,7 +8,6 @@ import gradio as gr
 
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
-from moesvd_core.calibration.text import window_length
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import InputError
 from moesvd_core.runs.client import RunStatus
@@ -134,13 +133,9 @@ def _analyse(context: Context) -> Callable[..., Any]:
         context.require_rights()
         settings = context.settings
         model, calibration = context.find_model(text or ""), calibration_of(context, values)
-        if calibration.length is not None:  # a run with windows that its model cannot read could only fail
-            facts = inspect(model, trust_remote_code=settings.remote_code)
-            with named(_NAMES):
-                window_length(calibration.length, facts.context_length)
-        run = prepare(
-            model, calibration, root=settings.runs, model_roots=settings.models, allow_remote_code=settings.remote_code, owner=visitor(),
-        )
+        where = {"root": settings.runs, "model_roots": settings.models, "owner": visitor()}
+        with named(_NAMES):
+            run = prepare(model, calibration, allow_remote_code=settings.remote_code, **where)
         if context.client.status(run).busy:
             raise InputError(f"run {run.name} is at work already: wait for it, or cancel it")
         context.client.submit(run, "analyze", methods=list(methods))

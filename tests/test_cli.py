@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from runs.run_helpers import new_run
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -20,6 +23,7 @@ from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.cli import main, parser
 from moesvd_core.runs.client import enqueue
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.jobs import read_jobs
 
 HOUSE = Path(__file__).parents[1]
 FAST = ["--samples", "4", "--length", "24", "--windows", "4"]
@@ -144,6 +148,10 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
         (["compare", "MODEL", "MODEL", "--prompt", ""], "prompt must not be empty: write at least one word"),
         (["compare", "MODEL", "MODEL", "--prompt", "a" * 1_000_000], "prompt must have fewer than 64 tokens, the model's limit"),
         (["cancel", "unknown"], "no run"),
+        (["analyze", "no/such"], "'no/such' is no model folder, and the hub cannot be asked for it"),
+        (["compress", "no/such", "--ratio", "0.3", "--output", "OUT"], "the hub cannot be asked for it"),
+        (["analyze", "MODEL", "--length", "65"], "length must be in [2, 64] tokens for this model, got 65"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--length", "65"], "length must be in [2, 64]"),
         (["delete", "unknown"], "no run"),
         (["delete", "../outside"], "no run"),
         (["delete", str(HOUSE / "assets" / "demo-run"), "--yes"], "comes with the program"),
@@ -274,3 +282,35 @@ def test_a_run_at_work_is_not_deleted_and_nobody_is_asked(runs_root: Path, capsy
         [line] = capsys.readouterr().err.splitlines()
         assert line == "moesvd: run tiny-00000001 is at work: cancel it before it is deleted"
     assert RunFolder.open(run.path).identity == run.identity
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["--ratio", "0.95"], r"ratio must be in [0, 0.8] for auto on this model, got 0.95: the rest is no expert"),
+    (["--ratio", "0.75"], r"ratio must be in [0, 0.7] for auto on this model, got 0.75: choose a smaller ratio"),
+])
+@pytest.mark.parametrize("command", ["export", "plan"])
+def test_a_ratio_out_of_reach_is_refused_before_the_run_notes_a_job(
+    command: str, words: list[str], reason: str, runs_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run(runs_root)
+    facts = {"parameters": 1000, "expert_parameters": 800}
+    (run.path / "source.json").write_text(json.dumps({"path": "tiny", "fingerprint": "1", "facts": facts}))
+    (run.path / "plans" / "all-auto.json").write_text(json.dumps({"max_ratio": 0.7, "plans": []}))
+    output = ["--output", str(tmp_path / "out")] if command == "export" else []
+    assert main([command, run.name, *words, *output]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"moesvd: {reason}\n")
+    assert read_jobs(run.log) == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_the_hub_does_not_know_leaves_no_run(
+    runs_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
+    assert main(["analyze", "no/such"]) == 2
+    assert "'no/such' is neither a model folder nor a model of the hub ('owner/name'); check the spelling" in capsys.readouterr().err
+    assert not runs_root.exists()

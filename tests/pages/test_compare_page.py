@@ -172,6 +172,8 @@ def test_a_measurement_is_asked_of_the_worker_and_shown(context: Context) -> Non
     for windows in (2.5, 0):
         with pytest.raises(InputError, match=f"“Windows” must be a whole number of at least 1, got {windows}"):
             compare._measure(context)(state(), "sotu", windows)
+    with pytest.raises(InputError, match=r"ratio must be in \[0, 0\.\d+\] for auto on this model, got 0.99"):
+        compare._measure(context)(state(ratio=0.99), "sotu", 4)
     assert compare._measure(context)(state(), "sotu", 4).active
     status = context.client.status(run)
     assert status.job is not None

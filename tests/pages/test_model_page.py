@@ -81,6 +81,13 @@ def test_settings_that_cannot_be_used_are_explained(context: Context, values: tu
     assert not list(context.settings.runs.iterdir())
 
 
+def test_a_model_that_nobody_can_tell_of_leaves_no_run(context: Context) -> None:
+    """Tests are offline: whether there is one of that name is not known, and said so."""
+    with pytest.raises(InputError, match="'no/such' is no model folder, and the hub cannot be asked for it"):
+        model._analyse(context)(ViewState(), "no/such", ["auto"], *VALUES)
+    assert not list(context.settings.runs.iterdir())
+
+
 def test_half_a_window_is_refused_and_not_rounded(context: Context) -> None:
     with gr.Blocks(analytics_enabled=False):
         fields = model._fields(context)[:-1]
