@@ -1,5 +1,6 @@
 """The first page: it opens, tells what a model is, starts, cancels and finds work again."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,23 @@ def test_a_model_is_known_within_seconds_and_a_wrong_name_is_explained(visit: Op
     field.fill("/etc")
     field.press("Enter")
     expect(page.get_by_text("'/etc' is neither a model folder")).to_be_visible()
+
+
+SAID = """() => {
+  window.said = new Set();
+  const note = () => document.querySelectorAll('.sr-only[role=status]').forEach(each => window.said.add(each.textContent.trim()));
+  new MutationObserver(note).observe(document.body, { subtree: true, childList: true, characterData: true });
+}"""
+
+
+def test_what_is_read_out_while_a_model_is_looked_at_is_words(visit: Open) -> None:
+    page = settled(visit())
+    page.evaluate(SAID)
+    field = page.get_by_role("combobox", name="Model")
+    field.fill("demo-moe")
+    field.press("Enter")
+    page.wait_for_function("window.said.has('Done')", timeout=15_000)
+    assert [said for said in page.evaluate("[...window.said]") if re.fullmatch(r"\w+\.\w+", said)] == []
 
 
 def test_work_starts_is_found_again_and_stops_within_seconds(visit: Open) -> None:
