@@ -22,6 +22,7 @@ from moesvd_core.runs.pushes import Pushes
 from pages.components import export_parts as parts
 from pages.components import jobs
 from pages.components.context import Context
+from pages.components.export_deletion import ExportDeletion
 from pages.components.handler import warn
 from pages.components.page import Page
 from pages.components.recipe_controls import RecipeControls, recipe_of
@@ -78,6 +79,8 @@ def build(context: Context) -> None:
                     private = gr.Checkbox(True, label="Make a new repository private", elem_id="push-private")
                     send = gr.Button("Push as one commit", elem_id="push-send")
                     pushed = gr.HTML("", elem_id="push-state", min_height=44)
+                if not context.settings.public_demo:
+                    ExportDeletion(page, chosen, _listed(context))
         watch = gr.Timer(PUSH_SECONDS, active=False)
 
         chosen_how = [form, dtype, fit, refit]

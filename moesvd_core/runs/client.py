@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moesvd_core import atomic
+from moesvd_core.checkpoint.staging import discard
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.runs.deletion import Held, held, require_deletable
 from moesvd_core.runs.events import Event
+from moesvd_core.runs.exports import export_folder
 from moesvd_core.runs.folder import RunFolder, list_runs, runs_root
 from moesvd_core.runs.jobs import ENDED, INTERRUPTED, Job, JobState, read_jobs
 from moesvd_core.runs.process import name_of
@@ -253,11 +255,7 @@ class Client:
         Raises:
             RunError: a job runs or waits; the run belongs to another login or to everybody, comes with the program, or is read-only.
         """
-        self.require_own(run)
-        if not self.may_delete(run.identity.owner):
-            raise RunError(f"run {run.name} is everybody's, and no login deletes it: `moesvd delete` on the machine does")
-        require_deletable(run)
-        _mark_interrupted(run)
+        self._require_deletable(run)
         _require_ended(run)
 
     def delete(self, run: RunFolder) -> Held:
@@ -277,6 +275,35 @@ class Client:
                 reason = error.strerror or error
                 raise RunError(f"run {run.name} is deleted, but {path} could not be emptied ({reason}): remove that folder") from error
         return gone
+
+    def require_deletable_export(self, run: RunFolder, name: str) -> None:
+        """Refuse what `delete_export` would refuse, before a person is asked whether they mean it.
+
+        Raises:
+            RunError: no such export, or one that is being written; or the run is another login's, everybody's, or read-only.
+        """
+        self._require_deletable(run)
+        _require_written(run, export_folder(run, name))
+
+    def delete_export(self, run: RunFolder, name: str) -> None:
+        """Remove one export of a run; everything else of the run stays.
+
+        Raises:
+            RunError: as `require_deletable_export`.
+            ResourceError: it could not be removed.
+        """
+        self.require_deletable_export(run, name)
+        with run.locked():
+            folder = export_folder(run, name)
+            _require_written(run, folder)  # again: it may have been asked for meanwhile
+            discard(folder)
+
+    def _require_deletable(self, run: RunFolder) -> None:
+        self.require_own(run)
+        if not self.may_delete(run.identity.owner):
+            raise RunError(f"run {run.name} is everybody's, and no login deletes from it: whoever sits at the machine does")
+        require_deletable(run)
+        _mark_interrupted(run)
 
 
 def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any], by: str = "") -> Job:
@@ -306,6 +333,17 @@ def _require_ended(run: RunFolder) -> None:
     """
     if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
         raise RunError(f"run {run.name} is at work: cancel it before it is deleted")
+
+
+def _require_written(run: RunFolder, export: Path) -> None:
+    """Refuse an export that a job of the run writes anew, or is about to.
+
+    Raises:
+        RunError: one does.
+    """
+    for job in read_jobs(run.log).values():
+        if job.state not in ENDED and job.arguments.get("output") == str(export.absolute()):
+            raise RunError(f"{export.name} is being written anew: wait for it, or cancel it")
 
 
 def _unfinished(jobs: tuple[Job, ...]) -> list[Job]:

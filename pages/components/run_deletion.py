@@ -1,4 +1,4 @@
-"""Deleting a run from the list of runs: what goes with it is said first, and nothing goes before that was confirmed.
+"""Deleting a run from the list of runs.
 
     runs = tables.pressed_in("runs")             # its rows have a button, whose value is the run
     RunDeletion(page, runs, drawn)               # where the question should stand
@@ -13,13 +13,11 @@ from moesvd_core.errors import InputError, RunError
 from moesvd_core.runs.deletion import held
 from moesvd_core.runs.folder import RunFolder
 from pages.components.page import Page
+from pages.components.question import Question
 from pages.components.session import ViewState
-from pages.components.text import escape, notice, size
+from pages.components.text import escape, size
 
 _EVENT: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-_ASKED = "() => { setTimeout(() => document.querySelector('#keep-run')?.focus(), 100) }"
-_DECIDED = "() => { setTimeout(() => document.querySelector('#runs .table-scroll')?.focus(), 100) }"
-"""The keyboard goes on at the question, at the answer that changes nothing; and at the list again once it is answered."""
 
 
 class RunDeletion:
@@ -32,25 +30,16 @@ class RunDeletion:
             drawn: the list anew.
         """
         self._context, self._drawn = page.context, drawn
-        asked = gr.State("")
-        with gr.Column(visible=False, elem_classes="confirm", elem_id="run-deletion") as box:
-            question = gr.HTML("")
-            with gr.Row(elem_classes="actions"):
-                delete = gr.Button("Delete run", variant="stop", size="md", min_width=120, scale=0, elem_id="delete-run")
-                keep = gr.Button("Keep it", size="md", min_width=120, scale=0, elem_id="keep-run")
-        shown = [asked, box, question]
-        runs.select(page.changes(self._ask), None, shown, **_EVENT).then(None, js=_ASKED)
-        keep.click(page.changes(_closed), None, shown, **_EVENT).then(None, js=_DECIDED)
-        delete.click(page.changes(self._delete), [page.state, asked], [page.state, runs, *shown], **_EVENT).then(None, js=_DECIDED)
+        self._question = Question("run", back="#runs .table-scroll")
+        self._question.asked_by(runs.select(page.changes(self._ask), None, self._question.outputs, **_EVENT))
+        self._question.confirmed(page.changes(self._delete), [page.state], [page.state, runs])
 
     def _ask(self, event: gr.SelectData) -> tuple[Any, ...]:
         """What would go with the run that was pressed."""
         run = self._deletable(str(event.value))
-        holds = held(run)
-        goes = ", ".join(["its analysis", *holds.counted])
-        model = self._context.model_name(run.identity.model)
-        question = f"Delete run {run.name} of {model}? {size(holds.bytes)} go with it: {goes}. Nothing brings them back."
-        return run.name, gr.Column(visible=True), notice(question, "error")
+        holds, model = held(run), self._context.model_name(run.identity.model)
+        goes = f"{size(holds.bytes)} go with it: {', '.join(['its analysis', *holds.counted])}"
+        return self._question.of(run.name, f"Delete run {run.name} of {model}? {goes}. Nothing brings them back.")
 
     def _delete(self, state: ViewState, asked: str) -> tuple[Any, ...]:
         """Delete the run that was asked about; where it is the one that is shown, another is shown."""
@@ -62,7 +51,7 @@ class RunDeletion:
         if state.run == asked:
             next_one = self._context.first_run()
             state = state.but(run=next_one) if next_one else state.without_run()
-        return state, self._drawn(state), *_closed()
+        return state, self._drawn(state), *self._question.none()
 
     def _deletable(self, name: str) -> RunFolder:
         """The run by its name.
@@ -77,7 +66,3 @@ class RunDeletion:
         if self._context.pushes.busy_in(run.path):
             raise RunError(f"an export of run {run.name} is being pushed to the hub: wait until that has ended")
         return run
-
-
-def _closed() -> tuple[Any, ...]:
-    return "", gr.Column(visible=False), ""

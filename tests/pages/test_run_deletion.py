@@ -139,7 +139,7 @@ def test_a_run_of_another_login_or_of_everybody_has_no_button_and_stays(tmp_path
     for act in (lambda: deletion._ask(pressed("hers-1")), lambda: deletion._delete(ViewState(), "hers-1")):
         with pytest.raises(RunError, match="belongs to ann, who alone changes it"):
             act()
-    with pytest.raises(RunError, match="is everybody's, and no login deletes it"):
+    with pytest.raises(RunError, match="is everybody's, and no login deletes from it"):
         deletion._delete(ViewState(), "ours-1")
     deletion._delete(ViewState(), "his-1")
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["hers-1", "ours-1"]
