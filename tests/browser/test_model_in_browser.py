@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from playwright.sync_api import Page, expect
+from browser.serving import serving
+from playwright.sync_api import Browser, Page, expect
 from runs.run_helpers import new_run
 
 Open = Callable[..., Page]
@@ -133,6 +134,21 @@ def test_a_run_is_deleted_once_that_was_confirmed_and_other_tabs_are_told(visit:
     other.reload()
     expect(told).to_be_visible()
     expect(settled(other).locator(".strip")).to_contain_text("tiny-0000000f")
+
+
+def test_without_its_last_run_the_page_and_its_address_are_as_at_the_start(browser: Browser, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    new_run(runs, "last-1")
+    with serving(["app.py", "--no-demo", "--runs", str(runs)], tmp_path / "log", flag=["--port"]) as address:
+        page = browser.new_page()
+        page.goto(f"{address}/?run=last-1&ratio=0.25")
+        page.get_by_role("button", name="Delete run last-1").click(timeout=60_000)
+        page.get_by_role("button", name="Delete run", exact=True).click()
+        expect(page.locator("#runs")).to_contain_text("No runs yet")
+        expect(page.locator("#model-facts")).to_contain_text("No model is chosen")
+        page.wait_for_function("location.search === ''")
+        expect(page.get_by_text("is not here")).to_have_count(0)
+        page.close()
 
 
 def test_whoever_leaves_pages_before_they_have_answered_stops_nobody(visit: Open) -> None:
