@@ -27,6 +27,8 @@ PAGES: tuple[tuple[str, str, Callable[[Context], None]], ...] = (
     ("Export", "/export", export.build),
 )
 
+WORDS = gr.I18n(en={"common.complete": "Done"})  # Gradio reads it out when an event has ended, and has no word for it in any language
+
 
 def create(settings: Settings) -> gr.Blocks:
     """The app with all its pages."""
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             server_name=settings.host, server_port=settings.port or None, auth=list(settings.logins) or None, share=False, ssr_mode=False,
             quiet=True, theme=theme(), head=assets.head(), footer_links=[], run_history=False, mcp_server=False, pwa=False,
             enable_monitoring=False, state_session_capacity=OPEN_TABS, max_file_size="1mb", show_error=False,
-            app_kwargs=assets.app_kwargs(settings.runs, settings.frames), prevent_thread_lock=True,
+            app_kwargs=assets.app_kwargs(settings.runs, settings.frames), prevent_thread_lock=True, i18n=WORDS,
         )
         print(f"MoE-SVD Explorer: {address} (Ctrl+C ends it; work in progress goes on)", flush=True)
         explorer.block_thread()

@@ -25,14 +25,16 @@
 
   /* The header carries the view's query: keep the address equal to it, so that the view can be shared and survives a reload. */
   function head({ element, watch }) {
+    let opened = false;
     const follow = () => {
       const bar = element.querySelector(".head");
       if (!bar) return;
+      opened ||= bar.dataset.query !== "";  // before, the address has not been read yet; later, no query means that the run is gone
       const wanted = new URLSearchParams(bar.dataset.query);
       const query = new URLSearchParams(location.search);
-      if (bar.dataset.query) {
+      if (opened) {
         KEYS.forEach(key => (wanted.has(key) ? query.set(key, wanted.get(key)) : query.delete(key)));
-        const address = `${location.pathname}?${query}`;
+        const address = location.pathname + (query.size ? `?${query}` : "");
         if (address !== location.pathname + location.search) history.replaceState(history.state, "", address);
       }
       document.title = bar.dataset.title;
@@ -284,9 +286,20 @@
     const button = event.target.closest("button[data-csv]");
     if (!button) return;
     const table = button.closest(".table-box").querySelector("table");
-    const columns = [...table.querySelectorAll("th")].map(cell => cell.textContent);
-    save(button.dataset.csv, columns, [...table.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.dataset.value ?? cell.textContent)));
+    const told = row => [...row.cells].filter(cell => !cell.classList.contains("press"));
+    const columns = told(table.tHead.rows[0]).map(cell => cell.textContent);
+    save(button.dataset.csv, columns, [...table.tBodies[0].rows].map(row => told(row).map(cell => cell.dataset.value ?? cell.textContent)));
   });
+
+  // -- buttons in rows -------------------------------------------------------------------------------------------------------------
+
+  /* A table whose rows have buttons, drawn again and again: see pages/components/tables.py. */
+  function presses({ element, trigger }) {
+    element.addEventListener("click", event => {
+      const button = event.target.closest("button[data-row]");
+      if (button) trigger("select", { index: 0, value: button.dataset.row });
+    });
+  }
 
   // -- keys ------------------------------------------------------------------------------------------------------------------------
 
@@ -301,7 +314,7 @@
     next.click();
   });
 
-  window.explorer = { head, figure, save, make, token, dark };
+  window.explorer = { head, figure, presses, save, make, token, dark };
   if (document.body) startShade();
   else document.addEventListener("DOMContentLoaded", startShade);
 })();

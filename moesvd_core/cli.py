@@ -129,11 +129,11 @@ def _add_runs(kinds: "_Kinds") -> None:
     kind.add_argument("--reference-ratio", type=float, default=0.5, metavar="R", help="share of its experts removed for that")
 
     kind = _command(kinds, "plan", commands.plan, "show which layers get which ranks, and what that comes to")
-    kind.add_argument("run", metavar="RUN", help="name or folder of a run")
+    _add_run(kind)
     _add_recipe(kind)
 
     kind = _command(kinds, "export", commands.export, "write another method, ratio or format of a run")
-    kind.add_argument("run", metavar="RUN", help="name or folder of a run")
+    _add_run(kind)
     _add_recipe(kind)
     _add_output(kind)
     _add_compensation(kind)
@@ -145,13 +145,21 @@ def _add_runs(kinds: "_Kinds") -> None:
     kind.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
 
     _command(kinds, "runs", commands.runs, "list all runs and what they are doing")
+    kind = _command(kinds, "delete", commands.delete, "delete a run and everything in it, after asking; tells how many bytes that frees")
+    _add_run(kind)
+    kind.add_argument("--yes", action="store_true", help="do not ask: for scripts, where nobody could answer")
+
     for name, command, text in (
         ("cancel", commands.cancel, "stop a run's work; what was finished is kept"),
         ("resume", commands.resume, "go on with what was interrupted, cancelled or failed"),
         ("worker", commands.worker, "do a run's queued jobs (started by the explorer)"),
     ):
         kind = _command(kinds, name, command, text, as_json=False)
-        kind.add_argument("run", metavar="RUN", help="name or folder of a run")
+        _add_run(kind)
+
+
+def _add_run(kind: argparse.ArgumentParser) -> None:
+    kind.add_argument("run", metavar="RUN", help="name or folder of a run")
 
 
 def _add_model(kind: argparse.ArgumentParser) -> None:

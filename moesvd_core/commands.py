@@ -53,7 +53,7 @@ def export(given: Namespace) -> None:
     """`moesvd export`: another format, ratio or method of a run."""
     run = opened(given.run)
     arguments = {
-        "recipe": _recipe(given), "output": str(Path(given.output).absolute()), "format": given.format, "dtype": given.dtype,
+        "recipe": _reachable(run, given), "output": str(Path(given.output).absolute()), "format": given.format, "dtype": given.dtype,
         "overwrite": given.overwrite, "command": shlex.join(["moesvd", *given.words]),
     }
     _show_plan(run, _worked(run, "export", arguments), given.json)
@@ -62,7 +62,7 @@ def export(given: Namespace) -> None:
 def plan(given: Namespace) -> None:
     """`moesvd plan`: which layers get which ranks, and what that comes to."""
     run = opened(given.run)
-    _show_plan(run, _worked(run, "plan", {"recipe": _recipe(given)}), given.json)
+    _show_plan(run, _worked(run, "plan", {"recipe": _reachable(run, given)}), given.json)
 
 
 def push(given: Namespace) -> None:
@@ -118,6 +118,28 @@ def cancel(given: Namespace) -> None:
     Client(run.path.parent).cancel(run)
 
 
+def delete(given: Namespace) -> None:
+    """`moesvd delete`: a run and everything in it, once a person at the terminal or `--yes` has said so."""
+    from moesvd_core.runs.deletion import held
+
+    run = opened(given.run)
+    client = Client(run.path.parent)
+    client.require_deletable(run)
+    holds = held(run)
+    what = ", ".join([f"run {run.name} of {run.identity.model}", *holds.counted, f"{holds.bytes:,} bytes"])
+    if not given.yes:
+        if not sys.stdin.isatty():
+            raise InputError(f"nobody can be asked whether to delete {what}: say --yes")
+        print(plain(f"Delete {what}? Nothing brings it back. [y/N] "), end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Cancelled(f"run {run.name} is kept")
+    gone = client.delete(run)
+    if given.json:
+        show_json({"run": run.name, "path": str(run.path), **vars(gone)})
+    else:
+        print(plain(f"deleted {what}"))
+
+
 def resume(given: Namespace) -> None:
     """`moesvd resume`: go on with what was interrupted, cancelled or failed."""
     run = opened(given.run)
@@ -160,26 +182,20 @@ def _prepared(given: Namespace, recipe: Mapping[str, Any] | None = None) -> RunF
         recipe: what the run is made for, where that is known.
 
     Raises:
-        InputError: a model, a text or a recipe that cannot be used. A model of the hub is looked at by the run's first job.
+        InputError: a model, a text or a recipe that cannot be used.
     """
-    from moesvd_core.architectures.inspect import inspect as look
     from moesvd_core.calibration.settings import Calibration
     from moesvd_core.calibration.text import refuse_unreadable
-    from moesvd_core.runs.source import prepare, refuse_compressed
-    from moesvd_core.runs.stages import refuse_out_of_reach
+    from moesvd_core.runs.source import prepare
 
     calibration = Calibration(
         dataset=given.dataset, samples=given.samples, length=given.length, seed=given.seed, drawn_labels=given.drawn_labels,
         dtype=given.dtype,
     )
     refuse_unreadable(calibration.dataset)
-    if Path(given.model).exists():
-        facts = look(given.model, trust_remote_code=given.allow_remote_code).as_dict()
-        refuse_compressed(given.model, facts)
-        if recipe is not None:
-            refuse_out_of_reach(Recipe.from_dict(dict(recipe)), facts)
     folder = None if given.run is None else Path(given.run)
-    return prepare(given.model, calibration, folder=folder, allow_remote_code=given.allow_remote_code)
+    wanted = None if recipe is None else Recipe.from_dict(dict(recipe))
+    return prepare(given.model, calibration, folder=folder, allow_remote_code=given.allow_remote_code, recipe=wanted)
 
 
 def _worked(run: RunFolder, action: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -233,6 +249,19 @@ def _recipe(given: Namespace) -> dict[str, Any]:
         routers = recipe.refit_router if given.refit_router is None else given.refit_router
         recipe = replace(recipe, compensate=usual if given.compensate is None else given.compensate, refit_router=routers)
     return recipe.as_dict()
+
+
+def _reachable(run: RunFolder, given: Namespace) -> dict[str, Any]:
+    """As `_recipe`, for a run that is there.
+
+    Raises:
+        InputError: also a ratio that is known to be out of reach on the run's model.
+    """
+    from moesvd_core.runs.known import refuse_unreachable
+
+    recipe = _recipe(given)
+    refuse_unreachable(run, Recipe.from_dict(recipe))
+    return recipe
 
 
 def _text(given: Namespace) -> dict[str, Any] | None:

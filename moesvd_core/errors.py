@@ -17,6 +17,10 @@ class CheckpointError(InputError):
     """A model file that is missing, damaged, unsafe or inconsistent; the message names the file and, where known, the tensor."""
 
 
+class UnreachableHubError(CheckpointError):
+    """The hub cannot be asked for a model now; nothing is known of whether there is one of that name."""
+
+
 class StatisticsError(MoesvdError):
     """Calibration produced or met something that cannot be used; the message names the layer and the expert."""
 
@@ -39,3 +43,13 @@ class RunError(MoesvdError):
 
 class Cancelled(MoesvdError):  # noqa: N818 - it is not a fault
     """The person asked to stop; what was finished is kept."""
+
+
+def require_whole(name: str, value: object, least: int, unit: str = "") -> None:
+    """Refuse what is no whole number, or too small a one; rounding would do something else than was asked for.
+
+    Raises:
+        InputError: it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least} {unit}".rstrip() + f", got {value!r}")

@@ -67,6 +67,10 @@ class LiveModel:
         self._lock = Lock()
         self._applied: tuple[Plan, PreTrainedModel] | None = None
 
+    def is_of(self, run: RunFolder) -> bool:
+        """Whether this is the run's model; a run may have been deleted since, and made again in the same folder."""
+        return (self.run.path, self.run.identity) == (run.path, run.identity)
+
     def plan(self, recipe: Recipe) -> Plan:
         """The plan of a recipe; milliseconds once the run holds the method's decompositions.
 
@@ -140,7 +144,7 @@ class LiveModels:
             InputError, ResourceError, RunError: as `LiveModel`.
         """
         with self._lock:
-            if self._live is None or self._live.run.path != run.path:
+            if self._live is None or not self._live.is_of(run):
                 self._live = None
                 self._live = LiveModel(run)
             return self._live

@@ -8,15 +8,16 @@ from typing import Any
 import gradio as gr
 
 from moesvd_core.errors import InputError
-from moesvd_core.evaluation.generation import MAX_NEW_TOKENS, Sampling, side_by_side, warm_up
+from moesvd_core.evaluation.generation import Sampling, side_by_side, warm_up
 from moesvd_core.evaluation.speed import weight_bytes
 from moesvd_core.evaluation.text_scores import token_scores
-from moesvd_core.runs.known import measurements
+from moesvd_core.runs.known import measurements, refuse_unreachable
 from moesvd_core.runs.votes import add_vote, read_votes
 from moesvd_core.runs.workbench import Text
 from pages.components import answers, jobs, token_colors
 from pages.components.context import Context
 from pages.components.measured import measured_html
+from pages.components.numbers import named
 from pages.components.page import Page
 from pages.components.places import DEMO_MODEL
 from pages.components.recipe_controls import RecipeControls, recipe_of
@@ -39,6 +40,8 @@ SCORED = (
 LONGEST = 100_000
 """Characters of a prompt or a text; the fields of the page end there, but fields can be forged."""
 FRAME_SECONDS = 0.08
+_NAMES = {"new_tokens": "Tokens", "temperature": "Temperature", "top_p": "Top p", "seed": "Seed", "windows": "Windows"}
+"""Of numbers: setting -> field."""
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _HEAVY: Mapping[str, Any] = {**_PRIVATE, "concurrency_id": "gpu", "concurrency_limit": 1}
 
@@ -75,7 +78,7 @@ def build(context: Context) -> None:
                 with gr.Row(elem_classes="columns"):
                     with gr.Column(scale=4, min_width=280):
                         dataset = gr.Textbox("sotu", label="Text", info=context.text_help)
-                        windows = gr.Number(64, label="Windows", precision=0, minimum=1, maximum=100_000)
+                        windows = gr.Number(64, label=_NAMES["windows"])
                         measure = gr.Button("Measure this plan", elem_id="measure")
                     with gr.Column(scale=8, min_width=300):
                         jobs.Panel(page)
@@ -104,10 +107,10 @@ def _settings() -> list[Any]:
     """What decides an answer: length, temperature, top-p, seed, chat template."""
     with gr.Accordion("How to answer", open=False):
         with gr.Row():
-            tokens = gr.Number(96, label="Tokens", precision=0, minimum=1, maximum=MAX_NEW_TOKENS, min_width=90)
-            temperature = gr.Number(0.7, label="Temperature", minimum=0, maximum=5, step=0.1, min_width=90)
-            top_p = gr.Number(0.95, label="Top p", minimum=0.01, maximum=1, step=0.05, min_width=90)
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
+            tokens = gr.Number(96, label=_NAMES["new_tokens"], min_width=90)
+            temperature = gr.Number(0.7, label=_NAMES["temperature"], step=0.1, min_width=90)
+            top_p = gr.Number(0.95, label=_NAMES["top_p"], step=0.05, min_width=90)
+            seed = gr.Number(0, label=_NAMES["seed"], min_width=90)
         chat = gr.Checkbox(False, label="Use the tokenizer's chat template")
     return [tokens, temperature, top_p, seed, chat]
 
@@ -124,7 +127,8 @@ def _ask(context: Context) -> Callable[..., Any]:
     def answered(state: ViewState, prompt: str, blind: bool, *settings: Any) -> Iterator[tuple[Any, ...]]:
         if None in settings:
             raise InputError("tokens, temperature, top p and seed must be numbers: a field under “How to answer” is empty")
-        sampling = Sampling(*settings)
+        with named(_NAMES):
+            sampling = Sampling(*settings)
         _refuse_long("prompt", prompt)
         run = context.require_run(state)
         yield None, notice("Loading the model."), gr.skip(), gr.skip(), *_closed()
@@ -200,10 +204,12 @@ def _nothing_scored() -> str:
 
 
 def _measure(context: Context) -> Callable[..., Any]:
-    def measure(state: ViewState, dataset: str, windows: int | None) -> Any:
+    def measure(state: ViewState, dataset: str, windows: Any) -> Any:
         """Ask the worker to measure the view's plan."""
         run = context.require_run(state)
-        text = Text(dataset=context.find_text(dataset), windows=int(windows) if windows else None)
+        with named(_NAMES):
+            text = Text(dataset=context.find_text(dataset), windows=windows)
+        refuse_unreachable(run, recipe_of(state))
         context.client.submit(run, "measure", recipe=recipe_of(state).as_dict(), text=vars(text))
         return gr.Timer(active=True)
 

@@ -17,11 +17,12 @@ from moesvd_core.runs.bounded import plan_at_once
 from moesvd_core.runs.command_line import compress_command, export_command
 from moesvd_core.runs.exports import ExportFolder, export_name, list_exports, open_export
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import reach
+from moesvd_core.runs.known import reach, refuse_unreachable
 from moesvd_core.runs.pushes import Pushes
 from pages.components import export_parts as parts
 from pages.components import jobs
 from pages.components.context import Context
+from pages.components.export_deletion import ExportDeletion
 from pages.components.handler import warn
 from pages.components.page import Page
 from pages.components.recipe_controls import RecipeControls, recipe_of
@@ -38,7 +39,7 @@ PUSH_SECONDS = 2.0
 
 def build(context: Context) -> None:
     """Lay out the page."""
-    pushes = Pushes()
+    pushes = context.pushes
     with Page(context, "Export", "Write the compressed model, see it verified, and take it with you.") as page:
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=7, min_width=300):
@@ -78,6 +79,8 @@ def build(context: Context) -> None:
                     private = gr.Checkbox(True, label="Make a new repository private", elem_id="push-private")
                     send = gr.Button("Push as one commit", elem_id="push-send")
                     pushed = gr.HTML("", elem_id="push-state", min_height=44)
+                if not context.settings.public_demo:
+                    ExportDeletion(page, chosen, _listed(context))
         watch = gr.Timer(PUSH_SECONDS, active=False)
 
         chosen_how = [form, dtype, fit, refit]
@@ -131,6 +134,7 @@ def _write(context: Context) -> Callable[..., Any]:
         run = context.require_run(state)
         recipe = replace(recipe_of(state), compensate=fit, refit_router=refit)
         name, number = place(run, recipe, form, dtype)
+        refuse_unreachable(run, recipe)
         output = str((run.station("exports") / name).absolute())
         jobs_now = context.client.status(run).jobs
         if any(job.arguments.get("output") == output and job.state in ("queued", "running") for job in jobs_now):

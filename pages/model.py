@@ -8,7 +8,6 @@ import gradio as gr
 
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
-from moesvd_core.calibration.text import window_length
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import InputError
 from moesvd_core.runs.client import RunStatus
@@ -17,13 +16,17 @@ from moesvd_core.runs.source import prepare
 from pages.components import jobs, machine, next_steps, tables
 from pages.components.context import Context
 from pages.components.model_facts import facts_html, needs_html
+from pages.components.numbers import named
 from pages.components.page import Page
+from pages.components.run_deletion import RunDeletion
 from pages.components.session import ViewState
 from pages.components.text import empty, moment
 from pages.components.visitor import visitor
 
 PLANNED = ("auto", "moe-svd", "svd-llm")
 """Methods whose plans an analysis makes unless others are chosen."""
+_NAMES = {"samples": "Windows", "length": "Tokens a window", "seed": "Seed", "batch": "Windows at once"}
+"""Of the calibration's numbers: setting -> field."""
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private"}
 _PROBE: Mapping[str, Any] = {**_PRIVATE, "concurrency_id": "probe", "concurrency_limit": 2}
 
@@ -47,7 +50,8 @@ def build(context: Context) -> None:
                     fields = _fields(context)
                 analyse = gr.Button("Analyse", variant="primary", elem_id="analyse")
                 jobs.Panel(page)
-        runs = gr.HTML("", elem_id="runs")
+        runs = tables.pressed_in("runs")
+        RunDeletion(page, runs, lambda state: runs_html(context, state))
         calibration, methods = fields[:-1], fields[-1]
 
         page.view(_run_shown(context), [name, facts, card, needs, *calibration], fields=("run",))
@@ -61,18 +65,15 @@ def build(context: Context) -> None:
 
 
 def _fields(context: Context) -> list[Any]:
-    """What decides a calibration: dataset, samples, length, seed, batch; then the methods to plan for.
-
-    Numbers come as they were typed: rounding them, as a precision would, hides from `Calibration` those that it refuses.
-    """
+    """What decides a calibration: dataset, samples, length, seed, batch; then the methods to plan for."""
     usual = Calibration()
     dataset = gr.Textbox(usual.dataset, label="Text", info=context.text_help)
     with gr.Row():
-        samples = gr.Number(usual.samples, label="Windows", minimum=1, min_width=110)
-        length = gr.Number(None, label="Tokens a window", minimum=2, min_width=110, placeholder="the model's")
+        samples = gr.Number(usual.samples, label=_NAMES["samples"], min_width=110)
+        length = gr.Number(None, label=_NAMES["length"], min_width=110, placeholder="the model's")
     with gr.Row():
-        seed = gr.Number(usual.seed, label="Seed", minimum=0, min_width=110)
-        batch = gr.Number(usual.batch, label="Windows at once", minimum=1, min_width=110)
+        seed = gr.Number(usual.seed, label=_NAMES["seed"], min_width=110)
+        batch = gr.Number(usual.batch, label=_NAMES["batch"], min_width=110)
     methods = gr.CheckboxGroup(list(METHODS), value=list(PLANNED), label="Plan for")
     return [dataset, samples, length, seed, batch, methods]
 
@@ -83,9 +84,9 @@ def calibration_of(context: Context, values: tuple[Any, ...]) -> Calibration:
     Raises:
         InputError: a value out of bounds, or a text that a visitor may not read.
     """
-    names = ("dataset", "samples", "length", "seed", "batch")
-    given: dict[str, Any] = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-    return Calibration(**given | {"dataset": context.find_text(given.get("dataset", ""))})
+    given: dict[str, Any] = {name: value for name, value in zip(("dataset", *_NAMES), values, strict=True) if value is not None}
+    with named(_NAMES):
+        return Calibration(**given | {"dataset": context.find_text(given.get("dataset", ""))})
 
 
 def _probe(context: Context) -> Callable[..., Any]:
@@ -132,11 +133,9 @@ def _analyse(context: Context) -> Callable[..., Any]:
         context.require_rights()
         settings = context.settings
         model, calibration = context.find_model(text or ""), calibration_of(context, values)
-        if calibration.length is not None:  # a run with windows that its model cannot read could only fail
-            window_length(calibration.length, inspect(model, trust_remote_code=settings.remote_code).context_length)
-        run = prepare(
-            model, calibration, root=settings.runs, model_roots=settings.models, allow_remote_code=settings.remote_code, owner=visitor(),
-        )
+        where = {"root": settings.runs, "model_roots": settings.models, "owner": visitor()}
+        with named(_NAMES):
+            run = prepare(model, calibration, allow_remote_code=settings.remote_code, **where)
         if context.client.status(run).busy:
             raise InputError(f"run {run.name} is at work already: wait for it, or cancel it")
         context.client.submit(run, "analyze", methods=list(methods))
@@ -150,7 +149,7 @@ def _run_shown(context: Context) -> Callable[[ViewState], Any]:
         """The run's model and calibration, in the fields and beside them."""
         run = context.open(state)
         if run is None:
-            return gr.Dropdown(choices=context.models()), None, _no_model(), "", *[gr.skip() for _ in range(5)]
+            return gr.Dropdown(choices=context.models(), value=None), None, _no_model(), "", *[gr.skip() for _ in range(5)]
         model, facts = context.model_name(run.identity.model), context.facts(run)
         used = Calibration.from_dict(dict(run.identity.calibration))
         values = (used.dataset, used.samples, used.length, used.seed, used.batch)
@@ -174,6 +173,7 @@ def runs_html(context: Context, state: ViewState) -> str:
         tables.Column("model", "Model"),
         tables.Column("state", "State"),
         tables.Column("created", "Made", moment),
+        tables.Column("run", "Delete", press=lambda row: f"Delete run {row['run']}" if row["own"] else ""),
     ]
     rows = [_row(context, status) for status in statuses]
     return tables.table(rows, columns, caption="Runs", name="runs", chosen=lambda row: row["run"] == state.run, height=420)
@@ -182,7 +182,8 @@ def runs_html(context: Context, state: ViewState) -> str:
 def _row(context: Context, status: RunStatus) -> dict[str, Any]:
     model = context.model_name(status.model) if status.model else None
     told = jobs.summary(status).replace(f"{context.settings.runs}/", "")  # where runs lie on the machine is nobody's business
-    return {"run": status.id or None, "model": model, "state": told, "created": status.created or None}
+    own = status.id and not context.settings.public_demo and context.client.may_delete(status.owner)
+    return {"run": status.id or None, "model": model, "state": told, "created": status.created or None, "own": own}
 
 
 def _no_model() -> str:

@@ -8,11 +8,13 @@ import gradio as gr
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import InputError
 from moesvd_core.planning import Recipe
+from moesvd_core.runs.workbench import Text
 from pages.components import analysis, figure, jobs, layer_figures
 from pages.components import sensitivity_figures as figures
 from pages.components.analysis import Sensitivity
 from pages.components.context import Context
 from pages.components.layers import choose, picked, picker, readable, shown_layer
+from pages.components.numbers import named
 from pages.components.page import Page
 from pages.components.session import ViewState
 from pages.components.text import escape, share
@@ -21,6 +23,8 @@ _LATEST = ""
 """Choice of the list of measurements that stays with the newest one."""
 _WINDOWS = 16
 """Windows of held-out text for each layer, unless others are asked for."""
+_NAMES = {"windows": "Windows of text"}
+"""Of numbers: setting -> field."""
 _CUTS = [(share(cut / 100, 0), cut / 100) for cut in (10, 20, 30, 40, 50, 60, 70, 80)]
 """Reference cuts: the paper's figures show 20 % and 50 %."""
 _ADVICE = "Analyse the model on the Model page: one pass over the calibration text tells how sensitive each layer is."
@@ -84,7 +88,7 @@ def _measuring(page: Page) -> None:
             with gr.Row():
                 method = gr.Dropdown(list(METHODS), value="auto", label="Method", min_width=140)
                 ratio = gr.Dropdown(_CUTS, value=0.5, label="Removed of the layer", min_width=140)
-                windows = gr.Number(_WINDOWS, label="Windows of text", precision=0, minimum=1, min_width=140)
+                windows = gr.Number(_WINDOWS, label=_NAMES["windows"], min_width=140)
             start = gr.Button("Measure each layer", variant="primary", elem_id="measure-layers")
         with gr.Column(scale=5, min_width=300):
             jobs.Panel(page)
@@ -176,16 +180,15 @@ def _ratio_clicked(event: gr.SelectData, state: ViewState) -> ViewState:
 
 
 def _measure(context: Context) -> Callable[..., Any]:
-    def measure(state: ViewState, method: str, ratio: float, windows: float | None) -> Any:
+    def measure(state: ViewState, method: str, ratio: float, windows: Any) -> Any:
         """Ask the run's worker to decompose and measure each layer alone."""
         recipe = Recipe(method=method, ratio=round(float(ratio), 4))
         run = context.require_run(state)
         if any(job.action == "sensitivity" and job.state in ("queued", "running") for job in context.client.status(run).jobs):
             raise InputError(f"run {run.name} measures its layers already: wait for it, or cancel it")
-        if windows is not None and windows < 1:
-            raise InputError(f"windows must be at least 1, got {windows:g}: {_WINDOWS} tell layers apart")
-        count = _WINDOWS if windows is None else int(windows)
-        context.client.submit(run, "sensitivity", recipe=recipe.as_dict(), text={"windows": count})
+        with named(_NAMES):
+            text = Text(windows=_WINDOWS if windows is None else windows)
+        context.client.submit(run, "sensitivity", recipe=recipe.as_dict(), text={"windows": text.windows})
         gr.Info(f"Each layer in turn loses {share(recipe.ratio, 0)} of its experts by {method}.", title="Measuring")
         return gr.Timer(active=True)
 

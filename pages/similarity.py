@@ -12,6 +12,7 @@ from pages.components import figure, jobs, tables
 from pages.components import similarity_figures as figures
 from pages.components.context import Context
 from pages.components.layers import choose, picked, picker, readable, shown_layer
+from pages.components.numbers import named
 from pages.components.page import Page
 from pages.components.session import ViewState
 from pages.components.similarity_figures import Choice
@@ -19,6 +20,8 @@ from pages.components.text import notice, sentence
 
 _ADVICE = "Press “Compare experts” at the foot of this page: it takes seconds for a small model, and no calibration."
 _SHARES = {1: "all"} | {share: f"1/{round(1 / share)}" for share in RANK_SHARES if share <= 1 / 2 and round(1 / share) * share == 1}
+_NAMES = {"experts": "Experts, at most", "seed": "Seed"}
+"""Of numbers: setting -> field."""
 _QUIET: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -51,8 +54,8 @@ def build(context: Context) -> None:
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=7, min_width=300):
                 with gr.Row():
-                    experts = gr.Number(Sampling.experts, label="Experts, at most", precision=0, minimum=2, min_width=140)
-                    seed = gr.Number(Sampling.seed, label="Seed", precision=0, minimum=0, min_width=140)
+                    experts = gr.Number(Sampling.experts, label=_NAMES["experts"], min_width=140)
+                    seed = gr.Number(Sampling.seed, label=_NAMES["seed"], min_width=140)
                 start = gr.Button("Compare experts", variant="primary", elem_id="compare-experts")
             with gr.Column(scale=5, min_width=300):
                 jobs.Panel(page)
@@ -124,9 +127,10 @@ def _clicked(event: gr.SelectData, state: ViewState) -> ViewState:
 
 
 def _compare(context: Context) -> Callable[..., Any]:
-    def compare(state: ViewState, experts: float | None, seed: float | None) -> Any:
+    def compare(state: ViewState, experts: Any, seed: Any) -> Any:
         """Ask the run's worker to compare."""
-        sampling = Sampling(Sampling.experts if experts is None else int(experts), Sampling.seed if seed is None else int(seed))
+        with named(_NAMES):
+            sampling = Sampling(Sampling.experts if experts is None else experts, Sampling.seed if seed is None else seed)
         run = context.require_run(state)
         status = context.client.status(run)
         if any(job.action == "similarity" and job.state in ("queued", "running") for job in status.jobs):

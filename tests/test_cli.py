@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and how it ends."""
 
+import io
 import json
 import os
 import signal
@@ -8,16 +9,25 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from runs.run_helpers import new_run
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moesvd_core import commands
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.cli import main, parser
+from moesvd_core.runs.client import enqueue
+from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.jobs import read_jobs
 
+HOUSE = Path(__file__).parents[1]
 FAST = ["--samples", "4", "--length", "24", "--windows", "4"]
+WINDOWS = "windows must be a whole number of at least 1"
 IS_A_SHARE = "the share of the model's parameters to remove"
 
 
@@ -116,9 +126,9 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
         (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--samples", "0"], "samples must be a whole number of at least 1"),
         (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--dataset", "nowhere.txt"], "nowhere.txt"),
         (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--evaluate-on", "nowhere.txt"], "nowhere.txt cannot be read"),
-        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--windows", "-1"], "windows must be at least 1, got -1"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--windows", "-1"], f"{WINDOWS}, got -1"),
         (["analyze", "MODEL", "--dataset", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
-        (["analyze", "MODEL", "--windows", "0"], "windows must be at least 1, got 0"),
+        (["analyze", "MODEL", "--windows", "0"], f"{WINDOWS}, got 0"),
         (["analyze", "MODEL", "--method", "magic"], "method must be one of auto"),
         (["analyze", "MODEL", "--reference-ratio", "1.5"], "ratio must be a number in [0, 1)"),
         (["analyze", "DENSE"], "model type 'llama' is dense"),
@@ -138,6 +148,13 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
         (["compare", "MODEL", "MODEL", "--prompt", ""], "prompt must not be empty: write at least one word"),
         (["compare", "MODEL", "MODEL", "--prompt", "a" * 1_000_000], "prompt must have fewer than 64 tokens, the model's limit"),
         (["cancel", "unknown"], "no run"),
+        (["analyze", "no/such"], "'no/such' is no model folder, and the hub cannot be asked for it"),
+        (["compress", "no/such", "--ratio", "0.3", "--output", "OUT"], "the hub cannot be asked for it"),
+        (["analyze", "MODEL", "--length", "65"], "length must be in [2, 64] tokens for this model, got 65"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--length", "65"], "length must be in [2, 64]"),
+        (["delete", "unknown"], "no run"),
+        (["delete", "../outside"], "no run"),
+        (["delete", str(HOUSE / "assets" / "demo-run"), "--yes"], "comes with the program"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(
@@ -223,3 +240,77 @@ def test_a_push_needs_a_token_and_an_export(tmp_path: Path, capsys: pytest.Captu
     assert main(["push", str(tmp_path), "owner/name"]) == 2
     assert "no complete export" in (printed := capsys.readouterr().err)
     assert "hf_aVerySecretToken123" not in printed
+
+
+def test_a_run_is_deleted_for_a_script_that_says_so(runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(runs_root)
+    (run.path / "statistics" / "layer").write_bytes(bytes(1_000_000))
+    assert main(["delete", run.name]) == 2
+    refused = capsys.readouterr()
+    assert (refused.out, run.path.exists()) == ("", True)
+    assert "nobody can be asked whether to delete run tiny-00000001 of tiny, 1,000," in refused.err
+    assert "say --yes" in refused.err
+    assert main(["delete", run.name, "--yes"]) == 0
+    assert capsys.readouterr().out.startswith("deleted run tiny-00000001 of tiny, 1,000,")
+    assert not run.path.exists()
+    assert main(["delete", str(new_run(runs_root).path), "--yes", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["run"], told["exports"], told["votes"], run.path.exists()) == ("tiny-00000001", 0, 0, False)
+    assert told["bytes"] > 100
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("Yes\n", 0), ("n\n", 130), ("\n", 130), ("", 130), ("yesterday\n", 130)])
+def test_a_person_is_asked_before_a_run_is_deleted(
+    answer: str, status: int, runs_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(runs_root)
+    terminal = io.StringIO(answer)
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert main(["delete", run.name]) == status
+    assert run.path.exists() == (status != 0)
+    said = capsys.readouterr().err
+    assert said.startswith("Delete run tiny-00000001 of tiny, ")
+    assert ("run tiny-00000001 is kept" in said) == (status != 0)
+
+
+def test_a_run_at_work_is_not_deleted_and_nobody_is_asked(runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(runs_root)
+    enqueue(run, "analyze", {})
+    for words in (["delete", run.name], ["delete", run.name, "--yes"]):
+        assert main(words) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line == "moesvd: run tiny-00000001 is at work: cancel it before it is deleted"
+    assert RunFolder.open(run.path).identity == run.identity
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["--ratio", "0.95"], r"ratio must be in [0, 0.8] for auto on this model, got 0.95: the rest is no expert"),
+    (["--ratio", "0.75"], r"ratio must be in [0, 0.7] for auto on this model, got 0.75: choose a smaller ratio"),
+])
+@pytest.mark.parametrize("command", ["export", "plan"])
+def test_a_ratio_out_of_reach_is_refused_before_the_run_notes_a_job(
+    command: str, words: list[str], reason: str, runs_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run(runs_root)
+    facts = {"parameters": 1000, "expert_parameters": 800}
+    (run.path / "source.json").write_text(json.dumps({"path": "tiny", "fingerprint": "1", "facts": facts}))
+    (run.path / "plans" / "all-auto.json").write_text(json.dumps({"max_ratio": 0.7, "plans": []}))
+    output = ["--output", str(tmp_path / "out")] if command == "export" else []
+    assert main([command, run.name, *words, *output]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"moesvd: {reason}\n")
+    assert read_jobs(run.log) == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_the_hub_does_not_know_leaves_no_run(
+    runs_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
+    assert main(["analyze", "no/such"]) == 2
+    assert "'no/such' is neither a model folder nor a model of the hub ('owner/name'); check the spelling" in capsys.readouterr().err
+    assert not runs_root.exists()

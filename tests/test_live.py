@@ -1,6 +1,7 @@
 """The live model answers as the run's worker would, keeps the original as it is, and there is one of it."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,9 @@ def test_one_model_is_live_and_it_is_the_last_one_asked_for(run: RunFolder, tmp_
     assert second is not first
     assert models.of(other) is second
     assert models.of(run) is not first
+    latest = models.of(other)
+    again = RunFolder(other.path, replace(other.identity, created="2030-01-01T00:00:00+00:00"))
+    assert models.of(again) is not latest, "the run was deleted, and made again in its folder"
 
 
 def test_what_cannot_be_live_says_why(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

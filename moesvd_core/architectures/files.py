@@ -172,6 +172,14 @@ def resolve_model(name_or_path: Path | str, *, roots: Sequence[Path] | None = No
     return folder
 
 
+def cached_model(name: str) -> Path | None:
+    """The folder of a model of the hub that was fetched before, or None; asks nobody."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FROM_HUB), ignore_patterns=list(_NOT_FROM_HUB), local_files_only=True))
+    except Exception:  # it was not fetched, or can be no name of the hub; the hub's library tells so in several ways
+        return None
+
+
 def require_hub_id(text: str) -> None:
     """Nothing for what can be the name of a model on the hub; whether there is one is not looked up.
 

@@ -9,7 +9,7 @@ from huggingface_hub.utils._safetensors import SafetensorsRepoMetadata
 
 from moesvd_core.architectures.files import CONFIG, ModelFiles, read_config, refuse_remote_code
 from moesvd_core.architectures.headers import DTYPES, StoredTensor, shortened
-from moesvd_core.errors import CheckpointError
+from moesvd_core.errors import CheckpointError, UnreachableHubError
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ def hub_headers(repository: str) -> HubHeaders:
     """Fetch a model's configuration and the headers of its weights files, all of one revision.
 
     Raises:
-        CheckpointError: unknown, gated, without safetensors files, damaged, or the hub cannot be reached.
+        CheckpointError: unknown, gated, without safetensors files, or damaged.
+        UnreachableHubError: the hub cannot be asked.
         UnsupportedModelError: the model needs code of its own.
     """
     name = shortened(repository)
@@ -47,7 +48,9 @@ def hub_headers(repository: str) -> HubHeaders:
         raise CheckpointError(f"{name} has no readable safetensors files on the hub, and pickled weights are refused") from error
     except Exception as error:  # the network has many ways to fail, and the hub's library passes on those of its HTTP client
         reason = type(error).__name__
-        raise CheckpointError(f"{name} is no model folder, and the hub cannot be asked for it ({reason}); give a folder") from error
+        raise UnreachableHubError(
+            f"{name} is no model folder, and the hub cannot be asked for it ({reason}); give a folder, or try again once the hub is reached"
+        ) from error
     config = read_config(folder)
     refuse_remote_code(config, folder)
     licence = info.card_data.get("license") if info.card_data else None

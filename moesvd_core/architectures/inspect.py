@@ -12,11 +12,12 @@ from torch import nn
 
 from moesvd_core.architectures.disk_names import expert_tensor
 from moesvd_core.architectures.families import Family, family_of, text_config
-from moesvd_core.architectures.files import ModelFiles, file_inside
+from moesvd_core.architectures.files import ModelFiles, cached_model, file_inside
 from moesvd_core.architectures.find import decoder_layers, expert_layers, submodule
 from moesvd_core.architectures.hub_headers import hub_headers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.skeleton import skeleton
+from moesvd_core.errors import CheckpointError, UnreachableHubError
 
 LARGEST_CARD = 1_000_000
 """Characters of a model card that are looked at."""
@@ -74,19 +75,35 @@ def inspect(path_or_id: str | Path, *, trust_remote_code: bool = False) -> Model
     """Tell what a model is.
 
     Args:
-        path_or_id: a model folder, or a hub id ("owner/name"), of which only the configuration and the headers are fetched.
+        path_or_id: a model folder, or a hub id ("owner/name"), of which only the configuration and the headers are fetched. Where the hub
+            cannot be asked, the model that it delivered earlier is told.
         trust_remote_code: let a local model's own code describe it. Code of a model on the hub is never run here.
 
     Raises:
-        CheckpointError: no such model, a damaged or unsafe file, or a hub that cannot be reached.
+        CheckpointError: no such model, a damaged or unsafe file, or (as `UnreachableHubError`) a hub that cannot be asked.
         UnsupportedModelError: the model has no routed experts, or keeps them in a form that cannot be factored.
     """
     source = str(path_or_id)
     if "\0" in source or Path(source).exists():
         files = ModelFiles.open(source, allow_remote_code=trust_remote_code)
         return _facts(source, files, _licence(files.folder), gated=False, trust_remote_code=trust_remote_code)
-    headers = hub_headers(source)
+    try:
+        headers = hub_headers(source)
+    except UnreachableHubError:
+        cached = _cached(source, trust_remote_code)
+        if cached is None:
+            raise
+        return _facts(source, cached, _licence(cached.folder), gated=False, trust_remote_code=trust_remote_code)
     return _facts(source, headers.files, headers.licence, gated=headers.gated, trust_remote_code=False)
+
+
+def _cached(name: str, trust_remote_code: bool) -> ModelFiles | None:
+    """What was fetched of a model of the hub earlier, or None where that is not all of it."""
+    folder = cached_model(name)
+    try:
+        return None if folder is None else ModelFiles.open(folder, allow_remote_code=trust_remote_code)
+    except CheckpointError:
+        return None
 
 
 def _facts(source: str, files: ModelFiles, licence: str | None, *, gated: bool, trust_remote_code: bool) -> ModelFacts:

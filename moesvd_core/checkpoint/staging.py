@@ -64,9 +64,29 @@ def refuse_occupied(destination: Path, *, overwrite: bool = False) -> None:
             raise InputError(f"output must be a new folder, but {destination} holds an earlier export: name another or allow overwriting")
 
 
+def discard(export: Path) -> None:
+    """Delete an export: at no time does its name point to half of it, and what a process that is killed leaves goes with the next one.
+
+    Raises:
+        ResourceError: it cannot be removed; it may be out of sight already.
+    """
+    try:
+        _remove(_aside(export))
+        export.rename(_aside(export))
+        sync(export.parent)
+        _remove(_aside(export))
+    except OSError as error:
+        raise ResourceError(f"{export} cannot be deleted ({error.strerror or error}): remove it by hand") from error
+
+
+def _aside(destination: Path) -> Path:
+    """Where an export goes that is not wanted any more."""
+    return destination.with_name(f".{destination.name}.replaced{TEMPORARY}")
+
+
 def _publish(temporary: Path, destination: Path) -> None:
     """Rename, moving an earlier export aside first: the name never points to half of either."""
-    aside = destination.with_name(f".{destination.name}.replaced{TEMPORARY}")
+    aside = _aside(destination)
     _remove(aside)
     if destination.exists():
         destination.rename(aside)

@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesvd_core.errors import EvaluationError, InputError
+from moesvd_core.errors import EvaluationError, InputError, require_whole
 from moesvd_core.evaluation.hidden import context_limit
 
 MAX_NEW_TOKENS = 4096
-Ending = Literal["", "end", "length", "context"]
+Ending = Literal["", "end", "length", "context", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 1 <= self.new_tokens <= MAX_NEW_TOKENS:
             raise InputError(f"new_tokens must be in [1, {MAX_NEW_TOKENS}], got {self.new_tokens}")
+        require_whole("new_tokens", self.new_tokens, 1)
         if not 0 <= self.temperature <= 5:
             raise InputError(f"temperature must be in [0, 5], got {self.temperature}: 0 always takes the most probable token")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}: 1 keeps every token")
         if self.seed < 0:
             raise InputError(f"seed must be 0 or more, got {self.seed}")
+        require_whole("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Answer:
         tokens: ids so far, without the token that ended the answer.
         first_token_seconds: from the prompt to the first token.
         seconds: this model's own time so far.
-        finished: "end" when the model stopped, "length" at the longest answer, "context" at the model's limit before it, "" while it
-            goes on.
+        finished: "end" when the model stopped, "length" at the longest answer, "context" at the model's limit before it, "stopped"
+            where nobody waits for the rest, "" while it goes on.
     """
 
     text: str

@@ -4,6 +4,7 @@ Everything goes through files, so a client may come and go: closing a tab or res
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moesvd_core import atomic
+from moesvd_core.checkpoint.staging import discard
 from moesvd_core.errors import InputError, RunError
+from moesvd_core.runs.deletion import Held, held, require_deletable
 from moesvd_core.runs.events import Event
+from moesvd_core.runs.exports import export_folder
 from moesvd_core.runs.folder import RunFolder, list_runs, runs_root
 from moesvd_core.runs.jobs import ENDED, INTERRUPTED, Job, JobState, read_jobs
 from moesvd_core.runs.process import name_of
@@ -41,6 +45,7 @@ class RunStatus:
         jobs: all of them, oldest first.
         place: jobs ahead of it in the machine's queue, 0 when it is its turn, None when it does not wait.
         hanging: seconds for which a live worker has given no sign of life, None for one that is well.
+        owner: the login that made the run, "" for everybody's.
     """
 
     id: str
@@ -52,6 +57,7 @@ class RunStatus:
     place: int | None = None
     error: str = ""
     hanging: float | None = None
+    owner: str = ""
 
     @property
     def busy(self) -> bool:
@@ -126,6 +132,10 @@ class Client:
         """Whether whoever asks may change the run."""
         return not self._who() or run.identity.owner in ("", self._who())
 
+    def may_delete(self, owner: str) -> bool:
+        """Whether whoever asks may delete runs of this owner: what is everybody's ("") is no login's to take from the others."""
+        return not self._who() or owner == self._who()
+
     def require_own(self, run: RunFolder) -> None:
         """Refuse whoever may look at the run only.
 
@@ -144,11 +154,12 @@ class Client:
         jobs = tuple(read_jobs(run.log).values())
         identity = run.identity
         if not jobs:
-            return RunStatus(run.name, identity.model, identity.created, "new", None, ())
+            return RunStatus(run.name, identity.model, identity.created, "new", None, (), owner=identity.owner)
         open_jobs = [job for job in jobs if job.state not in ENDED]
         job = next((job for job in open_jobs if job.state == "running"), open_jobs[0] if open_jobs else jobs[-1])
         place = Queue(run.path.parent).place(run, job.id) if job.state == "queued" else None
-        return RunStatus(run.name, identity.model, identity.created, job.state, job, jobs, place, hanging=run.hanging())
+        hanging = run.hanging()
+        return RunStatus(run.name, identity.model, identity.created, job.state, job, jobs, place, hanging=hanging, owner=identity.owner)
 
     def runs(self) -> list[RunStatus]:
         """All runs, newest first; damaged ones too, with the reason."""
@@ -238,20 +249,61 @@ class Client:
                 return
             time.sleep(0.1)
 
-    def delete(self, run: RunFolder) -> None:
-        """Remove a run and everything in it.
+    def require_deletable(self, run: RunFolder) -> None:
+        """Refuse what `delete` would refuse, before a person is asked whether they mean it.
 
         Raises:
-            RunError: a job runs or waits, or the run belongs to another login.
+            RunError: a job runs or waits; the run belongs to another login or to everybody, comes with the program, or is read-only.
         """
-        import shutil
+        self._require_deletable(run)
+        _require_ended(run)
 
-        self.require_own(run)
+    def delete(self, run: RunFolder) -> Held:
+        """Remove a run and everything in it; returns what it held.
+
+        Raises:
+            RunError: as `require_deletable`; or something in it could not be removed.
+        """
+        self.require_deletable(run)
         with run.locked():
-            if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
-                raise RunError(f"run {run.name} is at work: cancel it before it is deleted")
-            (run.path / "run.json").unlink(missing_ok=True)  # first: what is left if this is interrupted is no run any more
-            shutil.rmtree(run.path)
+            _require_ended(run)  # again: work may have been asked for meanwhile
+            gone, path = held(run), run.path.resolve()
+            (path / "run.json").unlink()  # first: what is left if this is interrupted is no run any more
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                reason = error.strerror or error
+                raise RunError(f"run {run.name} is deleted, but {path} could not be emptied ({reason}): remove that folder") from error
+        return gone
+
+    def require_deletable_export(self, run: RunFolder, name: str) -> None:
+        """Refuse what `delete_export` would refuse, before a person is asked whether they mean it.
+
+        Raises:
+            RunError: no such export, or one that is being written; or the run is another login's, everybody's, or read-only.
+        """
+        self._require_deletable(run)
+        _require_written(run, export_folder(run, name))
+
+    def delete_export(self, run: RunFolder, name: str) -> None:
+        """Remove one export of a run; everything else of the run stays.
+
+        Raises:
+            RunError: as `require_deletable_export`.
+            ResourceError: it could not be removed.
+        """
+        self.require_deletable_export(run, name)
+        with run.locked():
+            folder = export_folder(run, name)
+            _require_written(run, folder)  # again: it may have been asked for meanwhile
+            discard(folder)
+
+    def _require_deletable(self, run: RunFolder) -> None:
+        self.require_own(run)
+        if not self.may_delete(run.identity.owner):
+            raise RunError(f"run {run.name} is everybody's, and no login deletes from it: whoever sits at the machine does")
+        require_deletable(run)
+        _mark_interrupted(run)
 
 
 def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any], by: str = "") -> Job:
@@ -271,6 +323,27 @@ def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any], by: str =
         Queue(run.path.parent).join(run, number)
         run.log.append("submitted", number, action=action, arguments=dict(arguments), **({"by": by} if by else {}))
         return read_jobs(run.log)[number]
+
+
+def _require_ended(run: RunFolder) -> None:
+    """Refuse a run that somebody works on, or is about to.
+
+    Raises:
+        RunError: a job runs or waits.
+    """
+    if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
+        raise RunError(f"run {run.name} is at work: cancel it before it is deleted")
+
+
+def _require_written(run: RunFolder, export: Path) -> None:
+    """Refuse an export that a job of the run writes anew, or is about to.
+
+    Raises:
+        RunError: one does.
+    """
+    for job in read_jobs(run.log).values():
+        if job.state not in ENDED and job.arguments.get("output") == str(export.absolute()):
+            raise RunError(f"{export.name} is being written anew: wait for it, or cancel it")
 
 
 def _unfinished(jobs: tuple[Job, ...]) -> list[Job]:

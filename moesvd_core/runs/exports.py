@@ -99,10 +99,19 @@ def open_export(run: RunFolder, name: str) -> ExportFolder:
         RunError: no such export.
         CheckpointError: it is damaged.
     """
+    return _opened(export_folder(run, name))
+
+
+def export_folder(run: RunFolder, name: str) -> Path:
+    """Where an export lies, damaged or not, by its name as in `open_export`.
+
+    Raises:
+        RunError: no such export.
+    """
     path = next((path for path in _folders(run) if path.name == name), None)
     if path is None:
         raise RunError(f"run {run.name} has no export {name[:200]!r}: it was deleted, or never finished")
-    return _opened(path)
+    return path
 
 
 def _folders(run: RunFolder) -> Iterator[Path]:

@@ -127,7 +127,7 @@ class RunFolder:
         except FileNotFoundError:
             raise RunError(f"no run in {path}: run.json is missing") from None
         except (ValueError, TypeError) as error:
-            raise RunError(f"{path / 'run.json'} is damaged ({error}): restore it, or delete the run") from None
+            raise RunError(f"{path / 'run.json'} is damaged ({error}): restore it, or remove the folder") from None
         if identity.format != FORMAT:
             raise RunError(f"{path} has format {identity.format}, this version reads {FORMAT}: analyze the model again")
         return cls(path, identity)
@@ -171,10 +171,20 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for a moment: between looking at who works on it and changing that. Not for the length of a job."""
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        """Hold the run for a moment: between looking at who works on it and changing that. Not for the length of a job.
+
+        Raises:
+            RunError: somebody else has deleted the run meanwhile.
+        """
+        gone = f"run {self.name} is not here any more: it was deleted"
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            raise RunError(gone) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not (self.path / "run.json").exists():
+                raise RunError(gone)
             yield
         finally:
             os.close(descriptor)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from moesvd_core.decomposition.registry import METHODS
-from moesvd_core.errors import RunError
+from moesvd_core.errors import InputError, RunError
 from moesvd_core.planning import LossLaw, Plan, Recipe
 from moesvd_core.planning.loss_law import CLEAR, ENOUGH, layer_losses
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.source import SOURCE_FILE, refuse_out_of_reach
 from moesvd_core.runs.workbench import plan_key
 
 _PLAN_FIELDS = Plan.__dataclass_fields__
@@ -46,6 +47,24 @@ def reach(run: RunFolder, method: str) -> float | None:
     """
     file = plans_file(run, method)
     return _reach(run.path, file.name, file.stat().st_mtime_ns) if file.exists() else None
+
+
+def refuse_unreachable(run: RunFolder, recipe: Recipe) -> None:
+    """Refuse, before a job is asked for it, a ratio that the run's files tell to be out of reach; planning tells of all others.
+
+    Raises:
+        InputError: it is.
+        RunError: a file of the run is damaged.
+    """
+    source = run.read_json(SOURCE_FILE)
+    if source is not None:
+        refuse_out_of_reach(recipe, source["facts"])
+    plain = recipe.unfitted() == Recipe(method=recipe.method, ratio=recipe.ratio)
+    most = reach(run, recipe.method) if plain else None
+    if most is not None and recipe.ratio > most + 1e-12:
+        bound = int(1e4 * most) / 1e4
+        asked = f"got {recipe.ratio:g}: choose a smaller ratio"
+        raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on this model, {asked}")
 
 
 def known_plan(run: RunFolder, recipe: Recipe) -> Plan | None:

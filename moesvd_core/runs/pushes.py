@@ -65,6 +65,11 @@ class Pushes:
         with self._guard:
             return self._known.get(folder)
 
+    def busy_in(self, folder: Path) -> bool:
+        """Whether something in a folder is being pushed."""
+        with self._guard:
+            return any(push.state == "running" and place.is_relative_to(folder) for place, push in self._known.items())
+
     def _work(self, folder: Path, work: Callable[[], str]) -> None:
         try:
             ended = {"state": "finished", "address": work()}

@@ -17,7 +17,9 @@ from moesvd_core import atomic
 from moesvd_core.architectures.files import ModelFiles, require_hub_id, resolve_model
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
+from moesvd_core.calibration.text import window_length
 from moesvd_core.errors import InputError, RunError
+from moesvd_core.planning import Recipe
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.runs.folder import Identity, RunFolder, now, run_id, runs_root
 
@@ -65,18 +67,20 @@ def prepare(
     model_roots: Sequence[Path] | None = None,
     allow_remote_code: bool = False,
     owner: str = "",
+    recipe: Recipe | None = None,
 ) -> RunFolder:
-    """Make the run of a model and a calibration, or open it when it is there.
+    """Make the run of a model and a calibration, or open it when it is there; none is made whose first job could only fail.
 
     Args:
-        model: a folder, or a hub id (which is fetched by the run's first job, not here).
+        model: a folder, or a hub id, of which only the headers are fetched here, and the weights by the run's first job.
         root: folder of runs; None: `$MOESVD_RUNS`, else ./runs.
         folder: the run's own folder; None: one under `root` named after model and calibration.
         model_roots: folders in which local models must lie; None: anywhere.
         owner: of the run if it is made.
+        recipe: what it is made for, where that is known.
 
     Raises:
-        InputError: no such model, or one that cannot be compressed.
+        InputError: no such model, one that cannot be compressed, windows longer than it reads, or a ratio that no method reaches on it.
         RunError: the folder holds something else.
     """
     local = Path(model).exists()
@@ -95,7 +99,25 @@ def prepare(
         remote_code=allow_remote_code,
         owner=owner,
     )
-    return RunFolder.create(folder or (root or runs_root()) / identity.id, identity)
+    place = folder or (root or runs_root()) / identity.id
+    facts = _facts_beforehand(place, identity)
+    if facts is not None:
+        refuse_compressed(model, facts)
+        window_length(calibration.length, facts["context_length"])
+        if recipe is not None:
+            refuse_out_of_reach(recipe, facts)
+    return RunFolder.create(place, identity)
+
+
+def _facts_beforehand(place: Path, identity: Identity) -> dict[str, Any] | None:
+    """Facts of a run's model: as the run has them already, else from its headers; None where code of the hub's would have to tell them."""
+    if (place / "run.json").exists() and (run := RunFolder.open(place)).identity.id == identity.id:
+        known = run.read_json(SOURCE_FILE)
+        if known is not None:
+            return dict(known["facts"])
+    if identity.remote_code and not Path(identity.model).exists():
+        return None
+    return inspect(identity.model, trust_remote_code=identity.remote_code).as_dict()
 
 
 def find_source(run: RunFolder, report: Report = silent) -> Source:
@@ -133,3 +155,18 @@ def refuse_compressed(model: str, facts: Mapping[str, Any]) -> None:
     """
     if facts["factored"]:
         raise InputError(f"{model} is compressed already: give the original")
+
+
+def refuse_out_of_reach(recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Refuse at once, before minutes of calibration, a ratio that no method can reach; planning knows each method's own bound.
+
+    Args:
+        facts: `ModelFacts.as_dict()`.
+
+    Raises:
+        InputError: more would have to go than there is in experts.
+    """
+    most = facts["expert_parameters"] / facts["parameters"]
+    if recipe.ratio > most:
+        bound = int(1e4 * most) / 1e4
+        raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on this model, got {recipe.ratio:g}: the rest is no expert")

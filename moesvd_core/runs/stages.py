@@ -24,6 +24,7 @@ from moesvd_core.runs.estimate import estimate, require
 from moesvd_core.runs.exporting import card_facts, write_export
 from moesvd_core.runs.folder import STATIONS, RunFolder
 from moesvd_core.runs.similarity import compare_layers
+from moesvd_core.runs.source import refuse_out_of_reach
 from moesvd_core.runs.workbench import Text, Workbench, plan_key
 from moesvd_core.runs.worker import Action
 from moesvd_core.sensitivity import Effect, correlations, expert_table, layer_table, measure
@@ -171,21 +172,6 @@ def _started(
         for folder in (station, *(path for path in station.iterdir() if path.is_dir())):
             atomic.sweep(folder)
     return bench
-
-
-def refuse_out_of_reach(recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Refuse at once, before minutes of calibration, a ratio that no method can reach; planning knows each method's own bound.
-
-    Args:
-        facts: `ModelFacts.as_dict()`.
-
-    Raises:
-        InputError: more would have to go than there is in experts.
-    """
-    most = facts["expert_parameters"] / facts["parameters"]
-    if recipe.ratio > most:
-        bound = int(1e4 * most) / 1e4
-        raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on this model, got {recipe.ratio:g}: the rest is no expert")
 
 
 def _known(arguments: Arguments, *names: str) -> Arguments:

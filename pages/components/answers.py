@@ -92,7 +92,7 @@ def _figures(label: str, answer: Answer | None, weights: int | None) -> str:
 def _ended(answer: Answer | None) -> str:
     words = {
         "": "tokens so far", "end": "tokens, ended by itself", "length": "tokens, as many as asked for",
-        "context": "tokens, as many as fit the model's context",
+        "context": "tokens, as many as fit the model's context", "stopped": "tokens, then it was stopped",
     }
     return "tokens" if answer is None else words[answer.finished]
 

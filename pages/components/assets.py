@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moesvd_core import __version__
 from pages.components import downloads
+from pages.components.no_page import no_page, wants_page
 
 FOLDER = Path(__file__).parents[2] / "assets"
 PLOTLY = '<script src="explorer/plotly.min.js" defer></script>'
@@ -68,14 +69,27 @@ def routes(runs: Path) -> Sequence[BaseRoute]:
 
 
 class _Rules:
-    """Adds `_RULES` to every answer, and has none for what no page asks."""
+    """Adds `_RULES` to every answer, and has none for what no page asks; a person is shown a page where there is none."""
 
     def __init__(self, app: ASGIApp, frames: Sequence[str]) -> None:
         self._app = app
         self._rules = [(name.encode(), rule.format(frames=" ".join(frames)).encode()) for name, rule in _RULES.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        replaced = False
+
         async def ruled(message: Message) -> None:
+            nonlocal replaced
+            if replaced:
+                return
+            if message["type"] == "http.response.start":
+                if message["status"] == 404 and wants_page(scope):
+                    replaced = True
+                    await no_page(scope)(scope, receive, with_rules)
+                    return
+            await with_rules(message)
+
+        async def with_rules(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *self._rules]
             await send(message)

@@ -9,6 +9,7 @@ from moesvd_core.errors import RunError
 from moesvd_core.live import LiveModels
 from moesvd_core.runs.client import Client, RunStatus
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.pushes import Pushes
 from pages.components import places, public_demo
 from pages.components.session import ViewState
 from pages.components.settings import Settings
@@ -44,6 +45,11 @@ class Context:
     def live(self) -> LiveModels:
         """The model that answers at once: at most one in memory, shared by all pages and visitors."""
         return LiveModels()
+
+    @cached_property
+    def pushes(self) -> Pushes:
+        """What this server sends to the hub."""
+        return Pushes()
 
     def open(self, state: ViewState) -> RunFolder | None:
         """The run of a view, or None when it shows none.

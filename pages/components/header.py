@@ -6,9 +6,8 @@ from moesvd_core.runs.client import RunStatus
 from pages.components.assets import mount
 from pages.components.context import Context
 from pages.components.session import ViewState
-from pages.components.text import duration, escape, share
+from pages.components.text import NAME, duration, escape, share
 
-NAME = "MoE-SVD Explorer"
 _DEMO = "<div><dt>Public demo</dt><dd>jobs and exports are off</dd></div>"
 _WORDS = {
     "new": "nothing asked yet", "finished": "idle", "failed": "failed", "cancelled": "cancelled", "interrupted": "interrupted",

@@ -142,7 +142,7 @@ class Page:
     def _follow(self, state: ViewState, shown: _Shown, *controls: Any) -> list[Any]:
         """Everything that depends on the state, where it changed."""
         state = remembered(state)
-        status, head = self._look(state)
+        state, status, head = self._look(state)
         now = _Shown(state, _ended(status))
         if now == shown:
             return [gr.skip() for _ in range(4)] + [gr.skip() for view in (*self._ticks, *self._views) for _ in view.outputs]
@@ -157,18 +157,18 @@ class Page:
     def _tick(self, state: ViewState) -> list[Any]:
         """Header and ticking views; the rest follows when a job has ended."""
         state = remembered(state)
-        status, head = self._look(state)
+        state, status, head = self._look(state)
         values = [value for view in self._ticks for value in view.values(state, status)]
         return [_ended(status), head, gr.Timer(active=status is not None and status.busy), *values]
 
-    def _look(self, state: ViewState) -> tuple[RunStatus | None, str]:
-        """The run's status and the header; a run that is gone is a sentence, not a failure."""
+    def _look(self, state: ViewState) -> tuple[ViewState, RunStatus | None, str]:
+        """The view, its run's status and the header; a run that is gone is one sentence, and the view one without a run."""
         try:
             status = self.context.status(state)
         except RunError as error:
             warn(str(error))
-            status = None
-        return status, header.draw(self.context, self._title, self._purpose, state, status)
+            state, status = state.without_run(), None
+        return state, status, header.draw(self.context, self._title, self._purpose, state, status)
 
 
 def _ended(status: RunStatus | None) -> int:

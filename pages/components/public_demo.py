@@ -23,4 +23,4 @@ def refuse(*_: Any, **__: Any) -> NoReturn:
 class Viewer(Client):
     """A client that follows work and never asks for any."""
 
-    submit = cancel = resume = delete = refuse  # type: ignore[assignment]
+    submit = cancel = resume = delete = delete_export = refuse  # type: ignore[assignment]

@@ -111,7 +111,7 @@ class Round:
         title = letter if self.hidden else f"{letter}: {name}" if self.blind else name
         weights = None if self.hidden else self.weights[index]
         if self.stopped and answer is not None and not answer.finished:
-            answer = replace(answer, finished="length")
+            answer = replace(answer, finished="stopped")
         return panel(title, self.prompt, answer, self.parts[index] if self.parts else None, weights, "" if self.hidden else side)
 
 

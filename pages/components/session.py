@@ -1,7 +1,7 @@
 """What a person looks at: run, layer, method, ratio, operations. It lives in the address: a view can be shared and survives a reload."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -20,6 +20,7 @@ class ViewState:
         method: name in `METHODS`.
         ratio: share of the whole model's parameters that is removed, in [0, 1).
         flops_ratio: share of the operations a token that is saved at least, None for no such bound; of methods that weigh operations.
+        without: the run that was shown is gone, so that the address, which may still name it, is not asked for one.
     """
 
     run: str = ""
@@ -27,6 +28,7 @@ class ViewState:
     method: str = "auto"
     ratio: float = 0.4
     flops_ratio: float | None = None
+    without: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.run and not is_run_id(self.run):
@@ -56,6 +58,10 @@ class ViewState:
         if "method" in changes and changes["method"] in METHODS and not METHODS[changes["method"]].bounds_flops:
             changes = {"flops_ratio": None, **changes}
         return replace(self, **changes)
+
+    def without_run(self) -> "ViewState":
+        """The same view when its run is gone."""
+        return replace(self.but(run=""), without=True)
 
     @property
     def query(self) -> str:

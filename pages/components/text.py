@@ -6,6 +6,8 @@ from typing import Any
 
 from moesvd_core.planning import Recipe
 
+NAME = "MoE-SVD Explorer"
+
 
 def escape(text: object) -> str:
     """Text for HTML, in contents and in attributes."""

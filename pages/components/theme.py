@@ -7,8 +7,7 @@ _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace"]
 _SMALL = "14px"
 
-# name: (light, dark)
-_COLORS = {
+COLORS = {
     "body_background_fill": ("#ffffff", "#101318"),
     "background_fill_primary": ("#ffffff", "#101318"),
     "background_fill_secondary": ("#f5f6f8", "#181c23"),
@@ -53,6 +52,7 @@ _COLORS = {
     "error_border_color": ("#9b1c1c", "#ffb4ab"),
     "table_border_color": ("#dfe2e8", "#2c323d"),
 }
+"""Of the theme, by its own names: (light, dark)."""
 _PLAIN = {
     "body_text_size": _SMALL, "block_label_text_size": _SMALL, "block_title_text_size": _SMALL, "block_info_text_size": _SMALL,
     "input_text_size": _SMALL, "checkbox_label_text_size": _SMALL, "prose_text_size": _SMALL, "section_header_text_size": _SMALL,
@@ -73,5 +73,5 @@ def theme() -> gr.themes.Base:
         text_size=gr.themes.Size(**sizes, lg="18px", xl="28px", xxl="28px", name="text_explorer"),
         radius_size=gr.themes.sizes.radius_md, spacing_size=gr.themes.sizes.spacing_md, font=_FONT, font_mono=_MONO,
     )
-    colors = {name: light for name, (light, _) in _COLORS.items()} | {f"{name}_dark": dark for name, (_, dark) in _COLORS.items()}
+    colors = {name: light for name, (light, _) in COLORS.items()} | {f"{name}_dark": dark for name, (_, dark) in COLORS.items()}
     return made.set(**colors, **_PLAIN, color_accent=ACCENT)

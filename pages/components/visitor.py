@@ -21,7 +21,7 @@ def visitor() -> str:
 def remembered(state: ViewState) -> ViewState:
     """The view's state; where the server has forgotten the tab, as its address tells it, which comes with every event."""
     request = LocalContext.request.get(None)
-    if state.run or request is None:
+    if state.run or state.without or request is None:
         return state
     return read_query(dict(request.query_params))[0]
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
 from tiny_factors import model_factors
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.checkpoint.apply import compressed
-from moesvd_core.errors import CheckpointError, UnsupportedModelError
+from moesvd_core.errors import CheckpointError, UnreachableHubError, UnsupportedModelError
 
 torch.set_num_threads(1)
 
@@ -187,6 +189,21 @@ def test_what_the_hub_cannot_tell_is_one_error_with_the_reason(
 ) -> None:
     FakeHub(tmp_path, error=error).install(monkeypatch)
     with pytest.raises(CheckpointError, match=message):
+        inspect("owner/name")
+
+
+def test_a_model_that_was_fetched_earlier_is_told_while_the_hub_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+    here = inspect(save_tiny("qwen2_moe", snapshot))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr("moesvd_core.architectures.files.snapshot_download", partial(snapshot_download, cache_dir=tmp_path))
+    FakeHub(tmp_path, error=ConnectionError("no route")).install(monkeypatch)
+    assert inspect("owner/name").as_dict() == here.as_dict() | {"source": "owner/name"}
+    with pytest.raises(UnreachableHubError, match="the hub cannot be asked"):
+        inspect("owner/another")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(UnreachableHubError, match="the hub cannot be asked"):
         inspect("owner/name")
 
 

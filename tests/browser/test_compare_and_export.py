@@ -144,6 +144,15 @@ def test_a_wrong_question_is_explained(compare: Open) -> None:
     expect(page.locator("#told")).to_have_text("")
 
 
+def test_half_a_token_and_too_many_are_refused_by_name(compare: Open) -> None:
+    page = compare()
+    field = page.get_by_label("Tokens", exact=True)
+    for given, words in (("2.5", "must be a whole number of at least 1, got 2.5"), ("5000", "must be in [1, 4096], got 5000")):
+        field.fill(given)
+        page.get_by_role("button", name="Ask both").click()
+        expect(page.get_by_text(f"“Tokens” {words}")).to_be_visible(timeout=60_000)
+
+
 def test_an_export_goes_from_the_button_to_the_visitor_s_disk(export: Open, run: RunFolder, tmp_path: Path) -> None:
     page = export()
     expect(page.locator("#export-summary")).to_contain_text("model-mixtral-auto-20-factored-compensated")
@@ -198,3 +207,24 @@ def test_downloads_ask_for_the_same_login_as_the_pages(run: RunFolder, tmp_path:
         form = urllib.parse.urlencode({"username": "moesvd", "password": "right"}).encode()
         opener.open(f"{address}/login", form)
         assert b"tiny, compressed" in opener.open(file).read()
+
+
+def test_an_export_is_deleted_once_that_was_confirmed(export: Open, run: RunFolder) -> None:
+    extra = add_export(run, "extra-export")
+    page = export()
+    field = page.get_by_role("combobox", name="Export")
+    expect(field).to_have_value("extra-export", timeout=15_000)
+    page.get_by_role("button", name="Delete this export").click()
+    expect(page.locator("#export-question [role=alert]")).to_contain_text("Delete export extra-export? 1.")
+    expect(page.get_by_role("button", name="Keep it")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#export-question")).to_be_hidden()
+    expect(page.get_by_role("button", name="Delete this export")).to_be_focused()
+    assert extra.is_dir()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Delete export", exact=True).click()
+    expect(page.get_by_text("Export extra-export is deleted")).to_be_visible()
+    expect(field).not_to_have_value("extra-export")
+    expect(page.locator("#export-files")).not_to_contain_text("extra-export")
+    expect(page.locator("#export-question")).to_be_hidden()
+    assert not extra.exists()

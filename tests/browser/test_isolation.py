@@ -1,13 +1,17 @@
 """What the server gives away: its pages, and nothing else of the machine."""
 
 import http.client
+import json
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import pytest
+from browser.wellmade import faults_of
+from playwright.sync_api import Page, expect
 
 HOUSE = Path(__file__).parents[2]
 
@@ -55,3 +59,19 @@ def test_nobody_reads_the_api_from_another_site(address: str) -> None:
             assert answer.headers.get("access-control-allow-origin") not in ("*", "https://example.org")
     except urllib.error.HTTPError as refused:
         assert refused.code == 403
+
+
+def test_a_wrong_address_shows_the_way_home_and_a_program_is_told_in_json(visit: Callable[..., Page], address: str) -> None:
+    page = visit()
+    page.get_by_role("button", name="Switch between light and dark").click()
+    other = page.context.new_page()
+    answered = other.goto(f"{address}/nopage")
+    assert answered is not None
+    assert answered.status == 404
+    assert other.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 24)", "as it was chosen in the explorer"
+    assert [fault for width in (360, 1440) for fault in faults_of(other, width)] == []
+    other.get_by_role("link", name="To the Model page, which lists all runs").click()
+    expect(other.locator("#runs table")).to_be_visible(timeout=30_000)
+    with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(f"{address}/nopage"):  # noqa: S310 - our own address
+        pass
+    assert json.loads(refused.value.read())["detail"]

@@ -1,9 +1,12 @@
 """The first page: it opens, tells what a model is, starts, cancels and finds work again."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from playwright.sync_api import Page, expect
+from browser.serving import serving
+from playwright.sync_api import Browser, Page, expect
+from runs.run_helpers import new_run
 
 Open = Callable[..., Page]
 
@@ -54,6 +57,23 @@ def test_a_model_is_known_within_seconds_and_a_wrong_name_is_explained(visit: Op
     expect(page.get_by_text("'/etc' is neither a model folder")).to_be_visible()
 
 
+SAID = """() => {
+  window.said = new Set();
+  const note = () => document.querySelectorAll('.sr-only[role=status]').forEach(each => window.said.add(each.textContent.trim()));
+  new MutationObserver(note).observe(document.body, { subtree: true, childList: true, characterData: true });
+}"""
+
+
+def test_what_is_read_out_while_a_model_is_looked_at_is_words(visit: Open) -> None:
+    page = settled(visit())
+    page.evaluate(SAID)
+    field = page.get_by_role("combobox", name="Model")
+    field.fill("demo-moe")
+    field.press("Enter")
+    page.wait_for_function("window.said.has('Done')", timeout=15_000)
+    assert [said for said in page.evaluate("[...window.said]") if re.fullmatch(r"\w+\.\w+", said)] == []
+
+
 def test_work_starts_is_found_again_and_stops_within_seconds(visit: Open) -> None:
     page = settled(visit())
     field = page.get_by_role("combobox", name="Model")
@@ -83,6 +103,52 @@ def test_light_and_dark_can_be_switched_and_are_kept(visit: Open) -> None:
     page.goto(page.url.replace("__theme=light&", ""))
     settled(page)
     assert page.evaluate(background) == "rgb(16, 19, 24)"
+
+
+def test_a_run_is_deleted_once_that_was_confirmed_and_other_tabs_are_told(visit: Open, runs: Path) -> None:
+    for name in ("going-1", "going-2"):
+        new_run(runs, name)
+    page, other = settled(visit("/?run=going-1&ratio=0.25")), settled(visit("/?run=going-1"))
+    row = page.get_by_role("button", name="Delete run going-1")
+    row.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#run-question [role=alert]")).to_contain_text("Delete run going-1 of tiny?")
+    expect(page.get_by_role("button", name="Keep it")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#run-question")).to_be_hidden()
+    expect(page.get_by_role("region", name="Runs")).to_be_focused()
+    row.click()
+    page.get_by_role("button", name="Delete run", exact=True).click()
+    expect(page.get_by_text("Run going-1 is deleted")).to_be_visible()
+    expect(page.locator("#runs")).not_to_contain_text("going-1")
+    expect(page.locator(".strip")).to_contain_text("tiny-0000000f")
+    page.wait_for_function("location.search.includes('run=tiny-0000000f') && location.search.includes('ratio=0.25')")
+    assert not (runs / "going-1").exists()
+    page.get_by_role("button", name="Delete run going-2").click()
+    page.get_by_role("button", name="Delete run", exact=True).click()
+    expect(page.locator("#runs")).not_to_contain_text("going-2")
+    expect(page.locator(".strip")).to_contain_text("tiny-0000000f")
+    other.get_by_role("button", name="Delete run going-1").click()
+    told = other.get_by_text("run going-1 is not here: it was deleted")
+    expect(told).to_be_visible()
+    other.reload()
+    expect(told).to_be_visible()
+    expect(settled(other).locator(".strip")).to_contain_text("tiny-0000000f")
+
+
+def test_without_its_last_run_the_page_and_its_address_are_as_at_the_start(browser: Browser, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    new_run(runs, "last-1")
+    with serving(["app.py", "--no-demo", "--runs", str(runs)], tmp_path / "log", flag=["--port"]) as address:
+        page = browser.new_page()
+        page.goto(f"{address}/?run=last-1&ratio=0.25")
+        page.get_by_role("button", name="Delete run last-1").click(timeout=60_000)
+        page.get_by_role("button", name="Delete run", exact=True).click()
+        expect(page.locator("#runs")).to_contain_text("No runs yet")
+        expect(page.locator("#model-facts")).to_contain_text("No model is chosen")
+        page.wait_for_function("location.search === ''")
+        expect(page.get_by_text("is not here")).to_have_count(0)
+        page.close()
 
 
 def test_whoever_leaves_pages_before_they_have_answered_stops_nobody(visit: Open) -> None:

@@ -126,11 +126,13 @@ def test_a_round_that_was_stopped_carries_no_vote(context: Context) -> None:
         ("word " * 2000, SETTINGS, "fewer than"),
         ("x" * 1_000_000, SETTINGS, "at most 100,000 characters, got 1,000,000"),
         ("x", (None, 0.9, 0.95, 3, False), "a field under"),
-        ("x", (0, 0.9, 0.95, 3, False), "new_tokens must be in"),
-        ("x", (5, -1, 0.95, 3, False), "temperature must be in"),
-        ("x", (5, float("nan"), 0.95, 3, False), "temperature must be in"),
-        ("x", (5, 0.9, 0, 3, False), "top_p must be in"),
-        ("x", (5, 0.9, 0.95, -1, False), "seed must be"),
+        ("x", (0, 0.9, 0.95, 3, False), r"“Tokens” must be in \[1, 4096\], got 0"),
+        ("x", (2.5, 0.9, 0.95, 3, False), "“Tokens” must be a whole number of at least 1, got 2.5"),
+        ("x", (5, 0.9, 0.95, 2.5, False), "“Seed” must be a whole number of at least 0, got 2.5"),
+        ("x", (5, -1, 0.95, 3, False), "“Temperature” must be in"),
+        ("x", (5, float("nan"), 0.95, 3, False), "“Temperature” must be in"),
+        ("x", (5, 0.9, 0, 3, False), "“Top p” must be in"),
+        ("x", (5, 0.9, 0.95, -1, False), "“Seed” must be 0 or more, got -1"),
         ("x", (5, 0.9, 0.95, 3, True), "no chat template"),
     ],
 )
@@ -167,6 +169,11 @@ def test_a_measurement_is_asked_of_the_worker_and_shown(context: Context) -> Non
     for evil in ("/etc/passwd", "../run.json"):
         with pytest.raises(InputError, match="nor a data set"):
             compare._measure(context)(state(), evil, 4)
+    for windows in (2.5, 0):
+        with pytest.raises(InputError, match=f"“Windows” must be a whole number of at least 1, got {windows}"):
+            compare._measure(context)(state(), "sotu", windows)
+    with pytest.raises(InputError, match=r"ratio must be in \[0, 0\.\d+\] for auto on this model, got 0.99"):
+        compare._measure(context)(state(ratio=0.99), "sotu", 4)
     assert compare._measure(context)(state(), "sotu", 4).active
     status = context.client.status(run)
     assert status.job is not None

@@ -71,13 +71,20 @@ def test_the_run_shows_its_model_before_a_worker_has_looked_at_it(context: Conte
 
 @pytest.mark.parametrize(("values", "words"), [
     (("/etc/passwd", 2, None, 0, 1), "nor a data set"),
-    (("sotu", 0, None, 0, 1), "samples must be"),
-    (("sotu", 2, 1, 0, 1), "length must be"),
-    (("sotu", 2, 100_000, 0, 1), r"length must be in \[2, 256\] tokens for this model, got 100000: give one in that range"),
+    (("sotu", 0, None, 0, 1), "“Windows” must be a whole number of at least 1 windows, got 0"),
+    (("sotu", 2, 1, 0, 1), "“Tokens a window” must be a whole number of at least 2 tokens, got 1"),
+    (("sotu", 2, 100_000, 0, 1), r"“Tokens a window” must be in \[2, 256\] tokens for this model, got 100000: give one in that range"),
 ])
 def test_settings_that_cannot_be_used_are_explained(context: Context, values: tuple[object, ...], words: str) -> None:
     with pytest.raises(InputError, match=words):
         model._analyse(context)(ViewState(), "demo-moe", ["auto"], *values)
+    assert not list(context.settings.runs.iterdir())
+
+
+def test_a_model_that_nobody_can_tell_of_leaves_no_run(context: Context) -> None:
+    """Tests are offline: whether there is one of that name is not known, and said so."""
+    with pytest.raises(InputError, match="'no/such' is no model folder, and the hub cannot be asked for it"):
+        model._analyse(context)(ViewState(), "no/such", ["auto"], *VALUES)
     assert not list(context.settings.runs.iterdir())
 
 

@@ -109,6 +109,23 @@ def test_views_are_drawn_again_when_a_job_has_ended(laid_out: tuple[Page, list[V
     assert len(drawn) == 1
 
 
+def test_a_run_that_was_deleted_in_another_tab_is_told_once_and_shown_no_more(
+    laid_out: tuple[Page, list[ViewState]], context: Context, said: list[str]
+) -> None:
+    made, drawn = laid_out
+    run = new_run(context.settings.runs)
+    state, shown, *_ = opened(made, run=run.name, layer="3")
+    context.client.delete(run)
+    drawn.clear()
+    now, _, head, timer, view = made._follow(state.but(ratio=0.1), shown)
+    assert len(said) == 1
+    assert "tiny-00000001 is not here: it was deleted" in said[0]
+    assert [each.run for each in drawn] == [""]
+    assert (view, timer.active) == ("layer None", False)
+    assert "tiny-00000001" not in head
+    assert made._follow(state.but(ratio=0.1), now)[-1] == SKIP, "nothing is drawn anew for it"
+
+
 def test_errors_become_sentences(said: list[str], caplog: pytest.LogCaptureFixture) -> None:
     def refuse() -> None:
         raise InputError("ratio must be in [0, 1), got <b>9</b>")

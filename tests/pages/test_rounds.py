@@ -82,6 +82,10 @@ def test_what_is_told_follows_the_round() -> None:
     stopped = replace(played(finished=""), stopped=True)
     assert stopped.told() == "Stopped before both were finished."
     assert 'aria-busy="true"' not in "".join(stopped.panels())
+    assert "".join(stopped.panels()).count("tokens, then it was stopped") == 2
+    one = replace(played(finished=""), stopped=True, original=said("red"))
+    assert [text in one.panels()[0] for text in ("as many as asked for", "stopped")] == [True, False]
+    assert [text in one.panels()[1] for text in ("as many as asked for", "stopped")] == [False, True]
 
 
 def test_sides_are_drawn_evenly() -> None:

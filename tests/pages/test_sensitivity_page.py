@@ -179,7 +179,9 @@ def test_measuring_is_asked_for_once(context: Context) -> None:
     with pytest.raises(InputError, match="measures its layers already"):
         sensitivity._measure(context)(state, "latent", 0.2, 4)
     new_run(context.settings.runs, "bare-00000003")
-    with pytest.raises(InputError, match="windows must be at least 1, got 0"):
-        sensitivity._measure(context)(ViewState(run="bare-00000003"), "auto", 0.5, 0)
+    for windows in (0, 2.5):
+        with pytest.raises(InputError, match=f"“Windows of text” must be a whole number of at least 1, got {windows}"):
+            sensitivity._measure(context)(ViewState(run="bare-00000003"), "auto", 0.5, windows)
+    assert context.status(ViewState(run="bare-00000003")).job is None
     with pytest.raises(RunError, match="no run is chosen"):
         sensitivity._measure(context)(ViewState(), "auto", 0.5, 4)

@@ -49,6 +49,7 @@ def test_a_forgotten_view_is_that_of_the_address() -> None:
     known = ViewState(run="other-1", method="svd")
     assert remembered(known) == known
     assert explained(lambda state: state.but(layer=5))(ViewState()) == ViewState(run=HERS, layer=5, ratio=0.3)
+    assert remembered(ViewState(run="deleted-1", ratio=0.2).without_run()) == ViewState(ratio=0.2), "and not the run that is gone"
 
 
 @pytest.mark.usefixtures("bob")

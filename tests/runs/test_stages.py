@@ -11,7 +11,7 @@ from tiny_runs import CALIBRATION, RECIPE, TEXT, do, tiny_run
 from transformers import AutoModelForCausalLM
 
 from moesvd_core.architectures.files import ModelFiles
-from moesvd_core.errors import InputError, RunError
+from moesvd_core.errors import InputError, RunError, UnreachableHubError
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress
 from moesvd_core.runs.folder import RunFolder
@@ -146,6 +146,21 @@ def test_a_copy_of_the_model_finds_the_same_run_and_another_calibration_does_not
     assert prepare(str(copy), CALIBRATION, folder=run.path).identity == run.identity
     with pytest.raises(RunError, match="holds run"):
         prepare(str(copy), replace(CALIBRATION, seed=1), folder=run.path)
+
+
+def test_a_run_of_the_hub_is_opened_again_without_asking_the_hub(tmp_path: Path) -> None:
+    """It holds the facts that its model was found to have; there is none of a model that nobody can tell of."""
+    with pytest.raises(UnreachableHubError, match="the hub cannot be asked"):
+        prepare("owner/name", CALIBRATION, root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    trusting = prepare("owner/name", CALIBRATION, root=tmp_path, allow_remote_code=True)
+    assert prepare("owner/name", CALIBRATION, root=tmp_path, allow_remote_code=True).identity == trusting.identity
+    facts = {"factored": False, "context_length": 64, "parameters": 1000, "expert_parameters": 800}
+    (trusting.path / "source.json").write_text(json.dumps({"path": "x", "fingerprint": "1", "facts": facts}))
+    again = {"folder": trusting.path, "allow_remote_code": True}
+    assert prepare("owner/name", CALIBRATION, **again, recipe=Recipe(ratio=0.7)).path == trusting.path
+    with pytest.raises(InputError, match=r"ratio must be in \[0, 0.8\] for auto on this model, got 0.9"):
+        prepare("owner/name", CALIBRATION, **again, recipe=Recipe(ratio=0.9))
 
 
 def test_keys_of_recipes_differ_where_the_recipes_do() -> None:

@@ -1,0 +1,62 @@
+"""Deleting one export of a run, the one that is chosen."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gradio as gr
+
+from moesvd_core.errors import InputError, RunError
+from moesvd_core.runs.exports import ExportFolder, open_export
+from pages.components.page import Page
+from pages.components.question import Question
+from pages.components.session import ViewState
+from pages.components.text import escape, size
+
+_EVENT: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+class ExportDeletion:
+    """Draws a button and its question where it is made."""
+
+    def __init__(self, page: Page, chosen: gr.Dropdown, drawn: Callable[[ViewState], Any]) -> None:
+        """
+        Args:
+            chosen: names the export.
+            drawn: the choice anew.
+        """
+        self._context, self._drawn = page.context, drawn
+        ask = gr.Button("Delete this export", size="sm", min_width=160, scale=0, elem_id="export-delete")
+        self._question = Question("export", back="#export-delete")
+        self._question.asked_by(ask.click(page.changes(self._ask), [page.state, chosen], self._question.outputs, **_EVENT))
+        chosen.change(self._question.none, None, self._question.outputs, **_EVENT)  # another one is shown: the question was not about it
+        self._question.confirmed(page.changes(self._delete), [page.state], [chosen])
+
+    def _ask(self, state: ViewState, name: str | None) -> tuple[Any, ...]:
+        """What would go."""
+        export = self._deletable(state, name or "")
+        goes = f"{size(export.size)} in {len(export.files)} files go with it"
+        return self._question.of(export.name, f"Delete export {export.name}? {goes}; the run stays, and can write it again.")
+
+    def _delete(self, state: ViewState, asked: str) -> tuple[Any, ...]:
+        """Delete the export that was asked about; the newest of the others is chosen."""
+        if not asked:
+            raise InputError("no export is to be deleted: press “Delete this export” first")
+        export = self._deletable(state, asked)
+        self._context.client.delete_export(self._context.require_run(state), export.name)
+        gr.Info(escape(f"Export {asked} is deleted: {size(export.size)} are free again."), title="Deleted")
+        return self._drawn(state), *self._question.none()
+
+    def _deletable(self, state: ViewState, name: str) -> ExportFolder:
+        """The export by its name.
+
+        Raises:
+            InputError: this is a public demo.
+            RunError: no such export, one that is being written or pushed, or that of another login.
+        """
+        self._context.require_rights()
+        run = self._context.require_run(state)
+        self._context.client.require_deletable_export(run, name)
+        export = open_export(run, name)
+        if self._context.pushes.busy_in(export.path):
+            raise RunError(f"{export.name} is being pushed to the hub: wait until that has ended")
+        return export
