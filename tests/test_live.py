@@ -92,7 +92,7 @@ def test_threads_take_turns(live: LiveModel) -> None:
 def test_decompositions_of_one_method_are_kept(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = live._pipeline.cache
     live.apply(live.plan(Recipe(ratio=0.35)))
-    assert {key for key, _ in cache} == {"output-per-expert", "output-latent"}
+    assert {key for key, _ in cache} == {"output-pivoted", "output-latent"}
     live.apply(live.plan(Recipe(method="svd", ratio=0.3)))
     assert {key for key, _ in cache} == {"plain-per-expert"}
     monkeypatch.setattr(live_module, "RESIDENT", 0)
