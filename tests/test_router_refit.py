@@ -118,7 +118,7 @@ def test_layers_whose_experts_stay_are_refitted_behind_the_first_that_changes(ke
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_every_family_is_written_and_loads_with_its_refitted_routers(name: str, tmp_path: Path) -> None:
     pipeline = calibrated(tmp_path, name, samples=8)
-    recipe = Recipe(method="fisher", ratio=0.5 * pipeline.max_ratio(RECIPE), refit_router=True)
+    recipe = Recipe(method="fisher", structure="per-expert", ratio=0.5 * pipeline.max_ratio(RECIPE), refit_router=True)
     plan = pipeline.plan(recipe)
     pipeline.compensate(plan)
     changed = routers(pipeline, plan)
