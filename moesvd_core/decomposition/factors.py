@@ -15,6 +15,7 @@ from math import prod, sqrt
 import torch
 
 from moesvd_core.architectures.layout import ExpertWeights
+from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.pivots import pivoted
 from moesvd_core.planning import DENSE
 
@@ -202,7 +203,8 @@ class PivotedFactors(SideFactors):
     @cached_property
     def stored(self) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
         """Every expert's product at its pivots [N, R], coefficients of the other columns [R, M - R] and pivots [R]; made once."""
-        return tuple(pivoted(left_NR, right_RM) for left_NR, right_RM in zip(self.own.left, self.own.right, strict=True))
+        pairs = list(zip(self.own.left, self.own.right, strict=True))
+        return tuple(in_parallel(lambda expert: pivoted(*pairs[expert]), len(pairs), torch.device("cpu")))
 
     def reconstruct(self) -> torch.Tensor:
         return self.own.reconstruct()
