@@ -20,6 +20,10 @@ from moesvd_core.sides import Side, by_rank, places
 _packed_sum = torch.ops.mkldnn._linear_pointwise.binary
 
 
+GATHERED = 1 << 26
+"""So many numbers at most are put in order at once: each takes an index of eight bytes."""
+
+
 class PivotedSide(Side):
     """`U_e V_e` with a rank for every expert, where some R columns of V_e, its pivots, are an identity.
 
@@ -64,7 +68,7 @@ class PivotedSide(Side):
     ) -> torch.Tensor:
         """Rows of a slab's experts, which stand at these places in it, by grouped products [Q, N]."""
         rank = self.slabs[i][0]
-        x_QC = x_QC.gather(1, self._order(i)[place_Q])
+        x_QC = _in_order(x_QC, self._order(i), place_Q)
         z_QR = x_QC[:, :rank] + grouped_linear(x_QC[:, rank:], self.get_parameter(f"right_{i}"), end_G)
         return grouped_linear(clean(z_QR), self.get_parameter(f"left_{i}"), end_G)
 
@@ -142,6 +146,15 @@ class PivotedSide(Side):
         if self.whole:
             full_ENC[list(self.whole)] = self.dense
         return full_ENC
+
+
+def _in_order(x_QC: torch.Tensor, order_GC: torch.Tensor, place_Q: torch.Tensor) -> torch.Tensor:
+    """Every row's columns in its own expert's order."""
+    most = max(1, GATHERED // x_QC.shape[1])
+    if in_graph() or len(x_QC) <= most:  # a graph is to serve any number of rows
+        return x_QC.gather(1, order_GC[place_Q])
+    parts = zip(x_QC.split(most), place_Q.split(most), strict=True)
+    return torch.cat([part_XC.gather(1, order_GC[place_X]) for part_XC, place_X in parts])
 
 
 def _ordered_times(order_C: torch.Tensor, right_RS: torch.Tensor, x_QC: torch.Tensor) -> torch.Tensor:

@@ -480,6 +480,14 @@ def test_so_do_those_of_what_rivals_store_and_every_tensor_gets_one(make: Callab
         assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
 
 
+def test_many_rows_are_put_in_order_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    factored = rounded_layer("mixtral", "pivoted", "pivoted-equal")
+    (call,) = calls_of(factored, 20, dtype=torch.bfloat16)
+    expected = factored(*call)  # gradients are recorded, so by grouped products
+    monkeypatch.setattr(pivoted_side, "GATHERED", 3 * factored.expert_layer["hidden"])
+    assert torch.equal(factored(*call), expected)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_pivots_that_were_replaced_are_followed(in_place: bool) -> None:
     model = tiny_model("mixtral")
