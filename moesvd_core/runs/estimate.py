@@ -93,8 +93,9 @@ def _factor_bytes(facts: Mapping[str, Any], methods: Iterable[str]) -> int:
 
 
 def _fitting_bytes(facts: Mapping[str, Any], tokens: int, number: int) -> int:
-    """Of a finished model's fitted output factors, below half of the experts in float32, and both streams before and behind a layer."""
-    return 4 * int(facts["expert_parameters"]) // 2 + 4 * min(tokens, TOKENS) * int(facts["hidden"]) * number
+    """Of a finished model's fitted output factors, at most twice the output matrices, a third of the experts, in float32, and both streams
+    before and behind a layer."""
+    return 4 * int(facts["expert_parameters"]) * 2 // 3 + 4 * min(tokens, TOKENS) * int(facts["hidden"]) * number
 
 
 def require(needed: Estimate, run: Path, output: Path | None) -> None:
