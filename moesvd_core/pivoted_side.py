@@ -36,7 +36,7 @@ class PivotedSide(Side):
         self.ranks, self.columns = tuple(ranks), columns
         self.slabs = by_rank(ranks)
         self.whole = tuple(expert for expert, rank in enumerate(ranks) if rank < 0)
-        self._orders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._found: tuple[list[torch.Tensor], torch.Tensor] | None = None
         for i, (rank, members) in enumerate(self.slabs):
             self.register_parameter(f"left_{i}", nn.Parameter(torch.empty(len(members), rows, rank, **kind)))
             self.register_parameter(f"right_{i}", nn.Parameter(torch.empty(len(members), rank, columns - rank, **kind)))
@@ -48,27 +48,26 @@ class PivotedSide(Side):
 
     def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         x_PC = x_PC.to(next((own.dtype for own in self.parameters()), x_PC.dtype))
+        x_PC = _in_order(x_PC, self._order(), pairs.expert_P)
         if self.slabs and len(self.slabs[0][1]) == len(self.ranks):  # one rank for all: the pairs stand as needed
-            return self._pivoted(0, x_PC, pairs.expert_P, pairs.end_E, lambda z_PR: z_PR)
+            return self._pivoted(0, x_PC, pairs.end_E, lambda z_PR: z_PR)
         y_PN = torch.zeros(len(x_PC), self.rows, dtype=x_PC.dtype, device=x_PC.device)
         for i, members in enumerate([*(members for _, members in self.slabs), *([self.whole] if self.whole else [])]):
-            place_P = self.table(f"slab {i}", x_PC.device, partial(places, members, len(self.ranks)))[pairs.expert_P]
-            runs = Runs(place_P, len(members), ascending=True)
+            place_E = self.table(f"slab {i}", x_PC.device, partial(places, members, len(self.ranks)))
+            runs = Runs(place_E[pairs.expert_P], len(members), ascending=True)
             x_QC = runs.take(x_PC)
             if i < len(self.slabs):
-                place_Q = place_P[runs.row_Q].clamp(max=len(members) - 1)  # whatever stands behind the last run is zero
-                y_QN = self._pivoted(i, x_QC, place_Q, runs.end_G, runs.clean)
+                y_QN = self._pivoted(i, x_QC, runs.end_G, runs.clean)
             else:
                 y_QN = grouped_linear(x_QC, self.dense, runs.end_G)
             y_PN.index_add_(0, runs.row_Q, runs.clean(y_QN))
         return y_PN
 
     def _pivoted(
-        self, i: int, x_QC: torch.Tensor, place_Q: torch.Tensor, end_G: torch.Tensor, clean: Callable[[torch.Tensor], torch.Tensor]
+        self, i: int, x_QC: torch.Tensor, end_G: torch.Tensor, clean: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Rows of a slab's experts, which stand at these places in it, by grouped products [Q, N]."""
+        """Rows of a slab's experts, their columns in order, by grouped products [Q, N]."""
         rank = self.slabs[i][0]
-        x_QC = _in_order(x_QC, self._order(i), place_Q)
         z_QR = x_QC[:, :rank] + grouped_linear(x_QC[:, rank:], self.get_parameter(f"right_{i}"), end_G)
         return grouped_linear(clean(z_QR), self.get_parameter(f"left_{i}"), end_G)
 
@@ -77,7 +76,7 @@ class PivotedSide(Side):
             whole = self.ranks[expert] < 0
             return times(x_QC, self.matrix("dense", self.whole.index(expert))) if whole else x_QC.new_zeros(len(x_QC), self.rows)
         rank, (i, place) = self.ranks[expert], self._place[expert]
-        order_C, right_RS = self._order(i)[place], self.matrix(f"right_{i}", place)
+        order_C, right_RS = self._order()[expert], self.matrix(f"right_{i}", place)
         x_QC = x_QC.to(right_RS.dtype)
         if len(x_QC) >= TURNED_ROWS[0] and not right_RS.is_mkldnn:
             z_QR = _ordered_times(order_C, right_RS, x_QC)
@@ -87,20 +86,23 @@ class PivotedSide(Side):
             z_QR = _packed_sum(other_QS, pivot_QR, right_RS, None, "add") if packed else torch.addmm(pivot_QR, other_QS, right_RS.t())
         return times(z_QR, self.matrix(f"left_{i}", place))
 
-    def _order(self, i: int) -> torch.Tensor:
-        """All columns, for each expert of a slab: its pivots, then the others, ascending [G, C]; made anew when pivots were replaced."""
-        pivot_GR = self.get_buffer(f"pivot_{i}")
-        found = self._orders.get(i)
-        if found is None or found[0] is not pivot_GR:
-            other_GC = torch.ones(len(pivot_GR), self.columns, dtype=torch.uint8, device=pivot_GR.device)
-            other_GC.scatter_(1, as_places(pivot_GR), 0)
-            found = pivot_GR, other_GC.argsort(dim=1, stable=True)
-            if not in_graph():  # whose memory is its own
-                self._orders[i] = found
-        return found[1]
+    def _order(self) -> torch.Tensor:
+        """All columns, for each expert: its pivots, then the others, ascending [E, C]; made anew when pivots were replaced."""
+        pivots = [self.get_buffer(f"pivot_{i}") for i in range(len(self.slabs))]
+        if self._found is not None and all(own is other for own, other in zip(self._found[0], pivots, strict=True)):
+            return self._found[1]
+        device = next((own.device for own in (*pivots, *self.parameters())), None)
+        other_EC = torch.ones(len(self.ranks), self.columns, dtype=torch.uint8, device=device)
+        for pivot_GR, (_, members) in zip(pivots, self.slabs, strict=True):
+            for expert, pivot_R in zip(members, pivot_GR, strict=True):
+                other_EC[expert].scatter_(0, as_places(pivot_R), 0)
+        order_EC = other_EC.argsort(dim=1, stable=True)
+        if not in_graph():  # whose memory is its own
+            self._found = pivots, order_EC
+        return order_EC
 
     def _load_from_state_dict(self, *call: Any) -> None:
-        self._orders.clear()  # loading may write into the pivots
+        self._found = None  # loading may write into the pivots
         self._arranged = None
         super()._load_from_state_dict(*call)
 
@@ -123,12 +125,13 @@ class PivotedSide(Side):
             after, others = place + len(members), self.columns - rank
             other_GS = torch.arange(row, row + len(members) * others, dtype=torch.int32).view(len(members), others)
             pivot_GR = torch.arange(rank, dtype=torch.int32).expand(len(members), -1)
-            row_FC[place:after].scatter_(1, self._order(i), torch.cat([pivot_GR, other_GS], 1))
+            order_GC = self._order()[list(members)]
+            row_FC[place:after].scatter_(1, order_GC, torch.cat([pivot_GR, other_GS], 1))
             right_GSR = rows_XR[row : row + other_GS.numel()].view(len(members), others, highest)[:, :, :rank]
             for name, view in ((f"left_{i}", left_FNR[place:after, :, :rank]), (f"right_{i}", right_GSR.transpose(1, 2))):
                 view.copy_(self.get_parameter(name).detach())
                 self.get_parameter(name).data = view
-            links += [partial(_ordered_times, order_C, right_SR.t()) for order_C, right_SR in zip(self._order(i), right_GSR, strict=True)]
+            links += [partial(_ordered_times, order_C, right_SR.t()) for order_C, right_SR in zip(order_GC, right_GSR, strict=True)]
             place, row = after, row + other_GS.numel()
         links += [lambda x_QC: x_QC[:, :0]] * len(nothing)
         batches = [[transposed(self.dense)]] if self.whole else []
@@ -141,7 +144,7 @@ class PivotedSide(Side):
         for i, (_, members) in enumerate(self.slabs):
             left_GNR, right_GRS = self.get_parameter(f"left_{i}"), self.get_parameter(f"right_{i}")
             ordered_GNC = torch.cat([left_GNR, left_GNR @ right_GRS], 2)
-            order_GNC = self._order(i)[:, None].expand(ordered_GNC.shape)
+            order_GNC = self._order()[list(members), None].expand(ordered_GNC.shape)
             full_ENC[list(members)] = torch.empty_like(ordered_GNC).scatter(2, order_GNC, ordered_GNC)
         if self.whole:
             full_ENC[list(self.whole)] = self.dense

@@ -23,6 +23,8 @@ COUPLED: tuple[Structure, ...] = ("kept-neurons", "kept-experts", "merged-expert
 DENSE = -1
 """Rank of a slot that is stored as the original matrix."""
 
+MANY = 32
+"""So many different ranks at most for "pivoted", where there are more slots: experts of one rank are computed together, and no others."""
 NEGATIVE_NOISE = 1e-6
 """Losses are differences of large sums: one below zero by this share of the curve's largest is rounding, a larger one is a fault."""
 
@@ -137,6 +139,8 @@ class SideCurve:
         Experts are counted one by one: blocks are for the ranks of matrices.
         """
         step = 1 if self.structure in ("kept-experts", "merged-experts") else min(block, self.max_rank)
+        if self.structure == "pivoted" and self.slots > MANY:
+            step *= -(-self.max_rank // (MANY * step))
         return np.arange(0, self.max_rank + 1, step)
 
     def as_one_slot(self) -> "SideCurve":

@@ -41,3 +41,12 @@ def test_one_slot_sums_all() -> None:
     whole = curve([[2.0, 1.0], [5.0, 3.0]], rank_cost=[2, 3], dense_cost=[10, 20]).as_one_slot()
     assert whole.loss_SR.tolist() == [[7.0, 4.0]]
     assert (whole.rank_cost_S.tolist(), whole.dense_cost_S.tolist()) == ([5], [30])
+
+
+def test_many_experts_without_identities_share_few_ranks() -> None:
+    losses = [np.linspace(1.0, 0.0, 2049).tolist()]
+    for slots, count in ((1, 257), (32, 257), (33, 33), (128, 33)):
+        made = curve(losses * slots, structure="pivoted", rank_cost=4097, dense_cost=2048**2)
+        assert made.ranks_on_offer(8).size == count
+        assert made.ranks_on_offer(8)[-1] == 2048
+    assert curve(losses * 128, rank_cost=4096, dense_cost=2048**2).ranks_on_offer(8).size == 257
