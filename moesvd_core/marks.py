@@ -28,7 +28,7 @@ METHOD_MARKS = {
     "moe-svd": Mark("#CC79A7", "solid", "triangle-up"),
     "moe-svd-refit": Mark("#CC79A7", "dash", "triangle-up-open"),
     "svd-llm": Mark("#E69F00", "solid", "cross"),
-    "mpifa": Mark("#E69F00", "dot", "cross-open"),
+    "mpifa": Mark("#E69F00", "longdash", "cross-open"),
     "owl": Mark("#56B4E9", "dash", "x"),
     "asvd": Mark("#B8A400", "dot", "star"),
     "svd": Mark("#8A8F98", "dot", "circle-open"),

@@ -111,32 +111,37 @@ class PivotedSide(Side):
         return bool(self.slabs)
 
     def _arrange(self) -> Arranged:
-        """All U [F, N, R] of one rank, and the other columns of all V as rows behind those of an identity, which all experts share, and one
-        of zeros, for experts that have nothing."""
+        """All U as rows, and the other columns of all V as rows behind those of an identity, which all experts share. Rows of V are filled
+        up to the highest rank; where that asks for rows of U that an expert has not, it reads one of zeros."""
         example, highest = self.get_parameter("left_0").detach(), -(-self.slabs[0][0] // 8) * 8
-        nothing = tuple(expert for expert, rank in enumerate(self.ranks) if rank == 0)
-        factored, own = (*self._place, *nothing), sum(len(members) * (self.columns - rank) for rank, members in self.slabs)
-        left_FNR = example.new_zeros(len(factored), highest, self.rows).transpose(1, 2)
-        rows_XR = example.new_zeros(highest + 1 + own, highest)
+        factored = (*self._place, *(expert for expert, rank in enumerate(self.ranks) if rank == 0))
+        rows_XR = example.new_zeros(highest + 1 + sum(len(members) * (self.columns - rank) for rank, members in self.slabs), highest)
         rows_XR[:highest].fill_diagonal_(1)
-        row_FC = torch.full((len(factored), self.columns), highest, dtype=torch.int32)
-        links, place, row = list[Link](), 0, highest + 1
+        rows_YN = example.new_zeros(1 + sum(len(members) * rank for rank, members in self.slabs), self.rows)
+        row_FC = torch.full((len(factored), self.columns), highest, dtype=torch.int32)  # a row of zeros
+        row_FR = torch.zeros(len(factored), highest, dtype=torch.int32)  # the same
+        first_links, last_links = list[Link](), list[Link]()
+        x, y = highest + 1, 1
         for i, (rank, members) in enumerate(self.slabs):
-            after, others = place + len(members), self.columns - rank
-            other_GS = torch.arange(row, row + len(members) * others, dtype=torch.int32).view(len(members), others)
+            place, others, order_GC = len(last_links), self.columns - rank, self._order()[list(members)]
+            after, x_end, y_end = place + len(members), x + len(members) * others, y + len(members) * rank
+            other_GS = torch.arange(x, x_end, dtype=torch.int32).view(len(members), others)
             pivot_GR = torch.arange(rank, dtype=torch.int32).expand(len(members), -1)
-            order_GC = self._order()[list(members)]
             row_FC[place:after].scatter_(1, order_GC, torch.cat([pivot_GR, other_GS], 1))
-            right_GSR = rows_XR[row : row + other_GS.numel()].view(len(members), others, highest)[:, :, :rank]
-            for name, view in ((f"left_{i}", left_FNR[place:after, :, :rank]), (f"right_{i}", right_GSR.transpose(1, 2))):
+            row_FR[place:after, :rank] = torch.arange(y, y_end, dtype=torch.int32).view(len(members), rank)
+            right_GSR = rows_XR[x:x_end].view(len(members), others, highest)[:, :, :rank]
+            left_GRN = rows_YN[y:y_end].view(len(members), rank, self.rows)
+            for name, transposed_G in ((f"right_{i}", right_GSR), (f"left_{i}", left_GRN)):
+                view = transposed_G.transpose(1, 2)
                 view.copy_(self.get_parameter(name).detach())
                 self.get_parameter(name).data = view
-            links += [partial(_ordered_times, order_C, right_SR.t()) for order_C, right_SR in zip(order_GC, right_GSR, strict=True)]
-            place, row = after, row + other_GS.numel()
-        links += [lambda x_QC: x_QC[:, :0]] * len(nothing)
-        batches = [[transposed(self.dense)]] if self.whole else []
-        step = Step(links, rows_XR, row_FC, len(self.whole))
-        return Arranged(self._parameters, [*batches, [step, left_FNR]], self.whole + factored, self.ranks)
+            first_links += [partial(_ordered_times, order_C, right_SR.t()) for order_C, right_SR in zip(order_GC, right_GSR, strict=True)]
+            last_links += left_GRN
+            x, y = x_end, y_end
+        first_links += [lambda x_QC: x_QC[:, :0]] * (len(factored) - len(last_links))
+        last_links += [rows_YN[:0]] * (len(factored) - len(last_links))
+        steps = Step(first_links, rows_XR, row_FC, len(self.whole)), Step(last_links, rows_YN, row_FR, len(self.whole))
+        return Arranged(self._parameters, [*([[transposed(self.dense)]] if self.whole else []), steps], self.whole + factored, self.ranks)
 
     def matrices(self) -> torch.Tensor:
         example = next(self.parameters(), torch.empty(0))
