@@ -77,7 +77,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     opened.get_by_label("Windows at once").fill(str(CALIBRATION.batch))
     for method in ("auto", "moe-svd"):
         opened.get_by_role("checkbox", name=method, exact=True).uncheck()
-    opened.get_by_role("button", name="Analyse").click()
+    opened.get_by_role("button", name="Analyse", exact=True).click()
     expect(opened.locator(".job.running .job-text")).to_contain_text("calibrate", timeout=60_000)
     opened.wait_for_function("location.search.includes('run=tiny-mixtral-')")
     yield opened

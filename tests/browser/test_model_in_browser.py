@@ -82,7 +82,7 @@ def test_work_starts_is_found_again_and_stops_within_seconds(visit: Open) -> Non
     expect(page.locator("#model-facts")).to_contain_text("16.3 M", timeout=15_000)
     page.get_by_role("button", name="Calibration settings").click()
     page.get_by_label("Windows", exact=True).fill("64")
-    page.get_by_role("button", name="Analyse").click()
+    page.get_by_role("button", name="Analyse", exact=True).click()
     expect(page.locator(".job.running, .job.queued")).to_be_visible(timeout=15_000)
     expect(page.locator(".strip")).to_contain_text("demo-moe-")
     where = page.url.removeprefix(page.evaluate("location.origin"))

@@ -52,7 +52,7 @@ def test_from_a_model_to_a_checkpoint_that_loads(visit: Open, tmp_path: Path) ->
     page.get_by_label("Tokens a window").fill("64")
     for method in ("moe-svd", "svd-llm"):
         page.get_by_role("checkbox", name=method, exact=True).uncheck()
-    page.get_by_role("button", name="Analyse").click()
+    page.get_by_role("button", name="Analyse", exact=True).click()
     page.wait_for_function("location.search.includes('run=demo-moe-')", timeout=30_000)
     expect(page.locator(".job.finished .job-title")).to_have_text("Analysis finished", timeout=240_000)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from analysed_run import METHODS, analysed_run
@@ -89,7 +90,8 @@ def test_one_layer_in_detail(context: Context, run: RunFolder, file: dict[str, A
             rows = [row for row in data["rows"] if row[0] == ", ".join(names)]
             assert [row[5] for row in rows] == pytest.approx((1000 * own[side].loss_SR.sum(axis=0)).tolist())
             assert [row[3] for row in rows] == list(range(own[side].max_rank + 1))
-            assert rows[-1][4] == pytest.approx(own[side].max_rank * own[side].rank_cost_S.sum() / own[side].dense_parameters)
+            full = np.array([own[side].max_rank])
+            assert rows[-1][4] == pytest.approx(own[side].parameters_SP(full).sum() / own[side].dense_parameters)
     assert [row[2] for row in loads["rows"]] == pytest.approx([row["f"] for row in file["experts"] if row["layer"] == 2])
     plans = analysis.plan_tables(run)
     assert list(plans) == METHODS
