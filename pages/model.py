@@ -149,7 +149,7 @@ def _run_shown(context: Context) -> Callable[[ViewState], Any]:
         """The run's model and calibration, in the fields and beside them."""
         run = context.open(state)
         if run is None:
-            return gr.Dropdown(choices=context.models(), value=None), None, _no_model(), "", *[gr.skip() for _ in range(5)]
+            return gr.Dropdown(choices=context.models()), None, _no_model(), "", *[gr.skip() for _ in range(5)]
         model, facts = context.model_name(run.identity.model), context.facts(run)
         used = Calibration.from_dict(dict(run.identity.calibration))
         values = (used.dataset, used.samples, used.length, used.seed, used.batch)

@@ -78,7 +78,7 @@ def test_where_they_have_nothing_in_common_no_base_is_made_and_none_is_looked_fo
 ) -> None:
     pipeline = calibrated(save_tiny("mixtral", tmp_path / "model"), tmp_path / "run")
     curves = pipeline.curves(METHODS["auto"])
-    assert {curve.structure for curve in curves} == {"per-expert", "latent"}
+    assert {curve.structure for curve in curves} == {"pivoted", "latent"}
     again = Pipeline(pipeline.stream, pipeline.statistics, tmp_path / "run")
     monkeypatch.setattr(LayerStream, "layer", None)  # no layer is loaded
     assert len(again.curves(METHODS["auto"])) == len(curves)
@@ -86,6 +86,6 @@ def test_where_they_have_nothing_in_common_no_base_is_made_and_none_is_looked_fo
 
 def test_the_screen_is_of_the_base_alone() -> None:
     assert [(each.structures, each.screen) for each in single_structures(method("auto"))] == [
-        (("per-expert",), False), (("latent",), False), (("base-delta",), True),
+        (("pivoted",), False), (("latent",), False), (("base-delta",), True),
     ]
     assert not method("d2-moe").screen
