@@ -19,7 +19,6 @@ from moesvd_core.sides import Side, by_rank, places
 
 _packed_sum = torch.ops.mkldnn._linear_pointwise.binary
 
-
 GATHERED = 1 << 26
 """So many numbers at most are put in order at once: each takes an index of eight bytes."""
 
@@ -88,14 +87,14 @@ class PivotedSide(Side):
 
     def _order(self) -> torch.Tensor:
         """All columns, for each expert: its pivots, then the others, ascending [E, C]; made anew when pivots were replaced."""
-        pivots = [self.get_buffer(f"pivot_{i}") for i in range(len(self.slabs))]
+        pivots = [pivot_GR for pivot_GR in self._buffers.values() if pivot_GR is not None]  # one a slab, in their order
         if self._found is not None and all(own is other for own, other in zip(self._found[0], pivots, strict=True)):
             return self._found[1]
         device = next((own.device for own in (*pivots, *self.parameters())), None)
         other_EC = torch.ones(len(self.ranks), self.columns, dtype=torch.uint8, device=device)
         for pivot_GR, (_, members) in zip(pivots, self.slabs, strict=True):
-            for expert, pivot_R in zip(members, pivot_GR, strict=True):
-                other_EC[expert].scatter_(0, as_places(pivot_R), 0)
+            of_slab_GC = other_EC.new_ones(len(members), self.columns).scatter_(1, as_places(pivot_GR), 0)
+            other_EC[list(members)] = of_slab_GC
         order_EC = other_EC.argsort(dim=1, stable=True)
         if not in_graph():  # whose memory is its own
             self._found = pivots, order_EC

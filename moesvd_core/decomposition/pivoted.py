@@ -30,8 +30,8 @@ class PivotedBasis(PerExpertBasis):
     @classmethod
     def made(cls, metric: LayerMetric, side: Side, kind: Metric) -> "PivotedBasis":
         """As `PerExpertBasis.made`."""
-        directions = best_directions(metric, side, kind, min(metric.shape(side)), partial(metric.outer, side))
-        basis_ERS, loss_ER, gain_ER = directions
+        ranks = min(metric.shape(side))
+        basis_ERS, loss_ER, gain_ER = best_directions(metric, side, kind, ranks, partial(metric.outer, side))
         return cls(metric, side, kind, basis_ERS, pivoted_curve(metric, side, loss_ER, gain_ER))
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
