@@ -13,6 +13,8 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.functional import silu
+from transformers.integrations.moe import _default_apply_gate
 
 from moesvd_core.batched import Arranged, Slots, chained, every_pair, every_row, slot_rows, sum_of_pairs
 from moesvd_core.factor_sides import make_side
@@ -45,6 +47,8 @@ def gate_of(module: nn.Module, rows: str) -> Gate:
     """
     if rows == "plain":
         return _activation(module)
+    if getattr(type(module), "_apply_gate", _default_apply_gate) is _default_apply_gate and type(_activation(module)) is nn.SiLU:
+        return swiglu
     if hasattr(module, "_apply_gate"):
         shell = copy.copy(module)
         shell._parameters, shell._buffers = {}, {}
@@ -57,6 +61,12 @@ def gate_of(module: nn.Module, rows: str) -> Gate:
         return activation(gate_PM) * up_PM
 
     return chunked
+
+
+def swiglu(pre_PN: torch.Tensor) -> torch.Tensor:
+    """What most families do, and what a GPU's kernels do by themselves (`TiledSide.gated`)."""
+    gate_PM, up_PM = pre_PN.chunk(2, dim=-1)
+    return silu(gate_PM) * up_PM
 
 
 def _activation(module: nn.Module) -> Gate:
@@ -161,7 +171,11 @@ class FactoredExperts(nn.Module):
             pre_PN = self.input(hidden_TD, pairs)
             if self.input_bias is not None:
                 pre_PN = pre_PN + self.input_bias[pairs.expert_P]
-            out_TD = self.output(self.gate(pre_PN), pairs)
+            gated = pairs.tiles is not None and self.gate is swiglu and self.output.by_pair and not self._heard
+            if pairs.tiles is not None and gated and (tiled := self.output.tiled()) is not None:
+                out_TD = self.output.widen(pairs.combine(tiled.gated(pre_PN, pairs.tiles)))
+            else:
+                out_TD = self.output(self.gate(pre_PN), pairs)
         if self.output_bias is not None:
             out_TD = out_TD + pairs.combine(self.output_bias[pairs.expert_P])
         return out_TD.to(hidden_TD.dtype)

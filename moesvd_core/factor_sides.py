@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from moesvd_core.batched import Arranged, transposed
 from moesvd_core.grouped import Pairs, Runs, grouped_linear
 from moesvd_core.sides import DISTINCT_RANKS, Side, places, segments
+from moesvd_core.tiles import TiledSide
 
 
 class DenseSide(Side):
@@ -45,6 +46,9 @@ class DenseSide(Side):
 
     def _arrange(self) -> Arranged:
         return Arranged(self._parameters, [[transposed(self.weight)]])
+
+    def _tile(self) -> TiledSide | None:
+        return TiledSide(self._parameters, [list(self.weight)]) if self.weight.numel() > 0 else None
 
     def matrices(self) -> torch.Tensor:
         return self.weight
@@ -126,6 +130,21 @@ class PerExpertSide(Side):
                 self.get_parameter(name).data = view
         batches = [*([[transposed(self.dense)]] if self.whole else []), *([factors] if factors else [])]
         return Arranged(self._parameters, batches, self.whole + self.factored, self.ranks)
+
+    def _tile(self) -> TiledSide | None:
+        if not self.slabs:
+            return None
+        experts = len(self.ranks)
+        pieces = 1 if self._apart else len(self.slabs)
+        first, last = ([list[torch.Tensor | None]([None] * experts) for _ in range(pieces)] for _ in range(2))
+        for expert in self.factored:
+            last[0][expert] = self.get_parameter("left_0")[0, :, :0]  # of rank 0, or with pieces in other slabs only
+        for i, (_, members) in enumerate(self.slabs):
+            for place, expert in enumerate(members):
+                right_RC, left_NR = self.get_parameter(f"right_{i}")[place], self.get_parameter(f"left_{i}")[place]
+                first[i % pieces][expert], last[i % pieces][expert] = right_RC, left_NR
+        whole = [self.dense[self.whole.index(expert)] if expert in self.whole else None for expert in range(experts)] if self.whole else ()
+        return TiledSide(self._parameters, last, first, whole)
 
     def join(self) -> None:
         """Fill all factors up to the largest rank, in place of slabs that cannot be views of them."""
@@ -241,6 +260,9 @@ class SharedRightSide(Side):
         left_ENR, right_RC = (transposed(self.get_parameter(name)) for name in ("left_0", "right_0"))
         return Arranged(self._parameters, [[left_ENR]], shared_NC=right_RC)
 
+    def _tile(self) -> TiledSide | None:
+        return TiledSide(self._parameters, [list(self.get_parameter("left_0"))]) if self.batchable else None
+
     def matrices(self) -> torch.Tensor:
         full: dict[int, torch.Tensor] = {}
         for g, group in enumerate(self.groups):
@@ -297,6 +319,9 @@ class SharedLeftSide(Side):
 
     def _arrange(self) -> Arranged:
         return Arranged(self._parameters, [[transposed(self.right)]], shared_NC=transposed(self.left))
+
+    def _tile(self) -> TiledSide | None:
+        return TiledSide(self._parameters, [list(self.right)]) if self.batchable else None
 
     def matrices(self) -> torch.Tensor:
         return self.left @ self.right

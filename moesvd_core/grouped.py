@@ -3,7 +3,7 @@
 On CPUs a grouped kernel is a loop over all experts itself. There the loop may as well be in the open, over those that are asked: each takes
 its rows through all of its matrices at once, of whatever ranks, and the answers are written where they belong.
 
-An export carries a copy of this file, so it must import torch and transformers only.
+An export carries a copy of this file, so it must import torch, transformers and `kernels.py` and `tiles.py` only.
 
 Shapes: T tokens, k active experts a token, P = T·k pairs of a token and one of its experts, sorted by expert; E experts; Q places of rows
 arranged by group, G groups; N rows and C columns of one matrix.
@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.functional import embedding_bag, linear
 from transformers.integrations.moe import _grouped_linear
+
+from moesvd_core.kernels import usable
+from moesvd_core.tiles import Tiles
 
 _packed_linear = torch.ops.mkldnn._linear_pointwise
 
@@ -195,6 +198,7 @@ class Pairs:
         expert_P: the expert of each pair.
         runs: those of the experts that are asked, where these should take turns; None where finding out would make the host wait for a
             GPU, in graphs, and where gradients are recorded.
+        tiles: the pairs as a GPU's own kernels need them; None where these cannot be used.
     """
 
     def __init__(self, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None, experts: int) -> None:
@@ -204,6 +208,11 @@ class Pairs:
         self._end_E: torch.Tensor | None = None
         self.expert_P = index_Tk.reshape(-1)
         self.runs: list[Run] | None = None
+        self.tiles: Tiles | None = None
+        if index_Tk.numel() > 0 and usable(index_Tk) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self.tiles = Tiles(index_Tk, experts)
+            self.expert_P, self._end_E = self.tiles.expert_P, self.tiles.end_E
+            return
         open_loop = not (keeps_tail(index_Tk) or torch.is_grad_enabled())
         if open_loop and len(index_Tk) == 1:  # one token: every pair is a run, in whatever order
             self.runs = [(expert, place, place + 1) for place, expert in enumerate(self.expert_P.tolist())]
@@ -223,6 +232,8 @@ class Pairs:
     @property
     def token_P(self) -> torch.Tensor | None:  # noqa: N802 - a tensor, named by its shape
         """The token of each pair; None where there is only one."""
+        if self.tiles is not None:
+            return self.tiles.token_P
         return None if self._order_P is None else self._order_P // self._shape[1]
 
     def spread(self, x_TC: torch.Tensor) -> torch.Tensor:
@@ -231,6 +242,8 @@ class Pairs:
 
     def combine(self, y_PN: torch.Tensor) -> torch.Tensor:
         """Each token's weighted sum of its experts' answers [T, N], always added in the order of the router's choice."""
+        if self.tiles is not None:
+            return self.tiles.combine(y_PN, self._weight_Tk, self._shape[1])
         if self._order_P is None and self._weight_Tk is not None:
             exact = torch.promote_types(y_PN.dtype, self._weight_Tk.dtype)
             return torch.mm(self._weight_Tk.to(exact), y_PN.to(exact))

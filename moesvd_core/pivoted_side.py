@@ -16,6 +16,7 @@ from moesvd_core.batched import Arranged, Link, Step, transposed
 from moesvd_core.factor_sides import STRUCTURES
 from moesvd_core.grouped import TURNED_ROWS, Pairs, Runs, grouped_linear, in_graph, times
 from moesvd_core.sides import Side, by_rank, places
+from moesvd_core.tiles import TiledSide
 
 _packed_sum = torch.ops.mkldnn._linear_pointwise.binary
 
@@ -102,7 +103,7 @@ class PivotedSide(Side):
 
     def _load_from_state_dict(self, *call: Any) -> None:
         self._found = None  # loading may write into the pivots
-        self._arranged = None
+        self._arranged = self._tiled = None
         super()._load_from_state_dict(*call)
 
     @property
@@ -141,6 +142,20 @@ class PivotedSide(Side):
         last_links += [rows_YN[:0]] * (len(factored) - len(last_links))
         steps = Step(first_links, rows_XR, row_FC, len(self.whole)), Step(last_links, rows_YN, row_FR, len(self.whole))
         return Arranged(self._parameters, [*([[transposed(self.dense)]] if self.whole else []), steps], self.whole + factored, self.ranks)
+
+    def _tile(self) -> TiledSide | None:
+        if not self.slabs:
+            return None
+        first, last, whole = (list[torch.Tensor | None]([None] * len(self.ranks)) for _ in range(3))
+        for expert, rank in enumerate(self.ranks):
+            if rank < 0:
+                whole[expert] = self.get_parameter("dense")[self.whole.index(expert)]
+            elif rank == 0:
+                last[expert] = self.get_parameter("left_0")[0, :, :0]
+            else:
+                i, place = self._place[expert]
+                first[expert], last[expert] = self.get_parameter(f"right_{i}")[place], self.get_parameter(f"left_{i}")[place]
+        return TiledSide(self._parameters | self._buffers, [last], [first], whole if self.whole else (), self._order())
 
     def matrices(self) -> torch.Tensor:
         example = next(self.parameters(), torch.empty(0))

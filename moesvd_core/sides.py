@@ -14,6 +14,7 @@ from torch import nn
 
 from moesvd_core.batched import Arranged
 from moesvd_core.grouped import Pairs, grouped_linear, in_turns, pack, through, times
+from moesvd_core.tiles import TiledSide, where
 
 DISTINCT_RANKS = 8
 """Up to so many different ranks a side, experts of equal rank are computed together; beyond, ranks are split into powers of two."""
@@ -65,11 +66,15 @@ class Side(nn.Module):
         self._tables: dict[str, torch.Tensor] = {}
         self._packed: dict[str, list[torch.Tensor]] = {}
         self._arranged: Arranged | None = None
+        self._tiled: TiledSide | None = None
 
     def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """Multiply by every pair's own matrix."""
         if self.reads_tokens:
-            return self.multiply(pairs.spread(self.narrow(x)), pairs)
+            x_TC = self.narrow(x)
+            if pairs.tiles is not None and (tiled := self.tiled()) is not None:
+                return tiled.times(x_TC, pairs.tiles, pairs.tiles.token_P)
+            return self.multiply(pairs.spread(x_TC), pairs)
         return self.widen(pairs.combine(self.multiply(x, pairs)))
 
     def narrow(self, x_TC: torch.Tensor) -> torch.Tensor:
@@ -84,11 +89,24 @@ class Side(nn.Module):
         """Every pair's own matrix times its row [P, N], but for what `narrow` and `widen` do."""
         if pairs.runs is not None:
             return in_turns(x_PC, None, pairs.runs, self.answer, self.rows)
+        if pairs.tiles is not None and (tiled := self.tiled()) is not None:
+            return tiled.times(x_PC, pairs.tiles, None)
         return self.multiply_grouped(x_PC, pairs)
 
     def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        """The same by grouped products: on GPUs, and where gradients or graphs are recorded."""
+        """The same by grouped products: where gradients or graphs are recorded, and on GPUs that `tiled` gives nothing for."""
         raise NotImplementedError
+
+    def tiled(self) -> TiledSide | None:
+        """The matrices as a GPU's own kernels find them, without gradients; None for structures that they do not know."""
+        own = self._parameters | self._buffers
+        if self._tiled is None or self._tiled.found != where(own):
+            known = all(tensor is None or (tensor.is_cuda and tensor.itemsize == 2) for tensor in own.values())
+            self._tiled = self._tile() if known else None
+        return self._tiled
+
+    def _tile(self) -> TiledSide | None:
+        return None
 
     def answer(self, expert: int, x_QC: torch.Tensor) -> torch.Tensor:
         """The same for rows of one expert [Q, N]."""
@@ -146,7 +164,7 @@ class Side(nn.Module):
 
     def _apply(self, *call: Any, **more: Any) -> "Side":
         """What moves parameters leaves the memory behind that they were views of."""
-        self._arranged = None
+        self._arranged = self._tiled = None
         return super()._apply(*call, **more)  # type: ignore[no-untyped-call, no-any-return]
 
     def _save_to_state_dict(self, *call: Any) -> None:
@@ -160,7 +178,7 @@ class Side(nn.Module):
         super()._save_to_state_dict(*call)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_arranged": None}
+        return self.__dict__ | {"_arranged": None, "_tiled": None}
 
     def join(self) -> None:
         """Make one step of what is none (see `FactoredExperts.pack`)."""

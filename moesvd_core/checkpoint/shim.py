@@ -10,14 +10,14 @@ from types import ModuleType
 
 import transformers
 
-from moesvd_core import batched, experts, factor_sides, grouped, kept_router, pivoted_side, rival_sides, sides
+from moesvd_core import batched, experts, factor_sides, grouped, kept_router, kernels, pivoted_side, rival_sides, sides, tiles
 from moesvd_core.architectures import deepseek
 from moesvd_core.checkpoint import plugin
 from moesvd_core.errors import UnsupportedModelError
 
 MODULE = "modeling_moesvd"
 FILE = f"{MODULE}.py"
-_FACTORED = (grouped, batched, sides, factor_sides, experts, pivoted_side, rival_sides, kept_router, plugin)
+_FACTORED = (kernels, tiles, grouped, batched, sides, factor_sides, experts, pivoted_side, rival_sides, kept_router, plugin)
 """What loads factored experts, each after the ones that it imports."""
 
 _HEAD = '''"""Loads this checkpoint with `trust_remote_code=True`, without the package that made it.

@@ -10,9 +10,10 @@ Shapes: B prompts, T tokens of each.
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class Speed:
 
     Attributes:
         prefill, decode: tokens a second of the prompts, and of the tokens after them.
-        experts_prefill, experts_decode: the same, counting only the time within the layers' experts: what compression is about.
+        experts_prefill, experts_decode: the same, counting only the time within the layers' experts: what compression is about. On GPUs
+            that of the experts' calls alone, one after the other, called or played back as a graph, whichever is faster for the model.
         weight_bytes: parameters and buffers.
         peak_bytes: the most that was held at once, weights included, while answering (accelerator: the allocator's figure; host: all
             tensors that lived at once).
@@ -90,9 +92,10 @@ def measure_speed(models: Mapping[str, PreTrainedModel], test: SpeedTest | None 
     prompts = {name: _prompt(model, test) for name, model in models.items()}
     held = {name: (_flops(model, prompts[name]), _peak_bytes(model, prompts[name], test)) for name, model in models.items()}
     timings: dict[str, list[tuple[float, ...]]] = {name: [] for name in models}
+    played = {name: _ExpertsPlayed(model, prompts[name], test.new_tokens) for name, model in models.items() if _on_gpu(model)}
     for repeat in range(test.repeats):
         for name in list(models)[:: 1 if repeat % 2 == 0 else -1]:
-            timings[name].append(_timed(models[name], prompts[name], test.new_tokens))
+            timings[name].append(_timed(models[name], prompts[name], test.new_tokens, played.get(name)))
         report(Progress("speed", repeat + 1, test.repeats))
     result = {}
     for name, model in models.items():
@@ -116,13 +119,20 @@ def _prompt(model: PreTrainedModel, test: SpeedTest) -> torch.Tensor:
     return torch.randint(0, vocabulary, (test.batch, test.prompt_tokens), generator=noise).to(model.device)
 
 
-def _timed(model: PreTrainedModel, prompt_BT: torch.Tensor, new_tokens: int) -> tuple[float, ...]:
+def _timed(
+    model: PreTrainedModel, prompt_BT: torch.Tensor, new_tokens: int, played: "_ExpertsPlayed | None"
+) -> tuple[float, ...]:
     """Tokens a second of prompts and of decoding, of the whole model and of its experts alone."""
-    with _ExpertsClock(model) as clock:
-        seconds = _answer(model, prompt_BT, new_tokens, between=clock.lap)
-        clock.lap()
+    if played is None:
+        with _ExpertsClock(model) as clock:
+            seconds = _answer(model, prompt_BT, new_tokens, between=clock.lap)
+            clock.lap()
+        laps = clock.laps
+    else:
+        seconds = _answer(model, prompt_BT, new_tokens)
+        laps = played.laps()
     tokens = prompt_BT.numel(), prompt_BT.shape[0] * new_tokens
-    return tuple(count / each for taken in (seconds, clock.laps) for count, each in zip(tokens, taken, strict=True))
+    return tuple(count / each for taken in (seconds, laps) for count, each in zip(tokens, taken, strict=True))
 
 
 @torch.no_grad()
@@ -145,7 +155,7 @@ def _answer(
 
 
 class _ExpertsClock:
-    """Adds up the seconds within the experts of all layers, lap by lap: by the host's clock, or on GPUs by events in its own stream.
+    """Adds up the seconds within the experts of all layers by the host's clock, lap by lap.
 
     Attributes:
         laps: seconds of each lap so far.
@@ -154,8 +164,7 @@ class _ExpertsClock:
     def __init__(self, model: PreTrainedModel) -> None:
         self.laps: list[float] = []
         self._modules = [model.get_submodule(layer.name) for layer in expert_layers(model)]
-        self._on_gpu = model.device.type == "cuda"
-        self._marks: list[Any] = []
+        self._marks: list[float] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> "_ExpertsClock":
@@ -169,21 +178,80 @@ class _ExpertsClock:
 
     def lap(self) -> None:
         """Close a lap. Everything before it must have been waited for."""
-        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
-        self.laps.append(sum(begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin for begin, end in pairs))
+        self.laps.append(sum(end - begin for begin, end in zip(self._marks[::2], self._marks[1::2], strict=True)))
         self._marks = []
 
     def _mark(self, *_: object) -> None:
-        if self._on_gpu:
-            mark: Any = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        else:
-            mark = time.perf_counter()
-        self._marks.append(mark)
+        self._marks.append(time.perf_counter())
+
+
+class _ExpertsPlayed:
+    """The calls that a GPU's experts get while a model answers, to be made again by themselves: in between, the host's launches of all
+    else would be timed. What can be recorded as a graph is also played back as one, since launches take longer than small experts do.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, prompt_BT: torch.Tensor, new_tokens: int) -> None:
+        calls = list[partial[torch.Tensor]]()
+        modules = [model.get_submodule(layer.name) for layer in expert_layers(model)]
+        handles = [module.register_forward_pre_hook(partial(_note, calls), with_kwargs=True) for module in modules]
+        _answer(model, prompt_BT, new_tokens)
+        for handle in handles:
+            handle.remove()
+        laps = calls[: len(modules)], calls[len(modules) :]
+        # A loop over the experts that were asked waits for the GPU, which no graph can.
+        recordable = getattr(model.config.get_text_config(), "_experts_implementation", None) != "eager"
+        self._plays = [_faster([partial(_in_sequence, lap), *([_recorded(lap)] if recordable else [])]) for lap in laps]
+
+    @torch.no_grad()
+    def laps(self) -> list[float]:
+        """Seconds of the prompts' calls, and of those of decoding."""
+        return [_gpu_seconds(play) for play in self._plays]
+
+
+def _note(calls: "list[partial[torch.Tensor]]", module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    calls.append(partial(module.forward, *args, **kwargs))
+
+
+def _in_sequence(calls: "Sequence[partial[torch.Tensor]]") -> None:
+    for call in calls:
+        call()
+
+
+def _recorded(calls: "Sequence[partial[torch.Tensor]]") -> Callable[[], None]:
+    """What plays the calls back."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what is made at the first call must not be recorded
+        _in_sequence(calls)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _in_sequence(calls)
+    return graph.replay
+
+
+def _faster(plays: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    for play in plays:
+        play()
+    return min(plays, key=lambda play: min(_gpu_seconds(play) for _ in range(3)))
+
+
+def _gpu_seconds(play: Callable[[], None]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    play()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
+
+
+def _on_gpu(model: PreTrainedModel) -> bool:
+    return model.device.type == "cuda"
 
 
 def _synchronise(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
+    if _on_gpu(model):
         torch.cuda.synchronize(model.device)
 
 
@@ -245,7 +313,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 def _peak_bytes(model: PreTrainedModel, prompt_BT: torch.Tensor, test: SpeedTest) -> int:
     """Most bytes held at once while answering, weights included, once a CPU's first answer has arranged what there is to arrange."""
-    if model.device.type == "cuda":
+    if _on_gpu(model):
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
         _answer(model, prompt_BT, test.new_tokens)

@@ -32,9 +32,13 @@ assert (first(ids).logits - again(ids).logits).abs().max() < 1e-6
 @pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "DeepseekForCausalLM", "Llama4ForCausalLM"])
 def test_imports_nothing_of_ours_and_defines_the_class_it_is_asked_for(architecture: str) -> None:
     tree = ast.parse(shim_source(architecture))
+    spared = [node for node in tree.body if isinstance(node, ast.Try)]  # what only some machines have
+    assert [ast.unparse(node.body) for node in spared] == ["import triton\nimport triton.language as tl"]
+    for node in spared:
+        node.body.clear()
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    standard = {"ast", "collections", "copy", "functools", "threading", "types", "typing"}  # of Python itself, and nothing that reaches out
+    standard = {"ast", "collections", "copy", "functools", "itertools", "threading", "types", "typing"}  # of Python itself, and nothing that reaches out
     assert {name.split(".")[0] for name in imported} <= standard | {"torch", "transformers"}
     defined = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     defined += [target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)]

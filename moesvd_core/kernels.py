@@ -1,0 +1,202 @@
+"""What a GPU runs (Triton): arranging pairs, products with matrices of any shapes, and what stands between and after them (see `tiles.py`).
+
+An export carries a copy of this file, so it must import torch and triton only, and do without the latter.
+
+Shapes: P pairs sorted by expert, E experts, B blocks of pairs of one expert; lower-case names are addresses, and numbers that a launch
+is given. Of a tile: R pairs, C answers, D columns at a time, W columns of a row.
+"""
+
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on this kind of machine
+    triton = tl = None
+
+constexpr: Any = tl.constexpr if triton else int
+_jit: Any = triton.jit(do_not_specialize=["pairs", "blocks", "tiles"]) if triton else lambda kernel: kernel
+
+
+def usable(example: torch.Tensor) -> bool:
+    """Whether kernels can be launched on a tensor's device."""
+    return triton is not None and example.is_cuda
+
+
+def lend_memory() -> None:
+    """Give kernels memory for the descriptions of matrices that a GPU's copying units want; a setting of the calling thread."""
+    triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+
+
+@_jit
+def _write_blocks(begin_E, end_E, block_B3, blocks, experts, E: constexpr, ROWS: constexpr):
+    """Cut every expert's pairs into blocks, and mark those that are left over."""
+    expert_E = tl.arange(0, E)
+    count_E = tl.where(expert_E < experts, (end_E - begin_E + ROWS - 1) // ROWS, 0)
+    after_E = tl.cumsum(count_E, 0)
+    for number in range(0, tl.max(count_E, 0)):
+        entry_E = block_B3 + 3 * (after_E - count_E + number)
+        own_E = number < count_E
+        tl.store(entry_E, expert_E, mask=own_E)
+        tl.store(entry_E + 1, begin_E + number * ROWS, mask=own_E)
+        tl.store(entry_E + 2, tl.minimum(begin_E + (number + 1) * ROWS, end_E), mask=own_E)
+    used = tl.sum(count_E, 0)
+    for start in range(0, blocks, E):
+        place_E = start + expert_E
+        tl.store(block_B3 + 3 * place_E, tl.full((E,), -1, tl.int32), mask=(place_E >= used) & (place_E < blocks))
+
+
+@_jit
+def blocks_kernel(end, block_B3, blocks, experts, E: constexpr, ROWS: constexpr):
+    """Blocks of pairs that are sorted already."""
+    expert_E = tl.arange(0, E)
+    end_E = tl.load(end + expert_E, mask=expert_E < experts, other=0)
+    begin_E = tl.load(end + expert_E - 1, mask=(expert_E > 0) & (expert_E < experts), other=0)
+    _write_blocks(begin_E, end_E, block_B3, blocks, experts, E, ROWS)
+
+
+@_jit
+def arrange_kernel(
+    index, expert, token, place, end, block_B3, pairs, blocks, active, experts, P: constexpr, E: constexpr, Q: constexpr,
+    ROWS: constexpr,
+):
+    """A pair stands behind all that ask for earlier experts, and those before it that ask for the same."""
+    pair_P, expert_E = tl.arange(0, P), tl.arange(0, E)
+    expert_P = tl.load(index + pair_P, mask=pair_P < pairs, other=E).to(tl.int32)
+    before_PQ = tl.zeros((P, Q), tl.int32)
+    before_EQ = tl.zeros((E, Q), tl.int32)
+    until_EQ = tl.zeros((E, Q), tl.int32)
+    for start in range(0, pairs, Q):
+        pair_Q = start + tl.arange(0, Q)
+        expert_Q = tl.load(index + pair_Q, mask=pair_Q < pairs, other=2 * E).to(tl.int32)
+        same_PQ = (expert_Q[None, :] == expert_P[:, None]) & (pair_Q[None, :] < pair_P[:, None])
+        before_PQ += ((expert_Q[None, :] < expert_P[:, None]) | same_PQ).to(tl.int32)
+        before_EQ += (expert_Q[None, :] < expert_E[:, None]).to(tl.int32)
+        until_EQ += (expert_Q[None, :] <= expert_E[:, None]).to(tl.int32)
+    place_P, begin_E, end_E = tl.sum(before_PQ, 1), tl.sum(before_EQ, 1), tl.sum(until_EQ, 1)
+    tl.store(place + pair_P, place_P, mask=pair_P < pairs)
+    tl.store(token + place_P, pair_P // active, mask=pair_P < pairs)
+    tl.store(expert + place_P, expert_P, mask=pair_P < pairs)
+    tl.store(end + expert_E, end_E, mask=expert_E < experts)
+    _write_blocks(begin_E, end_E, block_B3, blocks, experts, E, ROWS)
+
+
+@_jit
+def order_kernel(
+    x, row, expert, order, made, columns, GATHERED: constexpr, ORDERED: constexpr, WIDTH: constexpr,
+):
+    """Columns of one row in its expert's order."""
+    pair = tl.program_id(0)
+    column_W = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside_W = column_W < columns
+    source = pair.to(tl.int64)
+    if GATHERED:
+        source = tl.load(row + pair).to(tl.int64)
+    from_W = tl.load(order + tl.load(expert + pair).to(tl.int64) * columns + column_W, mask=inside_W, other=0)
+    value_W = tl.load(x + source * columns + from_W, mask=inside_W)
+    tl.store(made + pair.to(tl.int64) * columns + column_W, value_W, mask=inside_W)
+
+
+@_jit
+def gate_kernel(
+    pre, row, expert, order, made, columns, GATHERED: constexpr, ORDERED: constexpr, WIDTH: constexpr,
+):
+    """SiLU(gate) · up of one row, in its expert's order; rounded where torch rounds."""
+    pair = tl.program_id(0)
+    column_W = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside_W = column_W < columns
+    from_W = column_W
+    if ORDERED:
+        from_W = tl.load(order + tl.load(expert + pair).to(tl.int64) * columns + column_W, mask=inside_W, other=0)
+    gate_W = pre + pair.to(tl.int64) * (2 * columns) + from_W
+    value_W = tl.load(gate_W, mask=inside_W, other=0.0).to(tl.float32)
+    value_W = (value_W / (1 + tl.exp(-value_W))).to(made.dtype.element_ty).to(tl.float32)
+    value_W *= tl.load(gate_W + columns, mask=inside_W, other=0.0).to(tl.float32)
+    tl.store(made + pair.to(tl.int64) * columns + column_W, value_W.to(made.dtype.element_ty), mask=inside_W)
+
+
+@_jit
+def product_kernel(
+    x, row, table, tile_L2, block_B3, y, blocks, tiles, x_step, y_step, experts, GATHERED: constexpr,
+    AFTER_IDENTITY: constexpr, UNIT: constexpr, ACROSS: constexpr, COPIED: constexpr, ROWS: constexpr,
+    COLUMNS: constexpr, DEPTH: constexpr,
+):
+    """One tile of the answers of one block of pairs. Blocks that follow each other share matrices, so that eight of them take turns."""
+    number = tl.program_id(0)
+    first = number // (8 * tiles) * 8
+    several = tl.minimum(blocks - first, 8)
+    entry = block_B3 + 3 * (first + number % (8 * tiles) % several)
+    expert = tl.load(entry)
+    if expert < 0:
+        return
+    tile = tile_L2 + 2 * (number % (8 * tiles) // several)
+    place = table + 5 * (tl.load(tile) * experts + expert)
+    answer = tl.multiple_of(tl.load(tile + 1), COLUMNS)
+    rows = tl.load(place + 1).to(tl.int32)
+    if answer >= rows:
+        return
+    begin, end = tl.load(entry + 1), tl.load(entry + 2)
+    rows = tl.multiple_of(rows, UNIT)
+    x_stride, y_stride = x_step * UNIT, y_step * UNIT
+    pair_R = begin + tl.arange(0, ROWS)
+    own_R = pair_R < end
+    source_R = pair_R.to(tl.int64)
+    if GATHERED:
+        source_R = tl.load(row + pair_R, mask=own_R, other=0).to(tl.int64)
+    answer_C = answer + tl.arange(0, COLUMNS)
+    inside_C = answer_C < rows
+    x_R1 = x + source_R[:, None] * x_stride
+    sum_RC = tl.zeros((ROWS, COLUMNS), tl.float32)
+    before = 0
+    if AFTER_IDENTITY:
+        sum_RC += tl.load(x_R1 + answer_C[None, :], mask=own_R[:, None] & inside_C[None, :], other=0.0).to(tl.float32)
+        before = rows
+    for piece in tl.static_range(ACROSS):
+        own = place + 5 * piece * experts
+        columns = tl.load(own + 2).to(tl.int32)
+        stride = tl.load(own + 3)
+        start = before
+        if ACROSS > 1:
+            start = tl.load(own + 4).to(tl.int32)
+        matrix = tl.load(own).to(tl.pointer_type(x.dtype.element_ty))
+        matrix = tl.multiple_of(matrix, 2 * UNIT)
+        columns = tl.multiple_of(columns, UNIT)
+        stride = tl.multiple_of(stride, UNIT)
+        start = tl.multiple_of(start, UNIT)
+        if COPIED:
+            x_box = tl.make_tensor_descriptor(x, [end, start + columns], [x_stride, 1], [ROWS, DEPTH])
+            matrix_box = tl.make_tensor_descriptor(matrix, [rows, columns], [stride, 1], [COLUMNS, DEPTH])
+            for depth in range(0, columns, DEPTH):
+                sum_RC = tl.dot(x_box.load([begin, start + depth]), matrix_box.load([answer, depth]).T, sum_RC)
+        else:
+            matrix_C1 = matrix + answer_C.to(tl.int64)[:, None] * stride
+            for depth in range(0, columns, DEPTH):
+                depth_D = depth + tl.arange(0, DEPTH)
+                inside_D = depth_D < columns
+                x_RD = tl.load(x_R1 + start + depth_D[None, :], mask=own_R[:, None] & inside_D[None, :], other=0.0)
+                matrix_CD = tl.load(matrix_C1 + depth_D[None, :], mask=inside_C[:, None] & inside_D[None, :], other=0.0)
+                sum_RC = tl.dot(x_RD, matrix_CD.T, sum_RC)
+    y_RC = y + pair_R.to(tl.int64)[:, None] * y_stride + answer_C[None, :]
+    if ACROSS == 1:
+        y_RC += tl.multiple_of(tl.load(place + 4), UNIT)
+    tl.store(y_RC, sum_RC.to(y.dtype.element_ty), mask=own_R[:, None] & inside_C[None, :])
+
+
+@_jit
+def combine_kernel(
+    y, place, weight, total, columns, active, WEIGHED: constexpr, WIDTH: constexpr,
+):
+    """Part of one token's answer, added up in the order of the router's choice."""
+    token = tl.program_id(0).to(tl.int64)
+    column_W = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside_W = column_W < columns
+    sum_W = tl.zeros((WIDTH,), tl.float32)
+    for choice in range(0, active):
+        own = tl.load(place + token * active + choice).to(tl.int64)
+        value_W = tl.load(y + own * columns + column_W, mask=inside_W, other=0.0).to(tl.float32)
+        if WEIGHED:
+            value_W *= tl.load(weight + token * active + choice).to(tl.float32)
+        sum_W += value_W
+    tl.store(total + token * columns + column_W, sum_W.to(total.dtype.element_ty), mask=inside_W)

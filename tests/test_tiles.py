@@ -1,0 +1,107 @@
+"""The kernels for GPUs give what grouped products give: on a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+
+from moesvd_core import grouped, pivoted_side, tiles  # noqa: F401 - pivoted_side makes `FactoredExperts` know its structure
+from moesvd_core.experts import FactoredExperts, Gate, swiglu
+from moesvd_core.sides import Side
+
+pytest.importorskip("triton", reason="kernels for GPUs need Triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU, and TRITON_INTERPRET is not 1")
+
+DTYPE = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter does not round bfloat16
+EXPERTS, HIDDEN, WIDTH = 11, 64, 48
+PER_EXPERT = {"structure": "per-expert", "ranks": [8, 16, 8, 24, 16, 8, 8, 8, 16, 8, 8]}
+MANY_RANKS = {"structure": "per-expert", "ranks": [8, 17, 9, 24, -1, 0, 5, 40, 33, 12, 3]}
+MIXED = {"structure": "per-expert", "ranks": [8, -1, 0, 24, 16, -1, 0, 0, 8, 8, 8]}
+PIVOTED = {"structure": "pivoted", "ranks": [8, 40, 8, 24, 16, 8, 8, 40, 48, 8, 8]}
+PIVOTED_MIXED = {"structure": "pivoted", "ranks": [8, -1, 0, 13, 47, -1, 13, 8, 0, 8, 9]}
+LATENT_IN = {
+    "structure": "shared-right",
+    "groups": [{"experts": list(range(EXPERTS)), "rank": 24, "stored": EXPERTS, "sums": [[e] for e in range(EXPERTS)]}],
+}
+LATENT_OUT = {"structure": "shared-left", "rank": 24}
+DENSE = {"structure": "dense"}
+
+
+def factored(first: dict, then: dict, gate: Gate = swiglu) -> FactoredExperts:
+    layer = {
+        "index": 0, "name": "experts", "experts": EXPERTS, "hidden": HIDDEN, "width": WIDTH, "active": 2, "rows": "gate-up",
+        "transposed": False, "biased": True, "routing": "plain",
+    }
+    noise = torch.Generator().manual_seed(0)
+    made = FactoredExperts({"layer": layer, "input": first, "output": then}, gate, "cpu", DTYPE)
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=noise).mul(0.2).to(DTYPE)
+    for side in (made.input, made.output):
+        for name, pivot_GR in list(side.named_buffers()):
+            chosen = torch.stack([torch.randperm(side.columns, generator=noise)[: pivot_GR.shape[1]].sort().values for _ in pivot_GR])
+            side.register_buffer(name, chosen.to(pivot_GR.dtype))
+    return made.requires_grad_(False)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU, pretend that tensors of the host are on one."""
+    if INTERPRETED:
+        monkeypatch.setattr(grouped, "usable", lambda example: True)
+        monkeypatch.setattr(Side, "tiled", lambda side: side._tile())
+        monkeypatch.setattr(FactoredExperts, "_small", False)
+
+
+CASES = [
+    (DENSE, DENSE), (PER_EXPERT, PER_EXPERT), (MIXED, MIXED), (PIVOTED, PIVOTED), (PIVOTED_MIXED, PIVOTED_MIXED), (LATENT_IN, LATENT_OUT),
+    (MANY_RANKS, MANY_RANKS),
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40, 700])
+@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize("gate", [swiglu, lambda pre: pre[:, :WIDTH].tanh() * pre[:, WIDTH:]], ids=["swiglu", "another"])
+def test_answers_are_those_of_the_multiplied_out_matrices(case: int, tokens: int, gate: Gate, kernels: None) -> None:
+    experts = factored(*CASES[case], gate)
+    noise = torch.Generator().manual_seed(tokens)
+    x_TD = torch.randn(tokens, HIDDEN, generator=noise).to(DTYPE)
+    index_Tk = torch.rand(tokens, EXPERTS, generator=noise).topk(2).indices
+    index_Tk[index_Tk == 4] = 3 if tokens == 5 else 4  # an expert that nobody asks
+    weight_Tk = torch.rand(tokens, 2, generator=noise)
+    wanted_TD = reference(experts, x_TD, index_Tk, weight_Tk)
+    experts = experts.to(DEVICE)
+    with torch.no_grad():
+        found_TD = experts(x_TD.to(DEVICE), index_Tk.to(DEVICE), weight_Tk.to(DEVICE)).cpu().double()
+    assert (found_TD - wanted_TD).norm() < 0.01 * wanted_TD.norm()
+
+
+@pytest.mark.parametrize("case", range(len(CASES) - 1))
+def test_experts_with_many_pairs_take_turns(case: int, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = factored(*CASES[case])
+    noise = torch.Generator().manual_seed(case)
+    x_TD = torch.randn(600, HIDDEN, generator=noise).to(DTYPE)
+    index_Tk = torch.rand(600, EXPERTS - 1, generator=noise).topk(2).indices  # the last is never asked
+    weight_Tk = torch.rand(600, 2, generator=noise)
+    wanted_TD = reference(experts, x_TD, index_Tk, weight_Tk)
+    taken = []
+    turns = tiles._Table._multiply_in_turns
+    monkeypatch.setattr(tiles, "MANY_ROWS", 8)
+    monkeypatch.setattr(tiles._Table, "_fills", lambda *_: True)
+    monkeypatch.setattr(tiles._Table, "_multiply_in_turns", lambda *call: (taken.append(call), turns(*call)))
+    with torch.no_grad():
+        found_TD = experts.to(DEVICE)(x_TD.to(DEVICE), index_Tk.to(DEVICE), weight_Tk.to(DEVICE)).cpu().double()
+    assert taken
+    assert (found_TD - wanted_TD).norm() < 0.01 * wanted_TD.norm()
+
+
+def reference(experts: FactoredExperts, x_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor) -> torch.Tensor:
+    input_END, output_EDM = experts.input.double().matrices(), experts.output.double().matrices()
+    total_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
+    for expert in range(EXPERTS):
+        weight_T = (weight_Tk.double() * (index_Tk == expert)).sum(1)
+        h_TM = experts.gate(x_TD.double() @ input_END[expert].T + experts.input_bias[expert].double())
+        total_TD += weight_T[:, None] * (h_TM @ output_EDM[expert].T + experts.output_bias[expert].double())
+    experts.input.to(DTYPE), experts.output.to(DTYPE)
+    return total_TD
