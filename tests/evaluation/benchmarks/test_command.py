@@ -45,7 +45,9 @@ def test_quality_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
 
 def test_decompose_compares_with_the_loop_at_the_same_ratio() -> None:
     size = ("--hidden", "128", "--width", "192", "--experts", "4", "--ratio", "0.5")
-    loop, *ours = benchmark("decompose", *size, "--methods", "svd", "svd-llm", "latent").records
+    table = benchmark("decompose", *size, "--methods", "svd", "svd-llm", "latent", "--device", "cpu")
+    loop, *ours = table.records
+    assert "4 experts, float32, 1 threads" in table.title
     assert loop["times as fast"] == 1
     for row in ours:
         assert float(row["experts' ratio"] or 0) == pytest.approx(0.5, abs=0.06)
