@@ -11,16 +11,17 @@ from math import sqrt
 
 import torch
 
+from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.decomposition.decompose import decompose
-from moesvd_core.decomposition.factors import PivotedFactors
+from moesvd_core.decomposition.factors import LayerFactors, PivotedFactors
 from moesvd_core.decomposition.registry import METHODS, Method, method
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.machine import finish, place
 from moesvd_core.evaluation.benchmarks.synthetic import RandomLayer, expert_output, random_layer
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
-from moesvd_core.planning import ModelShape, Recipe, plan
+from moesvd_core.planning import LayerPlan, ModelShape, Recipe, plan
 from moesvd_core.progress import Progress, Report, silent
-
 
 LOOP = "loop of full SVDs"
 
@@ -53,17 +54,17 @@ class DecomposeBenchmark:
         if torch.device(self.device).type != "cpu":  # a card loads its libraries when they are first asked for
             warm = random_layer(64, 64, 2, tokens=64, device=self.device)
             for name in names:
-                _compressed(warm, name, self.ratio, self.device)
+                _result(warm, name, self.ratio, self.device)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         results: dict[str, _Result] = {}
         for repeat in range(self.repeats):
-            for place, name in enumerate(names):
+            for turn, name in enumerate(names):
                 finish(self.device)
                 start = time.perf_counter()
-                results[name] = _compressed(sample, name, self.ratio, self.device)
+                results[name] = _result(sample, name, self.ratio, self.device)
                 finish(self.device)
                 seconds[name].append(time.perf_counter() - start)
-                report(Progress("benchmark", repeat * len(names) + place + 1, self.repeats * len(names), name))
+                report(Progress("benchmark", repeat * len(names) + turn + 1, self.repeats * len(names), name))
         median = {name: sorted(taken)[len(taken) // 2] for name, taken in seconds.items()}
         rows = [self._row(sample, name, results[name], median) for name in names]
         size = f"d {self.hidden}, m {self.width}, {self.experts} experts, float32, {place(self.device)}"
@@ -94,7 +95,7 @@ class _Result:
     matrices: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _compressed(sample: RandomLayer, name: str, ratio: float, device: str) -> _Result:
+def _result(sample: RandomLayer, name: str, ratio: float, device: str) -> _Result:
     """The layer by the loop or by one of our methods."""
     return _loop(sample, ratio) if name == LOOP else _ours(sample, method(name), ratio, device)
 
@@ -120,18 +121,25 @@ def _truncated(weight: torch.Tensor, ratio: float) -> tuple[torch.Tensor, torch.
 
 
 def _ours(sample: RandomLayer, chosen: Method, ratio: float, device: str) -> _Result:
-    """The engine on the layer as if it were the whole model."""
-    decomposition = decompose(sample.weights, sample.layer, sample.statistics, chosen, device=device)
-    total = sample.layer.parameters
-    shape = ModelShape(total, total * sample.layer.active // sample.layer.experts, 4 * total, total, 4.0)
+    made, factors = compressed(sample.weights, sample.layer, sample.statistics, chosen, ratio, device)
+    sides = sorted({made.input.structure, made.output.structure})
+    return _Result(" + ".join(sides), factors.parameters, lambda: (factors.input.reconstruct(), factors.output.reconstruct()))
+
+
+def compressed(
+    weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, chosen: Method, ratio: float, device: torch.device | str
+) -> tuple[LayerPlan, LayerFactors]:
+    """The engine on one layer as if it were the whole model: decomposed, planned at the ratio, and its factors as they are stored."""
+    decomposition = decompose(weights, layer, statistics, chosen, device=device)
+    total = layer.parameters
+    shape = ModelShape(total, total * layer.active // layer.experts, 4 * total, total, 4.0)
     allocation = chosen.allocation if chosen.allocation == "greedy" else "uniform"  # the others divide between layers; here is one
     made = plan(decomposition.curves, shape, Recipe(chosen.name, ratio, allocation=allocation))
     factors = decomposition.materialise(made.layers[0])
     for side in (factors.input, factors.output):
         if isinstance(side, PivotedFactors):
             side.stored  # noqa: B018 - the form in which they are stored is part of the work
-    sides = sorted({made.layers[0].input.structure, made.layers[0].output.structure})
-    return _Result(" + ".join(sides), factors.parameters, lambda: (factors.input.reconstruct(), factors.output.reconstruct()))
+    return made.layers[0], factors
 
 
 def _output_error(sample: RandomLayer, result: _Result) -> float:

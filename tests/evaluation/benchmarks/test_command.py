@@ -56,6 +56,23 @@ def test_decompose_compares_with_the_loop_at_the_same_ratio() -> None:
     assert 0.1 < errors["svd-llm"] < errors["svd"] < 1.5, "weighting by activations helps where inputs have a falling spectrum"
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_layer_is_timed_step_by_step(family: str, tmp_path: Path) -> None:
+    size = ("--family", family, "--hidden", "64", "--width", "48", "--experts", "4", "--active", "2", "--ratio", "0.5")
+    text = ("--samples", "3", "--length", "32", "--batch", "2")
+    table = benchmark("layer", *size, *text, "--methods", "latent", "svd-llm", "--output", tmp_path)
+    seconds = {str(row["step"]): float(row["seconds"] or 0) for row in table.records}
+    passes = ["calibration, forward pass", "calibration, backward pass"]
+    assert list(seconds) == [*passes, "latent decomposed", "latent in all", "svd-llm decomposed", "svd-llm in all"]
+    assert min(seconds.values()) > 0
+    for name in ("latent", "svd-llm"):
+        assert seconds[f"{name} in all"] == pytest.approx(sum(seconds[each] for each in (*passes, f"{name} decomposed")))
+    assert all(float(row["experts' ratio"] or 0) == pytest.approx(0.5, abs=0.06) for row in table.records[2:])
+    assert f"{family}, d 64, m 48, 4 experts, 2 active, bfloat16" in table.title
+    assert "3 windows of 32 tokens, 2 at once, 3 labels" in table.notes[0]
+    assert "layer.html" in {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("small", [True, False], ids=["small experts", "large experts"])
 def test_inference_times_the_original_and_every_compressed_model(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "SMALL_EXPERT", 1 << 20 if small else 0)
@@ -116,3 +133,7 @@ def test_bad_settings_are_told_before_any_work(folder: Path) -> None:
         benchmark("ratios", folder, "--methods", "best")
     with pytest.raises(InputError, match=r"ratio must be in \(0, 1\), got 1.5"):
         benchmark("decompose", "--ratio", "1.5")
+    with pytest.raises(InputError, match=r"active must be in \[1, 2\] \(experts\), got 3"):
+        benchmark("layer", "--experts", "2", "--active", "3")
+    with pytest.raises(InputError, match="hidden must be 64 or a multiple of 128"):
+        benchmark("layer", "--hidden", "192")
