@@ -38,6 +38,12 @@ def finish(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def finish_current() -> None:
+    """`finish` of the card that this thread works on; nothing where none was used yet."""
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+
+
 def to_host(source: Tensor) -> Tensor:
     """The tensor on the host; itself if it is there."""
     if not on_card(source.device) or source.nbytes <= SMALL:

@@ -170,6 +170,7 @@ class Pipeline:
             made = load_decomposition(file, weights, layer, statistics, single)
         else:
             made = decompose(weights, layer, statistics, single, device=self.stream.device)
+            made.release()  # those of all layers would not fit
         if file is None or self.resident:
             self.cache[key] = made
         if file is not None:
