@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
 from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.calibration.gathering import Gathering
 from moesvd_core.calibration.moments import on_host, pre_activations, slopes, symmetric_on_host
 from moesvd_core.calibration.products import add_gram_, multiplies_rounded
 from moesvd_core.devices import on_card
@@ -40,13 +41,14 @@ class LayerCurvature:
         self.weights = read_experts(module, layer)
         self.gate: Callable[[Tensor], Tensor] = gate_function(module, layer)
         self._add_gram_ = partial(add_gram_, rounded=multiplies_rounded(self.weights.input_END))
+        self._on_card = on_card(self.weights.input_END.device)
         self._neuron_of_row = layer.neuron_of_row().to(self.weights.input_END.device)
-        self._by_squares = on_card(self.weights.input_END.device) and not row_gram
         device = self.weights.input_END.device
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
+        self._gathering = Gathering(layer, device, (0, 0, 0, 1), self._add)
         self.tokens = 0
         self.gram_DD = zeros(layer.hidden, layer.hidden)
         self.weight_square_E = zeros(layer.experts)
@@ -55,7 +57,6 @@ class LayerCurvature:
         self.row_gram_ENN = zeros(layer.experts, layer.input_rows, layer.input_rows) if row_gram else None
         self.weighted_input_gram_EDD = zeros(layer.experts, layer.hidden, layer.hidden)
 
-    @torch.no_grad()
     def add(self, args: Sequence[Tensor], gradient_KTD: Tensor) -> None:
         """Add one call of the experts module.
 
@@ -64,13 +65,19 @@ class LayerCurvature:
             gradient_KTD: gradients of the summed NLL at its output, float32, of which each label of a position brings its share.
         """
         self.tokens += gradient_KTD.shape[1]
+        self._gathering.add((*args, gradient_KTD), gradient_KTD.shape[1])
+
+    @torch.no_grad()
+    def _add(self, call: Sequence[Tensor]) -> None:
+        *args, gradient_KTD = call
         self._add_gram_(self.gram_DD, gradient_KTD.flatten(0, 1))
         for expert, rows_n, x_nD, p_n in routed_tokens(self.layer, args):
             self._add_expert(expert, x_nD, p_n.float().unsqueeze(1), gradient_KTD[:, rows_n])
 
     def _add_expert(self, e: int, x_nD: Tensor, p_n1: Tensor, gradient_KnD: Tensor) -> None:
         gradient_KnD = p_n1 * gradient_KnD
-        if self._by_squares:
+        delta_KnN = None
+        if self._on_card and self.row_gram_ENN is None:
             square_nN = self._row_squares(e, x_nD, gradient_KnD)
         else:
             delta_KnN = self._row_gradients(e, x_nD, gradient_KnD)
@@ -78,13 +85,15 @@ class LayerCurvature:
         self.weight_square_E[e] += p_n1.square().sum()
         self._add_gram_(self.gram_EDD[e], gradient_KnD.flatten(0, 1))
         self.row_square_EN[e] += square_nN.sum(0)
-        if self.row_gram_ENN is not None:
+        if self.row_gram_ENN is not None and delta_KnN is not None:
             self._add_gram_(self.row_gram_ENN[e], delta_KnN.flatten(0, 1))
         self._add_gram_(self.weighted_input_gram_EDD[e], square_nN.sum(1, keepdim=True).sqrt() * x_nD.float())
 
     def _row_gradients(self, e: int, x_nD: Tensor, gradient_KnD: Tensor) -> Tensor:
         """δ of one expert's tokens from the gradients at its own output, [K, n, N], float32."""
         at_neurons_KnM = (gradient_KnD.to(x_nD.dtype) @ self.weights.output_EDM[e]).float()
+        if self._on_card:  # the labels share their slopes: less to pass over
+            return at_neurons_KnM[..., self._neuron_of_row] * slopes(self.gate, pre_activations(self.weights, e, x_nD))[1]
         pre_KnN = pre_activations(self.weights, e, x_nD).expand(len(gradient_KnD), -1, -1)
         with torch.enable_grad():
             h_KnM = self.gate(pre_KnN.requires_grad_())
@@ -108,6 +117,7 @@ class LayerCurvature:
         Raises:
             StatisticsError: a gradient was NaN or infinite; names the layer and, inside the experts, the expert.
         """
+        self._gathering.flush()
         if not self.gram_DD.isfinite().all():
             raise StatisticsError(
                 f"layer {self.layer.index}: the gradient at its experts' output is NaN or infinite; calibrate in bfloat16 instead"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.calibration.gathering import Gathering
 from moesvd_core.calibration.products import AT_ONCE, add_gram_, counts_above, multiplies_rounded
 from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.devices import copy_to_host_, on_card
@@ -53,6 +54,7 @@ class LayerMoments:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(layer.experts, *shape, dtype=torch.float64, device=device)
 
+        self._gathering = Gathering(layer, device, (0, 0, 0), self._add)
         self.tokens = 0
         self.count_E = zeros().long()
         self.weight_square_E = zeros()
@@ -66,7 +68,6 @@ class LayerMoments:
         self.saliency_E = zeros()
         self.slope_EN = zeros(layer.input_rows)
 
-    @torch.no_grad()
     def add(self, args: Sequence[Tensor], tokens: int) -> None:
         """Add one call of the experts module.
 
@@ -75,6 +76,10 @@ class LayerMoments:
             tokens: tokens of the batch.
         """
         self.tokens += tokens
+        self._gathering.add(args, tokens)
+
+    @torch.no_grad()
+    def _add(self, args: Sequence[Tensor]) -> None:
         for expert, _rows, x_nD, p_n in routed_tokens(self.layer, args):
             self._add_expert(expert, x_nD, p_n.float())
 
@@ -93,7 +98,7 @@ class LayerMoments:
         self.input_square_ED[e] += x_nD.square().sum(0)
         magnitude_nM = h_nM.abs()
         self.intermediate_sum_EM[e] += magnitude_nM.sum(0)
-        self.intermediate_bins_EB[e] += _histogram(magnitude_nM)
+        _count_(self.intermediate_bins_EB[e], magnitude_nM)
         self.slope_EN[e] += (p_n1 * slope_nN).square().sum(0)
         if self.weights.output_bias_ED is not None:
             y_nD = y_nD + self.weights.output_bias_ED[e]
@@ -105,6 +110,7 @@ class LayerMoments:
         Raises:
             StatisticsError: an activation was NaN or infinite; names layer, expert and where.
         """
+        self._gathering.flush()
         self._refuse_non_finite_sums()
         count_E1 = self.count_E.clamp(min=1).unsqueeze(1)
         return LayerStatistics(
@@ -196,9 +202,13 @@ def _tall(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
 
-def _histogram(magnitude_nM: Tensor) -> Tensor:
-    """How many non-negative float32 values fall into each bin, int64 [BINS]; their bit patterns are ordered as they are."""
-    return torch.bincount(magnitude_nM.contiguous().view(torch.int32).flatten() >> BIN_SHIFT, minlength=BINS)
+def _count_(bins_B: Tensor, magnitude_nM: Tensor) -> None:
+    """Add to every bin how many non-negative float32 values fall into it; their bit patterns are ordered as they are."""
+    bin_S = magnitude_nM.contiguous().view(torch.int32).flatten() >> BIN_SHIFT
+    if on_card(bins_B.device):  # where `bincount` would wait for all that was asked for, to see how far the bins go
+        bins_B.scatter_add_(0, bin_S.long(), bins_B.new_ones(()).expand(len(bin_S)))
+    else:
+        bins_B += torch.bincount(bin_S, minlength=BINS)
 
 
 def on_host(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from moesvd_core.devices import on_card, to_host
 
 TOP = 2.0**14
 """What the largest number is scaled to: its square, summed a million times, is far from float32's bound."""
-STEPS = 128
+STEPS = 64
 """Of Lanczos' method towards a largest eigenvalue."""
 AT_ONCE = 1 << 27
 """Entries of matrices in float64 whose eigenvalues are counted at once (1 GiB)."""
@@ -34,9 +34,9 @@ def add_gram_(sum_SS: Tensor, x_nS: Tensor, *, rounded: bool = False) -> None:
     if not rounded:
         sum_SS += x_nS.T @ x_nS
         return
-    scale = TOP / x_nS.abs().amax().clamp(min=torch.finfo(torch.float32).tiny * TOP)
-    half_nS = torch.mul(x_nS, scale, out=torch.empty_like(x_nS, dtype=torch.float16))
-    sum_SS.addcmul_(_summed(half_nS), scale.double().reciprocal().square())
+    unit = (torch.linalg.vector_norm(x_nS, torch.inf) / TOP).clamp(min=torch.finfo(torch.float32).tiny)
+    half_nS = torch.div(x_nS, unit, out=torch.empty_like(x_nS, dtype=torch.float16))
+    sum_SS.addcmul_(_summed(half_nS), unit.double().square())
 
 
 def _summed(half_nS: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ from tiny_models import TINY
 from torch import Tensor
 
 from moesvd_core.architectures.find import expert_layers
-from moesvd_core.calibration import curvature, moments, products
+from moesvd_core.calibration import curvature, gathering, moments, products
 from moesvd_core.calibration.curvature import LayerCurvature
+from moesvd_core.calibration.gathering import Gathering
+from moesvd_core.calibration.moments import LayerMoments
 from moesvd_core.calibration.products import add_gram_, counts_above, largest, multiplies_rounded
 
 torch.set_num_threads(1)
@@ -100,8 +102,11 @@ def test_small_spaces_have_a_largest_eigenvalue_too(size: int) -> None:
     assert torch.allclose(largest(gram_ESS), torch.tensor([size, 2 * size], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("row_gram", [False, True])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
-def test_squares_of_row_gradients_need_no_row_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_gradients_of_a_card_come_from_slopes_and_of_several_calls_at_once(
+    name: str, row_gram: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = TINY[name]()
     layer = expert_layers(model)[0]
     module = model.get_submodule(layer.name)
@@ -109,15 +114,66 @@ def test_squares_of_row_gradients_need_no_row_gradients(name: str, monkeypatch: 
     index = torch.stack([torch.randperm(layer.experts, generator=noise)[:2] for _ in range(50)])
     args = (torch.randn(50, layer.hidden, generator=noise), index, torch.rand(50, 2, generator=noise))
     gradient_KTD = torch.randn(3, 50, layer.hidden, generator=noise)
+    monkeypatch.setattr(gathering, "ENOUGH", 15)
     sums = []
     for card in (False, True):
         monkeypatch.setattr(curvature, "on_card", lambda device, card=card: card)
-        made = LayerCurvature(module, layer, row_gram=False)
-        assert made._by_squares == card
-        made.add(args, gradient_KTD)
+        monkeypatch.setattr(gathering, "on_card", lambda device, card=card: card)
+        made = LayerCurvature(module, layer, row_gram=row_gram)
+        for start in range(0, 50, 20):
+            part = slice(start, start + 20)
+            made.add([arg[part] for arg in args], gradient_KTD[:, part])
         sums.append(made.finish())
-    for field in ("row_square_EN", "weighted_input_gram_EDD", "gradient_gram_EDD"):
+    fields = ["row_square_EN", "weighted_input_gram_EDD", "gradient_gram_EDD", "gradient_gram_DD", *(["row_gram_ENN"] if row_gram else [])]
+    assert sums[1]["gradient_tokens"] == 50
+    for field in fields:
         assert torch.allclose(sums[1][field], sums[0][field], rtol=1e-4, atol=1e-6 * float(sums[0][field].abs().max())), field
+
+
+def test_calls_are_put_together_on_a_card_until_there_is_enough_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = expert_layers(TINY["mixtral"]())[0]  # 2 of 4 experts answer a token
+    monkeypatch.setattr(gathering, "ENOUGH", 5)
+    worked: list[list[int]] = []
+    for card in (False, True):
+        monkeypatch.setattr(gathering, "on_card", lambda device, card=card: card)
+        waiting = Gathering(layer, torch.device("cpu"), (0, 1), lambda call: worked.append([call[0].shape[0], call[1].shape[1]]))
+        for _ in range(4):
+            waiting.add((torch.ones(4, 3), torch.ones(3, 4)), 4)
+        waiting.flush()
+        waiting.flush()
+    assert worked == [[4, 4]] * 4 + [[12, 12], [4, 4]]
+
+
+def test_neurons_are_counted_the_same_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    magnitude_nM = torch.randn(30, 20, generator=torch.Generator().manual_seed(3)).abs()
+    counted = []
+    for card in (False, True):
+        monkeypatch.setattr(moments, "on_card", lambda device, card=card: card)
+        bins_B = torch.ones(moments.BINS, dtype=torch.int64)
+        moments._count_(bins_B, magnitude_nM)
+        counted.append(bins_B)
+    assert torch.equal(*counted) and int(counted[0].sum()) == moments.BINS + 600
+
+
+def test_moments_of_calls_put_together_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["mixtral"]()
+    layer = expert_layers(model)[0]
+    noise = torch.Generator().manual_seed(4)
+    index = torch.stack([torch.randperm(layer.experts, generator=noise)[:2] for _ in range(60)])
+    args = (torch.randn(60, layer.hidden, generator=noise), index, torch.rand(60, 2, generator=noise))
+    made = []
+    for card in (False, True):
+        monkeypatch.setattr(gathering, "on_card", lambda device, card=card: card)
+        sums = LayerMoments(model.get_submodule(layer.name), layer, threshold=2.0, intermediate=True)
+        for start in range(0, 60, 20):
+            sums.add([arg[start : start + 20] for arg in args], 20)
+        assert (int(sums.count_E.sum()) == 0) == card, "a card waits for more"
+        made.append(vars(sums.finish()))
+    for name, value in made[0].items():
+        if isinstance(value, Tensor):
+            assert torch.allclose(made[1][name], value, rtol=1e-5, atol=1e-6 * float(value.abs().max())), name
+        else:
+            assert made[1][name] == pytest.approx(value), name
 
 
 @pytest.mark.usefixtures("card")
