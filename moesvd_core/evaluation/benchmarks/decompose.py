@@ -5,7 +5,7 @@ with everything that they need: metric, eigendecompositions, the loss at every r
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -13,7 +13,7 @@ import torch
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.decomposition.decompose import decompose
+from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.factors import LayerFactors, PivotedFactors
 from moesvd_core.decomposition.registry import METHODS, Method, method
 from moesvd_core.errors import InputError
@@ -51,10 +51,7 @@ class DecomposeBenchmark:
         """Time everything, loop and methods in turn, and compare the errors of the layer's output on tokens not calibrated on."""
         sample = random_layer(self.hidden, self.width, self.experts, seed=self.seed, device=self.device)
         names = (LOOP, *self.methods)
-        if torch.device(self.device).type != "cpu":  # a card loads its libraries when they are first asked for
-            warm = random_layer(64, 64, 2, tokens=64, device=self.device)
-            for name in names:
-                _result(warm, name, self.ratio, self.device)
+        warm_up(lambda warm, name: _result(warm, name, self.ratio, self.device), names, self.device)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         results: dict[str, _Result] = {}
         for repeat in range(self.repeats):
@@ -95,6 +92,14 @@ class _Result:
     matrices: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
+def warm_up(work: Callable[[RandomLayer, str], object], names: Sequence[str], device: str) -> None:
+    """Do every work once on a small layer where a card does it, which loads its libraries when they are first asked for."""
+    if torch.device(device).type != "cpu":
+        small = random_layer(64, 64, 8, tokens=64, device=device)
+        for name in names:
+            work(small, name)
+
+
 def _result(sample: RandomLayer, name: str, ratio: float, device: str) -> _Result:
     """The layer by the loop or by one of our methods."""
     return _loop(sample, ratio) if name == LOOP else _ours(sample, method(name), ratio, device)
@@ -131,15 +136,20 @@ def compressed(
 ) -> tuple[LayerPlan, LayerFactors]:
     """The engine on one layer as if it were the whole model: decomposed, planned at the ratio, and its factors as they are stored."""
     decomposition = decompose(weights, layer, statistics, chosen, device=device)
-    total = layer.parameters
-    shape = ModelShape(total, total * layer.active // layer.experts, 4 * total, total, 4.0)
-    allocation = chosen.allocation if chosen.allocation == "greedy" else "uniform"  # the others divide between layers; here is one
-    made = plan(decomposition.curves, shape, Recipe(chosen.name, ratio, allocation=allocation))
-    factors = decomposition.materialise(made.layers[0])
+    made = planned(decomposition, layer, chosen, ratio)
+    factors = decomposition.materialise(made)
     for side in (factors.input, factors.output):
         if isinstance(side, PivotedFactors):
             side.stored  # noqa: B018 - the form in which they are stored is part of the work
-    return made.layers[0], factors
+    return made, factors
+
+
+def planned(decomposition: Decomposition, layer: ExpertLayer, chosen: Method, ratio: float) -> LayerPlan:
+    """The layer's plan, as if it were the whole model."""
+    total = layer.parameters
+    shape = ModelShape(total, total * layer.active // layer.experts, 4 * total, total, 4.0)
+    allocation = chosen.allocation if chosen.allocation == "greedy" else "uniform"  # the others divide between layers; here is one
+    return plan(decomposition.curves, shape, Recipe(chosen.name, ratio, allocation=allocation)).layers[0]
 
 
 def _output_error(sample: RandomLayer, result: _Result) -> float:

@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, P
 from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration import Calibration, calibrate
+from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import InputError
-from moesvd_core.evaluation.benchmarks.decompose import compressed
+from moesvd_core.evaluation.benchmarks.decompose import compressed, warm_up
 from moesvd_core.evaluation.benchmarks.machine import finish, place
-from moesvd_core.evaluation.benchmarks.synthetic import WEIGHT_STD, random_layer
+from moesvd_core.evaluation.benchmarks.synthetic import WEIGHT_STD, RandomLayer
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.progress import Progress, Report, silent
 
@@ -82,25 +83,27 @@ class LayerBenchmark:
             text = Path(folder) / "words.txt"
             text.write_text(_words(self.samples * self.length, self.seed), encoding="utf-8")
             calibration = Calibration(str(text), self.samples, self.length, batch=self.batch)
-            if torch.device(self.device).type != "cpu":  # a card loads its libraries when they are first asked for
+            if torch.device(self.device).type != "cpu":
                 calibrate(stream, tokenizer, replace(calibration, samples=min(self.batch, self.samples)))
-                for name in self.methods:
-                    sample = random_layer(64, 64, 2, tokens=64, device=self.device)
-                    compressed(sample.weights, sample.layer, sample.statistics, method(name), self.ratio, self.device)
+                warm_up(self._compressed, self.methods, self.device)
             clock = _Clock(self.device, report)
             statistics = calibrate(stream, tokenizer, calibration, report=clock)
         layer = stream.expert_layers[TIMED]
         weights = read_experts(stream.model.get_submodule(layer.name), layer)
+        sample = RandomLayer(layer, weights, statistics.layers[layer.index], ())
         passes = {kind: clock.seconds[f"{kind}, layer {TIMED}"] for kind in ("forward", "backward")}
         rows: list[dict[str, Cell]] = [_row(f"calibration, {kind} pass", seconds) for kind, seconds in passes.items()]
         for done, name in enumerate(self.methods, start=1):
             clock.lap()
-            _, factors = compressed(weights, layer, statistics.layers[layer.index], method(name), self.ratio, self.device)
+            factors = self._compressed(sample, name)
             seconds = clock.lap()
             kept = factors.parameters / layer.parameters
             rows += [_row(f"{name} decomposed", seconds, 1 - kept), _row(f"{name} in all", seconds + sum(passes.values()), 1 - kept)]
             report(Progress("benchmark", done, len(self.methods), name))
         return Table.of(f"Compressing one layer of a random model ({self._size()}, {place(self.device)})", rows, self._notes(stream.model))
+
+    def _compressed(self, sample: RandomLayer, name: str) -> LayerFactors:
+        return compressed(sample.weights, sample.layer, sample.statistics, method(name), self.ratio, self.device)[1]
 
     def _size(self) -> str:
         shape = f"{self.family}, d {self.hidden}, m {self.width}, {self.experts} experts, {self.active} active"

@@ -10,10 +10,13 @@ import torch
 from tiny_models import save_tiny
 
 from moesvd_core import experts
+from moesvd_core.decomposition.registry import METHODS, method
 from moesvd_core.errors import InputError, ResourceError
 from moesvd_core.evaluation.benchmarks import memory
 from moesvd_core.evaluation.benchmarks.command import add_arguments, run
+from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark, compressed, warm_up
 from moesvd_core.evaluation.benchmarks.memory_probe import peak_bytes, resident_bytes
+from moesvd_core.evaluation.benchmarks.synthetic import random_layer
 from moesvd_core.evaluation.benchmarks.table import Table
 
 torch.set_num_threads(1)
@@ -54,6 +57,13 @@ def test_decompose_compares_with_the_loop_at_the_same_ratio() -> None:
         assert float(row["times as fast"] or 0) == pytest.approx(float(loop["seconds"] or 0) / float(row["seconds"] or 0))
     errors = {row["method"]: float(row["output error"] or 0) for row in (loop, *ours)}
     assert 0.1 < errors["svd-llm"] < errors["svd"] < 1.5, "weighting by activations helps where inputs have a falling spectrum"
+
+
+def test_what_a_card_is_warmed_up_with_suits_every_method() -> None:
+    small = random_layer(64, 64, 8, tokens=64)
+    for name in METHODS:
+        compressed(small.weights, small.layer, small.statistics, method(name), DecomposeBenchmark.ratio, "cpu")
+    warm_up(lambda sample, name: pytest.fail("a CPU needs no warming up"), ["latent"], "cpu")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
