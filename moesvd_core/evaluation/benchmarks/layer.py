@@ -131,7 +131,7 @@ def random_model(size: LayerBenchmark) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=WEIGHT_STD, generator=noise)
-    return model
+    return model.requires_grad_(False)  # as weights are that are loaded for calibration
 
 
 def _config(size: LayerBenchmark) -> MixtralConfig | Qwen3MoeConfig:
