@@ -21,7 +21,7 @@ from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.families import family_of
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import DecoderStream, LayerCall, LayerStream
-from moesvd_core.calibration.states import DiskStates, MemoryStates
+from moesvd_core.calibration.states import DiskStates, MemoryStates, before
 from moesvd_core.calibration.statistics import Statistics
 from moesvd_core.checkpoint.apply import changed
 from moesvd_core.compensation import Compensation, batches_of
@@ -170,6 +170,7 @@ class Pipeline:
             made = load_decomposition(file, weights, layer, statistics, single)
         else:
             made = decompose(weights, layer, statistics, single, device=self.stream.device)
+            made.release()  # those of all layers would not fit
         if file is None or self.resident:
             self.cache[key] = made
         if file is not None:
@@ -258,7 +259,7 @@ class Pipeline:
             statistics=self.statistics.layers.__getitem__,
             factors=lambda index: self._planned_factors(plan, index, refined=plan.compensate and chosen.alternate),
             kind=plan.metric or chosen.metric,
-            states=MemoryStates() if work is None else DiskStates(work),
+            states=before(self.stream.device, MemoryStates()) if work is None else DiskStates(work),
             finished=lambda index: self._fitted_factors(plan, index) if is_fitted(plan, index) else None,
             keep=lambda index, factors: self.fitted.keep(plan, index, factors),
             fits_outputs=plan.compensate,

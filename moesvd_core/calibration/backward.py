@@ -79,7 +79,8 @@ def _chances(calibration: Calibration, first: int, ids_BT: Tensor) -> Tensor:
 
 
 def loss_gradient(job: Job, ids_BT: Tensor, hidden_BTD: Tensor, chance_KBT: Tensor) -> Tensor:
-    """Gradients [K, B, T, D] of the summed NLL of every window's next tokens at the last hidden states, a chunk of tokens at a time.
+    """Gradients [K, B, T, D] of the summed NLL of every window's next tokens at the last hidden states, a chunk of tokens at a time; on the
+    device of those states.
 
     Args:
         chance_KBT: a number in [0, 1) for each label to draw, K - 1 a position.
@@ -104,7 +105,7 @@ def loss_gradient(job: Job, ids_BT: Tensor, hidden_BTD: Tensor, chance_KBT: Tens
                 raise StatisticsError("the loss is NaN or infinite, the hidden states are not: check the weights of norm and head")
             for label, loss in enumerate(losses):
                 (found_BTD,) = torch.autograd.grad(loss, chunk_BTD, retain_graph=label < labels - 1)
-                gradient_KBTD[label][part] = (found_BTD / labels**0.5).cpu()
+                gradient_KBTD[label][part] = (found_BTD / labels**0.5).to(gradient_KBTD.device)
     return gradient_KBTD
 
 

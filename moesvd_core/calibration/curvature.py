@@ -12,6 +12,7 @@ expert in one batch.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.calibration.moments import gram, on_host, pre_activations, symmetric_on_host
+from moesvd_core.calibration.gathering import Gathering
+from moesvd_core.calibration.moments import on_host, pre_activations, slopes, symmetric_on_host
+from moesvd_core.calibration.products import add_gram_, multiplies_rounded
+from moesvd_core.devices import on_card
 from moesvd_core.errors import StatisticsError
 
 
@@ -36,11 +40,15 @@ class LayerCurvature:
         self.layer = layer
         self.weights = read_experts(module, layer)
         self.gate: Callable[[Tensor], Tensor] = gate_function(module, layer)
+        self._add_gram_ = partial(add_gram_, rounded=multiplies_rounded(self.weights.input_END))
+        self._on_card = on_card(self.weights.input_END.device)
+        self._neuron_of_row = layer.neuron_of_row().to(self.weights.input_END.device)
         device = self.weights.input_END.device
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
+        self._gathering = Gathering(layer, device, (0, 0, 0, 1), self._add)
         self.tokens = 0
         self.gram_DD = zeros(layer.hidden, layer.hidden)
         self.weight_square_E = zeros(layer.experts)
@@ -49,7 +57,6 @@ class LayerCurvature:
         self.row_gram_ENN = zeros(layer.experts, layer.input_rows, layer.input_rows) if row_gram else None
         self.weighted_input_gram_EDD = zeros(layer.experts, layer.hidden, layer.hidden)
 
-    @torch.no_grad()
     def add(self, args: Sequence[Tensor], gradient_KTD: Tensor) -> None:
         """Add one call of the experts module.
 
@@ -58,29 +65,51 @@ class LayerCurvature:
             gradient_KTD: gradients of the summed NLL at its output, float32, of which each label of a position brings its share.
         """
         self.tokens += gradient_KTD.shape[1]
-        self.gram_DD += gram(gradient_KTD.flatten(0, 1))
+        self._gathering.add((*args, gradient_KTD), gradient_KTD.shape[1])
+
+    @torch.no_grad()
+    def _add(self, call: Sequence[Tensor]) -> None:
+        *args, gradient_KTD = call
+        self._add_gram_(self.gram_DD, gradient_KTD.flatten(0, 1))
         for expert, rows_n, x_nD, p_n in routed_tokens(self.layer, args):
             self._add_expert(expert, x_nD, p_n.float().unsqueeze(1), gradient_KTD[:, rows_n])
 
     def _add_expert(self, e: int, x_nD: Tensor, p_n1: Tensor, gradient_KnD: Tensor) -> None:
         gradient_KnD = p_n1 * gradient_KnD
-        delta_KnN = self._row_gradients(e, x_nD, gradient_KnD)
-        square_nN = delta_KnN.square().sum(0)
+        delta_KnN = None
+        if self._on_card and self.row_gram_ENN is None:
+            square_nN = self._row_squares(e, x_nD, gradient_KnD)
+        else:
+            delta_KnN = self._row_gradients(e, x_nD, gradient_KnD)
+            square_nN = delta_KnN.square().sum(0)
         self.weight_square_E[e] += p_n1.square().sum()
-        self.gram_EDD[e] += gram(gradient_KnD.flatten(0, 1))
+        self._add_gram_(self.gram_EDD[e], gradient_KnD.flatten(0, 1))
         self.row_square_EN[e] += square_nN.sum(0)
-        if self.row_gram_ENN is not None:
-            self.row_gram_ENN[e] += gram(delta_KnN.flatten(0, 1))
-        self.weighted_input_gram_EDD[e] += gram(square_nN.sum(1, keepdim=True).sqrt() * x_nD.float())
+        if self.row_gram_ENN is not None and delta_KnN is not None:
+            self._add_gram_(self.row_gram_ENN[e], delta_KnN.flatten(0, 1))
+        self._add_gram_(self.weighted_input_gram_EDD[e], square_nN.sum(1, keepdim=True).sqrt() * x_nD.float())
 
     def _row_gradients(self, e: int, x_nD: Tensor, gradient_KnD: Tensor) -> Tensor:
         """δ of one expert's tokens from the gradients at its own output, [K, n, N], float32."""
         at_neurons_KnM = (gradient_KnD.to(x_nD.dtype) @ self.weights.output_EDM[e]).float()
+        if self._on_card:  # the labels share their slopes: less to pass over
+            return at_neurons_KnM[..., self._neuron_of_row] * slopes(self.gate, pre_activations(self.weights, e, x_nD))[1]
         pre_KnN = pre_activations(self.weights, e, x_nD).expand(len(gradient_KnD), -1, -1)
         with torch.enable_grad():
             h_KnM = self.gate(pre_KnN.requires_grad_())
             (delta_KnN,) = torch.autograd.grad(h_KnM, pre_KnN, at_neurons_KnM)
         return delta_KnN
+
+    def _row_squares(self, e: int, x_nD: Tensor, gradient_KnD: Tensor) -> Tensor:
+        """Σ δ² over the labels of one expert's tokens, [n, N], float32, without δ itself, which is as large as all labels' neurons.
+
+        Every row feeds one neuron, so δ is the gradient at the neuron times the row's slope, which is the same for all labels. On a card it
+        is passes over memory that these numbers wait for, and this makes a third of them.
+        """
+        at_neurons_KnM = gradient_KnD.to(x_nD.dtype) @ self.weights.output_EDM[e]
+        square_nM: Tensor = torch.linalg.vector_norm(at_neurons_KnM, dim=0, dtype=torch.float32).square_()
+        slope_nN = slopes(self.gate, pre_activations(self.weights, e, x_nD))[1]
+        return slope_nN.square() * square_nM[:, self._neuron_of_row]
 
     def finish(self) -> dict[str, Any]:
         """The fields of `LayerStatistics` that a backward pass fills, on the host, sums in float32.
@@ -88,6 +117,7 @@ class LayerCurvature:
         Raises:
             StatisticsError: a gradient was NaN or infinite; names the layer and, inside the experts, the expert.
         """
+        self._gathering.flush()
         if not self.gram_DD.isfinite().all():
             raise StatisticsError(
                 f"layer {self.layer.index}: the gradient at its experts' output is NaN or infinite; calibrate in bfloat16 instead"

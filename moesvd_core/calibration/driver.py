@@ -26,14 +26,14 @@ from moesvd_core.calibration.identity import identify
 from moesvd_core.calibration.job import Job, Step
 from moesvd_core.calibration.probe import probe_steps
 from moesvd_core.calibration.settings import Calibration
-from moesvd_core.calibration.states import DiskStates, MemoryStates, States
+from moesvd_core.calibration.states import DiskStates, MemoryStates, States, before
 from moesvd_core.calibration.statistics import SUMMARY, LayerFolder, LayerStatistics, Statistics
 from moesvd_core.calibration.text import calibration_windows
 from moesvd_core.errors import InputError, RunError, StatisticsError, UnsupportedModelError
 from moesvd_core.progress import Progress, Report, silent
 
 HOST_BYTES = 4 * 2**30
-"""Hidden states beyond this go to a temporary folder instead of host memory when no folder is given."""
+"""Hidden states beyond this go to a temporary folder instead of host memory when no folder is given, where a card has no room for them."""
 _WORK, _PROGRESS = "work", "progress.json"
 
 GradientKind = Literal["backward", "probe"]
@@ -86,7 +86,7 @@ def calibrate(
         finished = _finished(path, planned)
         shutil.rmtree(path / _WORK, ignore_errors=True)  # left over if the process ended right after the summary was written
         return finished
-    with _workplace(path, _state_bytes(stream, window_NL, calibration)) as place:
+    with _workplace(path, _state_bytes(stream, window_NL, calibration), stream.device) as place:
         job = Job(
             stream=stream,
             calibration=calibration,
@@ -143,7 +143,7 @@ class _Workplace:
 
 
 @contextmanager
-def _workplace(folder: Path | None, size: int) -> Iterator[_Workplace]:
+def _workplace(folder: Path | None, size: int, device: torch.device) -> Iterator[_Workplace]:
     """A place to work in; what lies in it besides the result is removed when the work ends well, and kept in a folder otherwise."""
     if folder is not None:
         work = folder / _WORK
@@ -154,9 +154,9 @@ def _workplace(folder: Path | None, size: int) -> Iterator[_Workplace]:
         shutil.rmtree(work)
     elif size > HOST_BYTES:
         with TemporaryDirectory(prefix="moesvd-") as temporary:
-            yield _Workplace(DiskStates(Path(temporary)), {})
+            yield _Workplace(before(device, DiskStates(Path(temporary))), {})
     else:
-        yield _Workplace(MemoryStates(), {})
+        yield _Workplace(before(device, MemoryStates()), {})
 
 
 def _run(job: Job, place: _Workplace, planned: Statistics, report: Report) -> GradientKind:

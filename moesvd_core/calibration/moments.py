@@ -1,19 +1,23 @@
 """Sums over one layer's routed tokens, gathered while the layer runs and turned into `LayerStatistics` when it is through.
 
 Neurons and outputs are computed a second time here, from the inputs that the experts module is called with: its own forward pass hides
-them, and stays untouched. Products are made in float32 a batch at a time and summed in float64.
+them, and stays untouched. Products are made in float32 (`products`) a batch at a time and summed in float64.
 
 Shapes: E experts, d hidden size (D), m expert width (M), n input rows (N); lower-case n in a name: the tokens of one expert in one batch.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.calibration.gathering import Gathering
+from moesvd_core.calibration.products import AT_ONCE, add_gram_, counts_above, multiplies_rounded
 from moesvd_core.calibration.statistics import LayerStatistics
+from moesvd_core.devices import copy_to_host_, on_card
 from moesvd_core.errors import StatisticsError
 
 PRINCIPAL = 1e-2
@@ -44,11 +48,13 @@ class LayerMoments:
         self.weights = read_experts(module, layer)
         _refuse_non_finite_weights(layer, self.weights)
         self.gate: Callable[[Tensor], Tensor] = gate_function(module, layer)
+        self._add_gram_ = partial(add_gram_, rounded=multiplies_rounded(self.weights.input_END))
         device = self.weights.input_END.device
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(layer.experts, *shape, dtype=torch.float64, device=device)
 
+        self._gathering = Gathering(layer, device, (0, 0, 0), self._add)
         self.tokens = 0
         self.count_E = zeros().long()
         self.weight_square_E = zeros()
@@ -62,7 +68,6 @@ class LayerMoments:
         self.saliency_E = zeros()
         self.slope_EN = zeros(layer.input_rows)
 
-    @torch.no_grad()
     def add(self, args: Sequence[Tensor], tokens: int) -> None:
         """Add one call of the experts module.
 
@@ -71,37 +76,33 @@ class LayerMoments:
             tokens: tokens of the batch.
         """
         self.tokens += tokens
+        self._gathering.add(args, tokens)
+
+    @torch.no_grad()
+    def _add(self, args: Sequence[Tensor]) -> None:
         for expert, _rows, x_nD, p_n in routed_tokens(self.layer, args):
             self._add_expert(expert, x_nD, p_n.float())
 
     def _add_expert(self, e: int, x_nD: Tensor, p_n: Tensor) -> None:
-        h_nM, slope_nN = self._neurons(e, x_nD)
+        h_nM, slope_nN = slopes(self.gate, pre_activations(self.weights, e, x_nD))
         y_nD = (h_nM.to(x_nD.dtype) @ self.weights.output_EDM[e].T).float()
         x_nD = x_nD.float()
         p_n1 = p_n.unsqueeze(1)
         self.count_E[e] += len(p_n)
         self.weight_square_E[e] += p_n.square().sum()
-        self.input_gram_EDD[e] += gram(p_n1 * x_nD)
-        self.output_gram_EDD[e] += gram(p_n1 * y_nD)
+        self._add_gram_(self.input_gram_EDD[e], p_n1 * x_nD)
+        self._add_gram_(self.output_gram_EDD[e], p_n1 * y_nD)
         if self.intermediate_gram_EMM is not None:
-            self.intermediate_gram_EMM[e] += gram(p_n1 * h_nM)
+            self._add_gram_(self.intermediate_gram_EMM[e], p_n1 * h_nM)
         self.input_sum_ED[e] += x_nD.abs().sum(0)
         self.input_square_ED[e] += x_nD.square().sum(0)
         magnitude_nM = h_nM.abs()
         self.intermediate_sum_EM[e] += magnitude_nM.sum(0)
-        self.intermediate_bins_EB[e] += _histogram(magnitude_nM)
+        _count_(self.intermediate_bins_EB[e], magnitude_nM)
         self.slope_EN[e] += (p_n1 * slope_nN).square().sum(0)
         if self.weights.output_bias_ED is not None:
             y_nD = y_nD + self.weights.output_bias_ED[e]
         self.saliency_E[e] += (p_n * y_nD.norm(dim=1)).sum()
-
-    def _neurons(self, e: int, x_nD: Tensor) -> tuple[Tensor, Tensor]:
-        """Neurons h [n, m] and ∂h_i(j)/∂pre_j [n, N] of one expert, float32; a row feeds one neuron, so the gradient of Σ h gives all."""
-        pre_nN = pre_activations(self.weights, e, x_nD)
-        with torch.enable_grad():
-            h_nM = self.gate(pre_nN.requires_grad_())
-            (slope_nN,) = torch.autograd.grad(h_nM.sum(), pre_nN)
-        return h_nM.detach(), slope_nN
 
     def finish(self) -> LayerStatistics:
         """The layer's statistics on the host, Grams and means as float32.
@@ -109,6 +110,7 @@ class LayerMoments:
         Raises:
             StatisticsError: an activation was NaN or infinite; names layer, expert and where.
         """
+        self._gathering.flush()
         self._refuse_non_finite_sums()
         count_E1 = self.count_E.clamp(min=1).unsqueeze(1)
         return LayerStatistics(
@@ -150,8 +152,8 @@ class LayerMoments:
         scale_ED = torch.where(self.count_E.unsqueeze(1) > 0, square_ED, pooled_D).sqrt().float()
         total = sum((w_ND.float().abs() * s_D).sum(dtype=torch.float64) for w_ND, s_D in zip(self.weights.input_END, scale_ED, strict=True))
         bound = OWL_MULTIPLE * float(total) / self.weights.input_END.numel()
-        above = sum(int((w_ND.float().abs() * s_D > bound).sum()) for w_ND, s_D in zip(self.weights.input_END, scale_ED, strict=True))
-        return above / self.weights.input_END.numel()
+        above = sum((w_ND.float().abs() * s_D > bound).sum() for w_ND, s_D in zip(self.weights.input_END, scale_ED, strict=True))
+        return int(above) / self.weights.input_END.numel()
 
     def _refuse_non_finite_sums(self) -> None:
         for what, sum_ED in (("input", self.input_sum_ED), ("intermediate", self.intermediate_sum_EM), ("output", self.saliency_E)):
@@ -171,25 +173,42 @@ def pre_activations(weights: ExpertWeights, expert: int, x_nD: Tensor) -> Tensor
     return pre_nN.float()
 
 
+def slopes(gate: Callable[[Tensor], Tensor], pre_nN: Tensor) -> tuple[Tensor, Tensor]:
+    """Neurons h [n, m] and ∂h_i(j)/∂pre_j [n, N] of one expert, float32; a row feeds one neuron, so the gradient of Σ h gives all."""
+    with torch.enable_grad():
+        h_nM = gate(pre_nN.requires_grad_())
+        (slope_nN,) = torch.autograd.grad(h_nM, pre_nN, h_nM.new_ones(()).expand_as(h_nM))
+    return h_nM.detach(), slope_nN
+
+
 def principal_ranks(weights: ExpertWeights) -> Tensor:
     """r_e = #{σ_i > 1e-2·σ_max}, input plus output matrix (Alg. 1), int64 [E] on the host; from the eigenvalues of the smaller Gram."""
     rank_E = torch.zeros(len(weights.input_END), dtype=torch.int64)
+    rounded = multiplies_rounded(weights.input_END)
     for matrix_E in (weights.input_END, weights.output_EDM):
-        for e, matrix in enumerate(matrix_E):
-            matrix = matrix.float()
-            value_R = torch.linalg.eigvalsh(gram(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T).double())
-            rank_E[e] += int((value_R > PRINCIPAL**2 * value_R[-1]).sum())
+        size = min(matrix_E.shape[1:])
+        few = max(1, AT_ONCE // size**2) if on_card(matrix_E.device) else 1
+        for start in range(0, len(matrix_E), few):
+            part_E = matrix_E[start : start + few]
+            gram_ESS = torch.zeros(len(part_E), size, size, dtype=torch.float64, device=matrix_E.device)
+            for gram_SS, matrix in zip(gram_ESS, part_E, strict=True):
+                add_gram_(gram_SS, _tall(matrix.float()), rounded=rounded)
+            rank_E[start : start + few] += torch.tensor(counts_above(gram_ESS, PRINCIPAL**2))
     return rank_E
 
 
-def gram(x_nD: Tensor) -> Tensor:
-    """Σ x xᵀ over the rows, [D, D]."""
-    return x_nD.T @ x_nD
+def _tall(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose, whichever has more rows."""
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
 
-def _histogram(magnitude_nM: Tensor) -> Tensor:
-    """How many non-negative float32 values fall into each bin, int64 [BINS]; their bit patterns are ordered as they are."""
-    return torch.bincount(magnitude_nM.contiguous().view(torch.int32).flatten() >> BIN_SHIFT, minlength=BINS)
+def _count_(bins_B: Tensor, magnitude_nM: Tensor) -> None:
+    """Add to every bin how many non-negative float32 values fall into it; their bit patterns are ordered as they are."""
+    bin_S = magnitude_nM.contiguous().view(torch.int32).flatten() >> BIN_SHIFT
+    if on_card(bins_B.device):  # where `bincount` would wait for all that was asked for, to see how far the bins go
+        bins_B.scatter_add_(0, bin_S.long(), bins_B.new_ones(()).expand(len(bin_S)))
+    else:
+        bins_B += torch.bincount(bin_S, minlength=BINS)
 
 
 def on_host(value: Tensor) -> Tensor:
@@ -199,7 +218,10 @@ def on_host(value: Tensor) -> Tensor:
 
 def symmetric_on_host(gram_E: Tensor) -> Tensor:
     """Grams as float32 on the host; rounding in the products had left them symmetric only almost."""
-    return torch.stack([on_host((each + each.T) / 2) for each in gram_E])
+    kept_E = torch.empty(gram_E.shape, dtype=torch.float32)
+    for kept, each in zip(kept_E, gram_E, strict=True):
+        copy_to_host_(kept, (each + each.T) / 2)
+    return kept_E
 
 
 def _refuse_non_finite_weights(layer: ExpertLayer, weights: ExpertWeights) -> None:
@@ -210,6 +232,8 @@ def _refuse_non_finite_weights(layer: ExpertLayer, weights: ExpertWeights) -> No
         "output bias": weights.output_bias_ED,
     }
     for what, tensor_E in named.items():
-        for e, tensor in enumerate(() if tensor_E is None else tensor_E):
-            if not torch.isfinite(tensor.sum()) and not tensor.isfinite().all():
+        if tensor_E is None or torch.stack([tensor.sum() for tensor in tensor_E]).isfinite().all():
+            continue  # one question for all experts: a card answers only when it has done all that it was given
+        for e, tensor in enumerate(tensor_E):
+            if not tensor.isfinite().all():
                 raise StatisticsError(f"layer {layer.index}, expert {e}: the {what} ({layer.name}) holds NaN or infinite weights")

@@ -7,7 +7,7 @@ the expert; p is the routing weight with which the expert's output enters the la
 import json
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import DecoderStream
 from moesvd_core.atomic import write_json
 from moesvd_core.calibration.settings import Calibration
+from moesvd_core.devices import room, to_device
 from moesvd_core.errors import StatisticsError
 from moesvd_core.tensor_files import load_tensors, save_tensors
 
@@ -86,6 +87,14 @@ class LayerStatistics:
     row_square_EN: torch.Tensor | None = None
     row_gram_ENN: torch.Tensor | None = None
     weighted_input_gram_EDD: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> "LayerStatistics":
+        """The same with its Grams on a card, for whoever reads them many times; itself where that has no room for them, or is none."""
+        grams = {name: value for name in _SYMMETRIC if (value := getattr(self, name)) is not None}
+        if sum(value.nbytes for value in grams.values()) > room(device):
+            return self
+        moved: dict[str, Any] = {name: to_device(value, device) for name, value in grams.items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ Shapes: E experts, D hidden size, M width, N input rows.
 """
 
 from abc import ABC, abstractmethod
-from functools import cached_property
 
 import torch
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.decomposition.grams import DiagonalGram, FullGram, RootedGram, ridged, ridged_, settled_, symmetric
+from moesvd_core.decomposition.parallel import MadeOnce
+from moesvd_core.devices import to_device
 
 GRADIENT_RIDGE = 1e-4
 """Ridge on Γ and ρ, as a share of their mean."""
@@ -94,17 +95,17 @@ class MeasuredCurvature(Curvature):
 
     def _own(self, sum_E: torch.Tensor, expert: int) -> torch.Tensor:
         """The expert's own sum, a copy in double precision."""
-        return sum_E[expert].to(self._device, torch.float64, copy=True)
+        return to_device(sum_E[expert], self._device).to(torch.float64, copy=True)
 
-    @cached_property
+    @MadeOnce
     def _mean_gradient_gram(self) -> torch.Tensor:
-        return self._gradient_gram_EDD.to(self._device).mean(0, dtype=torch.float64)
+        return to_device(self._gradient_gram_EDD, self._device).mean(0, dtype=torch.float64)
 
-    @cached_property
+    @MadeOnce
     def _mean_input_gram(self) -> torch.Tensor:
-        return self._weighted_input_gram_EDD.to(self._device).mean(0, dtype=torch.float64)
+        return to_device(self._weighted_input_gram_EDD, self._device).mean(0, dtype=torch.float64)
 
-    @cached_property
+    @MadeOnce
     def _mean_row_square(self) -> torch.Tensor:
         """Neurons have no common order across experts: what experts can lend each other is the mean of gate rows and that of up rows."""
         return mean_by_kind(self._layer, self._row_square_EN.to(self._device, torch.float64))
@@ -127,7 +128,7 @@ class EstimatedCurvature(Curvature):
     def input_gram(self, expert: int) -> None:
         return None
 
-    @cached_property
+    @MadeOnce
     def _gradient_gram(self) -> FullGram:
         """Γ a token, ridged."""
         gram_DD, tokens = self._statistics.gradient_gram_DD, self._statistics.gradient_tokens
@@ -135,7 +136,7 @@ class EstimatedCurvature(Curvature):
             return FullGram(torch.eye(self._layer.hidden, dtype=torch.float64, device=self._device))
         return FullGram(ridged(symmetric(gram_DD.to(self._device, torch.float64)) / tokens, GRADIENT_RIDGE))
 
-    @cached_property
+    @MadeOnce
     def _row_weight(self) -> torch.Tensor:
         """ρ of every input row, [E, N], ridged: curvature of its neuron times the neuron's mean squared slope."""
         neuron_N = self._layer.neuron_of_row().to(self._device)
@@ -150,7 +151,7 @@ class EstimatedCurvature(Curvature):
         weight_DM = stored_DM.to(self._device, torch.float64 if stored_DM.dtype == torch.float64 else torch.float32)
         return (self._gradient_gram.times(weight_DM.T).T * weight_DM).sum(0).double()
 
-    @cached_property
+    @MadeOnce
     def _mean_slope(self) -> torch.Tensor:
         """Mean squared slope of every input row, weighted by p², [E, N]; rare experts lean on the layer's mean of the kind of row.
 

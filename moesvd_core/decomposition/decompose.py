@@ -102,6 +102,10 @@ class Decomposition:
             raise InputError(f"{side} ranks of layer {self._metric.layer.index} must be {slots} numbers in [-1, {most}], got {plan.ranks}")
         return basis.refined(plan.ranks) if refined and isinstance(basis, LatentBasis) else basis.factors(plan.ranks)
 
+    def release(self) -> None:
+        """Let go of what lies on a card, before others are decomposed; factors can be asked for as before, a little later."""
+        self._metric.release()
+
     def save(self, path: Path) -> None:
         """Keep the eigendecompositions in a safetensors file with a digest, whole or not at all, so that another plan is a slice away.
 

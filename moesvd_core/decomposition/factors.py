@@ -8,7 +8,7 @@ are). The rank R of a matrix is always the length of a tensor's dimension: nothi
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod, sqrt
 
@@ -17,6 +17,7 @@ import torch
 from moesvd_core.architectures.layout import ExpertWeights
 from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.pivots import pivoted
+from moesvd_core.devices import to_device, to_host
 from moesvd_core.planning import DENSE
 
 
@@ -191,9 +192,11 @@ class PivotedFactors(SideFactors):
 
     Attributes:
         own: the factors in any such form, each of its own rank.
+        device: where the stored form is made; it is on the host like all factors.
     """
 
     own: PerExpertFactors
+    device: torch.device = field(default=torch.device("cpu"), compare=False)
 
     @property
     def parameters(self) -> int:
@@ -203,8 +206,13 @@ class PivotedFactors(SideFactors):
     @cached_property
     def stored(self) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
         """Every expert's product at its pivots [N, R], coefficients of the other columns [R, M - R] and pivots [R]; made once."""
-        pairs = list(zip(self.own.left, self.own.right, strict=True))
-        return tuple(in_parallel(lambda expert: pivoted(*pairs[expert]), len(pairs), torch.device("cpu")))
+
+        def made(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            left_NR, right_RM = (to_device(each[expert], self.device) for each in (self.own.left, self.own.right))
+            at_pivots_NR, others_RS, pivot_R = pivoted(left_NR, right_RM)
+            return to_host(at_pivots_NR), to_host(others_RS), pivot_R
+
+        return tuple(in_parallel(made, len(self.own.left), self.device))
 
     def reconstruct(self) -> torch.Tensor:
         return self.own.reconstruct()

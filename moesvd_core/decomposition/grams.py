@@ -8,13 +8,17 @@ symmetric one: it is Cholesky's, which costs a tenth of an eigendecomposition. N
 """
 
 from abc import ABC, abstractmethod
-from functools import cached_property
 from math import sqrt
 
 import torch
 
+from moesvd_core.decomposition.parallel import MadeOnce
+from moesvd_core.devices import on_card
+
 BLOCK = 128
 """Rows of a symmetric or triangular product made at a time: enough for full speed, few enough to spare most of the needless half."""
+CARD_BLOCK = 2048
+"""The same on a graphics card, whose full speed takes more rows."""
 EPSILON = 1e-10
 """Ridge, as a share of the mean diagonal, on matrices that are to be inverted on all that is not zero."""
 
@@ -101,7 +105,7 @@ class FullGram(RootedGram):
     def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
         return symmetric_product(self.root_times(outer_SS).T, self._lower)
 
-    @cached_property
+    @MadeOnce
     def _lower(self) -> torch.Tensor:
         return cholesky(self.gram_SS)
 
@@ -133,6 +137,10 @@ class ImpliedGram(Gram):
         return known_M + self._floor * (1 - (self._pseudo_inverse_NM * self._weight_NM).sum(0))
 
 
+def _block(matrix: torch.Tensor) -> int:
+    return CARD_BLOCK if on_card(matrix.device) else BLOCK
+
+
 def symmetric(matrix_SS: torch.Tensor) -> torch.Tensor:
     """The symmetric part: rounding alone makes a product of symmetric matrices slightly skew."""
     return (matrix_SS + matrix_SS.T) / 2
@@ -145,8 +153,9 @@ def symmetric_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Te
 
 def mirrored_(matrix_SS: torch.Tensor) -> torch.Tensor:
     """The lower triangle put in the place of the upper one: rounding alone makes sums of symmetric matrices slightly skew."""
-    for start in range(0, len(matrix_SS), BLOCK):
-        end = start + BLOCK
+    step = _block(matrix_SS)
+    for start in range(0, len(matrix_SS), step):
+        end = start + step
         block_SS = matrix_SS[start:end, start:end].tril_()
         block_SS += block_SS.tril(-1).T
         matrix_SS[start:end, end:] = matrix_SS[end:, start:end].T
@@ -156,20 +165,21 @@ def mirrored_(matrix_SS: torch.Tensor) -> torch.Tensor:
 def quadratic(x_RS: torch.Tensor, matrix_SS: torch.Tensor) -> torch.Tensor:
     """diag(x M xᵀ) [R] of a symmetric M: what is above its diagonal counts twice below, and is not multiplied."""
     total_R = x_RS.new_zeros(len(x_RS))
-    for start in range(0, len(matrix_SS), BLOCK):
-        end = start + BLOCK
+    step = _block(matrix_SS)
+    for start in range(0, len(matrix_SS), step):
+        end = start + step
         below_SB = matrix_SS[start:, start:end].clone()
-        below_SB[BLOCK:] *= 2
+        below_SB[step:] *= 2
         total_R += ((x_RS[:, start:] @ below_SB) * x_RS[:, start:end]).sum(1)
     return total_R
 
 
 def lower_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
     """The lower triangle of left @ right, [S, S]; above the diagonal it holds some of the product and some zeros."""
-    size = len(left_SN)
+    size, step = len(left_SN), _block(left_SN)
     product_SS = left_SN.new_zeros(size, size)
-    for start in range(0, size, BLOCK):
-        end = min(start + BLOCK, size)
+    for start in range(0, size, step):
+        end = min(start + step, size)
         torch.matmul(left_SN[start:end], right_NS[:, :end], out=product_SS[start:end, :end])
     return product_SS
 
@@ -177,8 +187,9 @@ def lower_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor
 def upper_times(upper_SS: torch.Tensor, right_SN: torch.Tensor) -> torch.Tensor:
     """upper @ right [S, N] of an upper triangular matrix, sparing the products with zeros: faster than solving with its inverse."""
     product_SN = right_SN.new_empty(len(upper_SS), right_SN.shape[1])
-    for start in range(0, len(upper_SS), BLOCK):
-        end = start + BLOCK
+    step = _block(upper_SS)
+    for start in range(0, len(upper_SS), step):
+        end = start + step
         torch.matmul(upper_SS[start:end, start:], right_SN[start:], out=product_SN[start:end])
     return product_SN
 

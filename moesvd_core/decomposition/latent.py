@@ -20,6 +20,7 @@ from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.projection import best_projection, fit_gains, orthonormal, reader
+from moesvd_core.devices import to_device, to_host
 from moesvd_core.planning import DENSE, SIDES, Metric, Side, SideCurve
 
 SMALL = 1 << 24
@@ -53,7 +54,7 @@ class LatentBasis:
             own = metric.layer.experts * (rows if side == "input" else columns)
             ranks = break_even(metric.layer.experts * rows * columns, metric.layer.hidden + own, min(metric.layer.hidden, own))
             curve = latent_curve(metric, side, losses[side][: ranks + 1] * metric.unit, shared[side].gain_R[:ranks])
-            made[side] = cls(metric, side, kind, shared[side].basis_DD[:ranks].clone().cpu(), curve)
+            made[side] = cls(metric, side, kind, to_host(shared[side].basis_DD[:ranks].clone()), curve)
         return made
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
@@ -75,7 +76,7 @@ class LatentBasis:
         return self._fitted(refined(self._leading(rank).double(), pairs).to(self._metric.dtype))
 
     def _leading(self, rank: int) -> torch.Tensor:
-        return self._basis_RD[:rank].to(self._metric.device)
+        return to_device(self._basis_RD[:rank], self._metric.device)
 
     def _fitted(self, basis_RD: torch.Tensor) -> SideFactors:
         """A shared basis, and each expert's own matrices for it."""
@@ -91,7 +92,8 @@ class LatentBasis:
 
         list(in_parallel(fit, len(experts), metric.device))
         left_ENR, right_RD = balanced_(left_ENR, basis_RD.clone())
-        return SharedRightFactors((RightGroup(tuple(experts), right_RD.cpu(), left_ENR.cpu(), tuple((expert,) for expert in experts)),))
+        alone = tuple((expert,) for expert in experts)
+        return SharedRightFactors((RightGroup(tuple(experts), to_host(right_RD), to_host(left_ENR), alone),))
 
     def _output_factors(self, basis_RD: torch.Tensor) -> SideFactors:
         """P and B_e = (Pᵀ L_e P)^{-1} Pᵀ L_e D_e: the shared basis, refitted to what each expert's own tokens do to the loss."""
@@ -103,7 +105,7 @@ class LatentBasis:
 
         list(in_parallel(fit, metric.layer.experts, metric.device))
         left_DR, right_ERM = balanced_(basis_RD.T.clone(memory_format=torch.contiguous_format), right_ERM)
-        return SharedLeftFactors(left_DR.cpu(), right_ERM.cpu())
+        return SharedLeftFactors(to_host(left_DR), to_host(right_ERM))
 
     def _reader(self, expert: int, basis_RD: torch.Tensor) -> torch.Tensor:
         """What reads the expert's coefficients of the basis, [R, D]."""

@@ -34,6 +34,8 @@ from moesvd_core.decomposition.grams import (
     symmetric,
     symmetric_product,
 )
+from moesvd_core.decomposition.parallel import MadeOnce
+from moesvd_core.devices import on_card, to_device
 from moesvd_core.errors import CheckpointError, StatisticsError
 from moesvd_core.planning import Metric, Side
 
@@ -65,16 +67,26 @@ class LayerMetric:
         self, weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, device: torch.device | str = "cpu", *,
         shrink: bool = True,
     ) -> None:
-        _check(weights, layer, statistics)
+        self.device = torch.device(device)
         self.weights = weights
         self.layer = layer
-        self.statistics = statistics
-        self.device = torch.device(device)
+        self._stored = statistics
+        self.statistics = statistics.on(self.device)
+        _check(weights, layer, self.statistics)
         self._read: dict[tuple[Metric, int], torch.Tensor] = {}
         self._written: dict[int, torch.Tensor] = {}
-        lent = PSEUDO_SHARE if shrink else 0.0
-        self._curvature = curvature_of(weights, layer, statistics, self.device, lent)
-        self.pseudo_tokens = lent * float(statistics.count_E.sum()) / layer.experts
+        self._lent = PSEUDO_SHARE if shrink else 0.0
+        self._curvature = curvature_of(weights, layer, self.statistics, self.device, self._lent)
+        self.pseudo_tokens = self._lent * float(statistics.count_E.sum()) / layer.experts
+
+    def release(self) -> None:
+        """Let go of what lies on a card beside the weights: what is wanted later is taken from the statistics on the host again."""
+        if on_card(self.device):
+            self.statistics = self._stored
+            self._curvature = curvature_of(self.weights, self.layer, self.statistics, self.device, self._lent)
+            self._read.clear()
+            self._written.clear()
+            vars(self).pop("_pooled_gram", None)
 
     # -- what a side looks like ------------------------------------------------------------------------------------------------------
 
@@ -192,18 +204,18 @@ class LayerMetric:
     def _input_gram(self, expert: int) -> torch.Tensor:
         """C_e + n0·C̄, ridged: an expert with few tokens leans on what an average token looks like."""
         summed_DD = self.statistics.input_gram_EDD[expert]
-        own_DD = summed_DD.to(self.device, torch.float64, copy=True).add_(self._pooled_gram, alpha=self.pseudo_tokens)
+        own_DD = to_device(summed_DD, self.device).to(torch.float64, copy=True).add_(self._pooled_gram, alpha=self.pseudo_tokens)
         return settled_(own_DD, GRAM_RIDGE, summed_DD.dtype)
 
-    @cached_property
+    @MadeOnce
     def _pooled_gram(self) -> torch.Tensor:
         """C̄, the layer's input Gram a routed token."""
-        return self.statistics.input_gram_EDD.to(self.device).sum(0, dtype=torch.float64) / float(self.statistics.count_E.sum())
+        return to_device(self.statistics.input_gram_EDD, self.device).sum(0, dtype=torch.float64) / float(self.statistics.count_E.sum())
 
     def _output_gram(self, expert: int) -> torch.Tensor:
         """O_e + h̄·n0·W Wᵀ: the same shrinkage as of H_e, seen through W."""
         weight_DM = self.weight("output", expert)
-        own_DD = mirrored_(self.statistics.output_gram_EDD[expert].to(self.device, torch.float64, copy=True))
+        own_DD = mirrored_(to_device(self.statistics.output_gram_EDD[expert], self.device).to(torch.float64, copy=True))
         return own_DD.add_(symmetric_product(weight_DM, weight_DM.T), alpha=self._isotropic(expert))
 
     def _intermediate_gram(self, expert: int) -> Gram:
@@ -213,7 +225,7 @@ class LayerMetric:
         """
         isotropic = self._isotropic(expert)
         if self.statistics.intermediate_gram_EMM is not None:
-            own_MM = self.statistics.intermediate_gram_EMM[expert].to(self.device, torch.float64)
+            own_MM = to_device(self.statistics.intermediate_gram_EMM[expert], self.device).double()
             isotropic_MM = isotropic * torch.eye(own_MM.shape[0], dtype=torch.float64, device=self.device)
             return FullGram(ridged(own_MM + isotropic_MM, EPSILON))
         weight_DM = self.weight("output", expert).double()
@@ -227,7 +239,7 @@ class LayerMetric:
         """What shrinkage and ridge add to every eigenvalue of H_e."""
         return self._mean_square * (self.pseudo_tokens + GRAM_RIDGE * float(self.statistics.count_E[expert]))
 
-    @cached_property
+    @MadeOnce
     def _mean_square(self) -> float:
         """h̄: mean p²·h² a routed token, as far as it shows in the outputs (so that it needs no H)."""
         norms_E = self.weights.output_EDM.float().square().sum((1, 2)).double().cpu()
@@ -250,24 +262,26 @@ def _check(weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatisti
     if (statistics.gradient_gram_DD is not None or statistics.gradient_gram_EDD is not None) and statistics.gradient_tokens <= 0:
         raise StatisticsError(f"layer {layer.index}: gradient_tokens must be > 0 beside a gradient Gram, got {statistics.gradient_tokens}")
     for name, tensor in (("input", weights.input_END), ("output", weights.output_EDM)):
-        for expert, weight in enumerate(tensor):
-            if not _finite(weight):
-                raise CheckpointError(f"layer {layer.index}, expert {expert}: NaN or Inf in the {name} matrix; the checkpoint is damaged")
+        if (expert := _first_broken(tensor)) is not None:
+            raise CheckpointError(f"layer {layer.index}, expert {expert}: NaN or Inf in the {name} matrix; the checkpoint is damaged")
     lacking = [name for name in BACKWARD_SUMS if getattr(statistics, name) is None]
     if 0 < len(lacking) < len(BACKWARD_SUMS):
         raise StatisticsError(f"layer {layer.index}: {lacking[0]} is missing beside other sums of the backward pass; calibrate again")
     for name in (*EXPERT_SUMS, *BACKWARD_SUMS, "row_gram_ENN"):
-        for expert, tensor in enumerate(getattr(statistics, name) if getattr(statistics, name) is not None else ()):
-            if not _finite(tensor):
-                raise StatisticsError(f"layer {layer.index}, expert {expert}: {name} holds NaN or Inf; calibrate again")
-    if statistics.gradient_gram_DD is not None and not _finite(statistics.gradient_gram_DD):
+        sums_E = getattr(statistics, name)
+        if sums_E is not None and (expert := _first_broken(sums_E)) is not None:
+            raise StatisticsError(f"layer {layer.index}, expert {expert}: {name} holds NaN or Inf; calibrate again")
+    if statistics.gradient_gram_DD is not None and _first_broken(statistics.gradient_gram_DD[None]) is not None:
         raise StatisticsError(f"layer {layer.index}: the gradient Gram holds NaN or Inf; calibrate again, in float32 or without gradients")
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    """Whether every entry is: one that is not carries over to the sum, which is ten times faster to look at than every entry.
+def _first_broken(tensor_E: torch.Tensor) -> int | None:
+    """The first expert with an entry that is not finite: one carries over to the sum, ten times faster to look at than every entry.
 
-    A sum can also overflow by itself, and only then the entries are looked at.
+    A sum can also overflow by itself, and only then the entries are looked at. All sums are looked at together: a card answers only when it
+    has done all that it was given.
     """
-    precision = torch.promote_types(tensor.dtype, torch.float32)
-    return bool(torch.isfinite(tensor.sum(dtype=precision))) or bool(torch.isfinite(tensor).all())
+    precision = torch.promote_types(tensor_E.dtype, torch.float32)
+    if torch.stack([tensor.sum(dtype=precision) for tensor in tensor_E]).isfinite().all():
+        return None
+    return next((expert for expert, tensor in enumerate(tensor_E) if not tensor.isfinite().all()), None)

@@ -1,41 +1,116 @@
-"""Several parts of a layer at a time: an eigendecomposition or a Cholesky factor hardly uses more than one core by itself."""
+"""Several parts of a layer at a time: an eigendecomposition or a Cholesky factor hardly uses more than one core by itself, and on a card
+it waits for itself most of the time.
+"""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import cache
+from itertools import count
+from typing import Any, Generic, TypeVar
 
 import torch
+
+from moesvd_core.devices import finish, finish_current, on_card
 
 Result = TypeVar("Result")
 MOST = 4
 """Parts at a time, each with its matrices of hidden size in double precision."""
+STREAMS = 8
+"""Parts at a time on a card, each in a stream of its own, with its matrices as above."""
 
 
 def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device) -> Iterator[Result]:
     """`work` of every part (expert, side), in their order, so that what is summed up does not depend on which was done first.
 
-    On CPUs several at a time, which share the threads that torch may use; elsewhere one after the other. Parts of parts share what is left.
+    On CPUs several at a time, which share the threads that torch may use; on a card several, each in a stream of its own; elsewhere one
+    after the other. Parts of parts share what is left.
+
+    A card's memory goes back to the stream that asked for it, whoever else may still be reading it there. So a part is finished on the card
+    before its result is handed over, whatever the caller does with the result is finished before the next one is, and a part starts behind
+    all that the caller has asked for before.
 
     Args:
-        work: gets a part's number. It runs in another thread, so it must not change what parts share.
+        work: gets a part's number. It runs in another thread, so it must not change what parts share (what they make when it is first asked
+            for is made by `MadeOnce`).
         parts: how many.
         device: where `work` computes.
     """
-    workers = min(MOST, parts, torch.get_num_threads()) if device.type == "cpu" else 1
+    workers = min(_most(device), parts)
     if workers < 2:
         yield from map(work, range(parts))
         return
-    threads, grad = torch.get_num_threads() // workers, torch.is_grad_enabled()
+    threads, grad = max(1, torch.get_num_threads() // workers), torch.is_grad_enabled()
 
-    def prepare() -> None:  # both are settings of a thread
+    own, place = threading.local(), count()
+
+    def prepare() -> None:  # all are a thread's own
         torch.set_num_threads(threads)
         torch.set_grad_enabled(grad)
+        own.place = next(place)
 
+    done = _streamed(work, device, own) if on_card(device) else work
     with ThreadPoolExecutor(workers, initializer=prepare) as pool:
-        pending = deque(pool.submit(work, part) for part in range(workers))
+        pending = deque(pool.submit(done, part) for part in range(workers))
         for part in range(workers, parts + workers):
             result = pending.popleft().result()
             if part < parts:
-                pending.append(pool.submit(work, part))
+                pending.append(pool.submit(done, part))
             yield result
+            finish(device)
+
+
+def _most(device: torch.device) -> int:
+    if device.type == "cpu":
+        return min(MOST, torch.get_num_threads())
+    return STREAMS if on_card(device) else 1
+
+
+def _streamed(work: Callable[[int], Result], device: torch.device, own: threading.local) -> Callable[[int], Result]:
+    """The work in a stream of the thread that does it, behind what its caller's stream was given.
+
+    Args:
+        own: has the thread's place among those that work.
+    """
+    caller, asking = torch.cuda.current_stream(device), threading.get_ident()
+
+    def done(part: int) -> Result:
+        stream = _stream(caller.device, asking, own.place)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            result = work(part)
+            stream.synchronize()
+        return result
+
+    return done
+
+
+@cache
+def _stream(device: torch.device, caller: int, place: int) -> torch.cuda.Stream:
+    """The same streams again and again for one thread that asks for work: torch keeps memory and workspaces for every stream."""
+    return torch.cuda.Stream(device)
+
+
+class MadeOnce(Generic[Result]):
+    """A property that is made when it is first asked for, by one of the threads that ask; the others wait until it is there, on a card too.
+
+    With `functools.cached_property` it would at worst be made twice on CPUs; on a card another stream would read it before it is written.
+    """
+
+    def __init__(self, make: Callable[[Any], Result]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Result:
+        kept: dict[str, Any] = instance.__dict__  # where the next one who asks finds it without coming here
+        with kept.setdefault("_making", threading.RLock()):
+            if self._name not in kept:
+                made = self._make(instance)
+                finish_current()
+                kept[self._name] = made
+        result: Result = kept[self._name]
+        return result

@@ -14,6 +14,7 @@ from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.projection import best_projection
+from moesvd_core.devices import copy_to_host_, to_device, to_host
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 
 
@@ -52,12 +53,12 @@ class PerExpertBasis:
     def _pair(self, expert: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Left [rows, rank] and right [rank, columns] factor of one expert."""
         weight_NM = self._weight(expert)
-        basis_RS = self._basis_ERS[expert, :rank].to(self._metric.device, torch.float64)
+        basis_RS = to_device(self._basis_ERS[expert, :rank], self._metric.device).double()
         read_RS = self._metric.inner(self._side, self._kind, expert).times(basis_RS)
         basis_RS, read_RS = basis_RS.to(weight_NM.dtype), read_RS.to(weight_NM.dtype)
         right = self._metric.works_right(self._side)
         left_NR, right_RM = balanced(weight_NM @ read_RS.T, basis_RS) if right else balanced(basis_RS.T, read_RS @ weight_NM)
-        return left_NR.cpu(), right_RM.cpu()
+        return to_host(left_NR), to_host(right_RM)
 
     def _weight(self, expert: int) -> torch.Tensor:
         """What an expert's factors stand for, [rows, columns]."""
@@ -92,7 +93,9 @@ def best_directions(
         outer: what an expert's matrix carries into the smaller space in a metric (see `LayerMetric.outer`).
     """
 
-    def found(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    basis_ERS = torch.empty(metric.layer.experts, ranks, min(metric.shape(side)), dtype=metric.dtype)
+
+    def found(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         inner = metric.inner(side, kind, expert)
         best = best_projection(inner, outer(kind, expert), ranks)
         if kind == "output":
@@ -100,7 +103,8 @@ def best_directions(
         else:
             true_inner, true_outer_SS = metric.inner(side, "output", expert), outer("output", expert)
             loss_R = projection_losses(inner.times(best.basis_RS), best.basis_RS, true_inner, true_outer_SS)
-        return best.basis_RS.to(metric.dtype).cpu(), loss_R * metric.unit, best.gain_R
+        copy_to_host_(basis_ERS[expert], best.basis_RS)
+        return loss_R * metric.unit, best.gain_R
 
-    bases, losses, gains = zip(*in_parallel(found, metric.layer.experts, metric.device), strict=True)
-    return torch.stack(bases), torch.stack(losses), torch.stack(gains)
+    losses, gains = zip(*in_parallel(found, metric.layer.experts, metric.device), strict=True)
+    return basis_ERS, torch.stack(losses), torch.stack(gains)

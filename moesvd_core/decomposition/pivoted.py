@@ -37,7 +37,7 @@ class PivotedBasis(PerExpertBasis):
     def factors(self, ranks: Sequence[int]) -> SideFactors:
         """Factors at one rank an expert; DENSE keeps the original matrix, 0 drops it."""
         own = super().factors(ranks)
-        return PivotedFactors(own) if isinstance(own, PerExpertFactors) else own
+        return PivotedFactors(own, self._metric.device) if isinstance(own, PerExpertFactors) else own
 
     @classmethod
     def loaded(cls, metric: LayerMetric, side: Side, kind: Metric, tensors: Mapping[str, torch.Tensor]) -> "PivotedBasis":

@@ -1,5 +1,7 @@
 """Inner products of a layer: against the tokens that they were collected from, and for experts that saw few or none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_layer import TinyLayer, tiny_layer
@@ -223,3 +225,22 @@ def test_products_that_are_kept_are_those_that_are_made_anew(monkeypatch: pytest
     fresh = made(tiny_layer()).read_by("input", "output", 0)
     assert torch.equal(first, again)
     torch.testing.assert_close(first, fresh)
+
+
+def test_what_lies_on_a_card_is_let_go_and_taken_from_the_host_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerStatistics, "on", lambda self, device: replace(self, input_gram_EDD=self.input_gram_EDD.clone()))
+    monkeypatch.setattr(metrics, "on_card", lambda device: True)
+    tiny = tiny_layer()
+    metric = made(tiny)
+    assert metric.statistics is not tiny.statistics
+
+    def products() -> list[torch.Tensor]:
+        grams = [metric.right_of_input(kind, 1).full() for kind in ("input", "output")]  # type: ignore[arg-type]
+        return [*grams, metric.read_by("input", "output", 1), metric.written_by("output", "output", 1)]
+
+    before = products()
+    metric.release()
+    assert metric.statistics is tiny.statistics
+    assert not metric._read and not metric._written and "_pooled_gram" not in vars(metric)
+    for first, second in zip(before, products(), strict=True):
+        assert torch.equal(first, second)

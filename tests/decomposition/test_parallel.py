@@ -1,12 +1,15 @@
 """Experts in parallel give what one after the other gives, in the same order."""
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from moesvd_core.decomposition.parallel import MOST, in_parallel
+from moesvd_core.decomposition import parallel
+from moesvd_core.decomposition.parallel import MOST, STREAMS, MadeOnce, in_parallel
 
 CPU = torch.device("cpu")
 
@@ -50,3 +53,66 @@ def test_gradients_are_recorded_just_where_the_caller_does() -> None:
     with torch.no_grad():
         assert not any(in_parallel(lambda expert: torch.is_grad_enabled(), 3, CPU))
     assert all(in_parallel(lambda expert: torch.is_grad_enabled(), 3, CPU))
+
+
+class Stream:
+    """A stream of a card that keeps a diary."""
+
+    device = CPU
+
+    def __init__(self, diary: list[tuple[str, str]], name: str) -> None:
+        self.diary, self.name = diary, name
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.diary.append((self.name, f"waits for {other.name}"))
+
+    def synchronize(self) -> None:
+        self.diary.append((self.name, "is done"))
+
+
+def test_parts_of_a_card_start_behind_their_caller_and_are_done_when_they_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    diary: list[tuple[str, str]] = []
+    caller = Stream(diary, "caller")
+    monkeypatch.setattr(parallel, "on_card", lambda device: True)
+    monkeypatch.setattr(parallel, "finish", lambda device: caller.synchronize())
+    monkeypatch.setattr(parallel, "_most", lambda device: STREAMS)
+    monkeypatch.setattr(parallel, "_stream", lambda device, asking, place: Stream(diary, f"stream {place}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+    def work(part: int) -> int:
+        time.sleep(0.02)
+        return part
+
+    for number, result in enumerate(in_parallel(work, 9, CPU)):
+        assert result == number
+        diary.append(("caller", f"got {result}"))
+    assert {name for name, _ in diary} == {"caller", *(f"stream {place}" for place in range(STREAMS))}
+    for place in range(STREAMS):
+        assert [what for name, what in diary if name == f"stream {place}"][:2] == ["waits for caller", "is done"]
+    expected = [each for part in range(9) for each in (f"got {part}", "is done")]
+    assert [what for name, what in diary if name == "caller"] == expected, "what the caller does with a result is done before the next"
+
+
+def test_what_parts_share_is_made_once_and_is_there_for_all_that_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[bool] = []
+    monkeypatch.setattr(parallel, "finish_current", lambda: finished.append(True))
+
+    class Shared:
+        made = 0
+
+        @MadeOnce
+        def value(self) -> int:
+            """What is shared."""
+            time.sleep(0.05)
+            self.made += 1
+            return 7
+
+    shared = Shared()
+    threads = [threading.Thread(target=lambda: seen.append(shared.value)) for _ in range(5)]
+    seen: list[int] = []
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [7] * 5 and shared.made == 1 and finished == [True]

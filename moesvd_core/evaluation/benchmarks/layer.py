@@ -1,0 +1,199 @@
+"""What compressing one layer of a large model takes: calibration as it is shipped, then every method, timed step by step.
+
+A random model of two equal layers is built where the work is done. The upper one is timed: gradients have to be pushed through it, as
+through every layer of a model but the lowest. What belongs to no layer (embedding, head and loss) is left out. Times are those of real
+weights but for how evenly a trained router spreads its tokens.
+"""
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
+
+from moesvd_core.architectures.experts_io import read_experts
+from moesvd_core.architectures.streaming import MemoryStream
+from moesvd_core.calibration import Calibration, calibrate
+from moesvd_core.decomposition.factors import LayerFactors
+from moesvd_core.decomposition.registry import method
+from moesvd_core.errors import InputError
+from moesvd_core.evaluation.benchmarks.decompose import compressed, warm_up
+from moesvd_core.evaluation.benchmarks.machine import finish, place
+from moesvd_core.evaluation.benchmarks.synthetic import WEIGHT_STD, RandomLayer
+from moesvd_core.evaluation.benchmarks.table import Cell, Table
+from moesvd_core.progress import Progress, Report, silent
+
+Family = Literal["mixtral", "qwen3_moe"]
+VOCABULARY = 4096
+"""Words of the random text."""
+TIMED = 1
+"""The layer that is timed, of two."""
+
+
+@dataclass(frozen=True)
+class LayerBenchmark:
+    """Settings.
+
+    Attributes:
+        family: which model the layer is of.
+        hidden, width, experts, active: d, m, E, k.
+        samples, length, batch: windows of text, tokens in each, and windows at once.
+        methods: what the layer is compressed by; each at the ratio.
+        ratio: share of the experts' parameters to remove.
+        device: where everything is done.
+    """
+
+    family: Family = "mixtral"
+    hidden: int = 512
+    width: int = 896
+    experts: int = 8
+    active: int = 2
+    samples: int = 16
+    length: int = 256
+    batch: int = Calibration.batch
+    methods: tuple[str, ...] = ("latent", "svd-llm", "fisher")
+    ratio: float = 0.4
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            method(name)
+        if self.family not in get_args(Family):
+            raise InputError(f"family must be one of {', '.join(get_args(Family))}, got {self.family!r}")
+        if self.hidden < 64 or self.hidden % 64 or (self.hidden > 128 and self.hidden % 128):
+            raise InputError(f"hidden must be 64 or a multiple of 128, the width of a head, got {self.hidden}")
+        if not 1 <= self.active <= self.experts:
+            raise InputError(f"active must be in [1, {self.experts}] (experts), got {self.active}")
+        if not 0 < self.ratio < 1:
+            raise InputError(f"ratio must be in (0, 1), got {self.ratio}")
+        Calibration(samples=self.samples, length=self.length, batch=self.batch)  # refuses what is out of bounds
+
+    def run(self, report: Report = silent) -> Table:
+        """Build the model, calibrate it, and compress its upper layer by every method."""
+        stream, tokenizer = MemoryStream(random_model(self)), _tokenizer()
+        with TemporaryDirectory() as folder:
+            text = Path(folder) / "words.txt"
+            text.write_text(_words(self.samples * self.length, self.seed), encoding="utf-8")
+            calibration = Calibration(str(text), self.samples, self.length, batch=self.batch)
+            if torch.device(self.device).type != "cpu":
+                calibrate(stream, tokenizer, replace(calibration, samples=min(self.batch, self.samples)))
+                warm_up(self._compressed, self.methods, self.device)
+            clock = _Clock(self.device, report)
+            statistics = calibrate(stream, tokenizer, calibration, report=clock)
+        layer = stream.expert_layers[TIMED]
+        weights = read_experts(stream.model.get_submodule(layer.name), layer)
+        sample = RandomLayer(layer, weights, statistics.layers[layer.index], ())
+        passes = {kind: clock.seconds[f"{kind}, layer {TIMED}"] for kind in ("forward", "backward")}
+        rows: list[dict[str, Cell]] = [_row(f"calibration, {kind} pass", seconds) for kind, seconds in passes.items()]
+        for done, name in enumerate(self.methods, start=1):
+            clock.lap()
+            factors = self._compressed(sample, name)
+            seconds = clock.lap()
+            kept = factors.parameters / layer.parameters
+            rows += [_row(f"{name} decomposed", seconds, 1 - kept), _row(f"{name} in all", seconds + sum(passes.values()), 1 - kept)]
+            report(Progress("benchmark", done, len(self.methods), name))
+        return Table.of(f"Compressing one layer of a random model ({self._size()}, {place(self.device)})", rows, self._notes(stream.model))
+
+    def _compressed(self, sample: RandomLayer, name: str) -> LayerFactors:
+        return compressed(sample.weights, sample.layer, sample.statistics, method(name), self.ratio, self.device)[1]
+
+    def _size(self) -> str:
+        shape = f"{self.family}, d {self.hidden}, m {self.width}, {self.experts} experts, {self.active} active"
+        return f"{shape}, {str(_DTYPE).removeprefix('torch.')}"
+
+    def _notes(self, model: PreTrainedModel) -> list[str]:
+        labels = 1 + Calibration.drawn_labels
+        experts = getattr(model.config, "_experts_implementation", None) or "eager"
+        return [
+            f"calibration on {self.samples} windows of {self.length} tokens, {self.batch} at once, {labels} labels a position; experts "
+            f"of the model by {experts}",
+            "decomposed: at every rank, with its loss curves, and the factors at the ratio; in all: with both passes of calibration",
+        ]
+
+
+_DTYPE = torch.bfloat16
+
+
+def random_model(size: LayerBenchmark) -> PreTrainedModel:
+    """Two random layers in bfloat16, made where they are used."""
+    with torch.device(size.device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(size), dtype=_DTYPE).eval()
+    noise = torch.Generator(size.device).manual_seed(size.seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=WEIGHT_STD, generator=noise)
+    return model.requires_grad_(False)  # as weights are that are loaded for calibration
+
+
+def _config(size: LayerBenchmark) -> MixtralConfig | Qwen3MoeConfig:
+    head = min(128, size.hidden)
+    heads = size.hidden // head
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": size.hidden, "num_hidden_layers": TIMED + 1, "num_experts_per_tok": size.active,
+        "max_position_embeddings": size.length, "tie_word_embeddings": True, "head_dim": head, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    if size.family == "mixtral":
+        few = max(1, heads // 4)
+        return MixtralConfig(
+            intermediate_size=size.width, num_local_experts=size.experts, num_attention_heads=heads, num_key_value_heads=few, **common
+        )
+    return Qwen3MoeConfig(
+        moe_intermediate_size=size.width, intermediate_size=size.width, num_experts=size.experts, norm_topk_prob=True,
+        num_attention_heads=2 * heads, num_key_value_heads=max(1, heads // 4), **common,
+    )  # fmt: skip
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A word of the random text is a token."""
+    tokenizer = Tokenizer(WordLevel({_word(index): index for index in range(VOCABULARY)}, unk_token=_word(0)))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=_word(0))
+
+
+def _words(count: int, seed: int) -> str:
+    chosen = Random(seed)  # noqa: S311 - no secret
+    return " ".join(_word(chosen.randrange(VOCABULARY)) for _ in range(count))
+
+
+def _word(index: int) -> str:
+    return f"w{index}"
+
+
+@dataclass
+class _Clock:
+    """Hears of calibration's steps, and how long each took on the device.
+
+    Attributes:
+        seconds: of every step, by its name.
+    """
+
+    device: str
+    report: Report
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.lap()
+
+    def __call__(self, progress: Progress) -> None:
+        self.seconds[progress.message] = self.lap()
+        self.report(progress)
+
+    def lap(self) -> float:
+        """Seconds since the last time that this was asked; all work on the device is done by then."""
+        finish(self.device)
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
+
+
+def _row(step: str, seconds: float, ratio: float | None = None) -> dict[str, Cell]:
+    return {"step": step, "seconds": seconds, "experts' ratio": ratio}
