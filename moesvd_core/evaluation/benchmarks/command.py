@@ -20,7 +20,7 @@ from moesvd_core.evaluation.benchmarks.bench import QualitySettings
 from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark
 from moesvd_core.evaluation.benchmarks.figures import figures_of
 from moesvd_core.evaluation.benchmarks.inference import InferenceBenchmark
-from moesvd_core.evaluation.benchmarks.layer import Family, LayerBenchmark
+from moesvd_core.evaluation.benchmarks.layer import LayerBenchmark
 from moesvd_core.evaluation.benchmarks.machine import machine
 from moesvd_core.evaluation.benchmarks.memory import SHAPE, MemoryBenchmark
 from moesvd_core.evaluation.benchmarks.memory_probe import ProbeSettings
@@ -28,7 +28,7 @@ from moesvd_core.evaluation.benchmarks.prediction import PredictionBenchmark
 from moesvd_core.evaluation.benchmarks.quality import QualityBenchmark
 from moesvd_core.evaluation.benchmarks.ratios import RatiosBenchmark
 from moesvd_core.evaluation.benchmarks.result import Result
-from moesvd_core.evaluation.benchmarks.synthetic import MixtralSize
+from moesvd_core.evaluation.benchmarks.synthetic import Family, ModelSize
 from moesvd_core.evaluation.speed import SpeedTest
 from moesvd_core.progress import Report, silent
 
@@ -108,8 +108,8 @@ def _layer(given: _Given) -> _Benchmark:
 
 
 def _inference(given: _Given) -> _Benchmark:
-    sizes, test = _chosen(MixtralSize, given), _chosen(SpeedTest, given)
-    size = MixtralSize(**{"width": 3584, "layers": 1, **sizes}) if sizes else None  # type: ignore[arg-type]
+    sizes, test = _chosen(ModelSize, given), _chosen(SpeedTest, given)
+    size = ModelSize(**{"width": 3584, "layers": 1, **sizes}) if sizes else None  # type: ignore[arg-type]
     made = {"size": size, "test": SpeedTest(**{"new_tokens": 8, "repeats": 3, **test}), "calibration": _calibration(given)}  # type: ignore[arg-type]
     return InferenceBenchmark(**_chosen(InferenceBenchmark, given, **made))  # type: ignore[arg-type]
 
@@ -121,7 +121,7 @@ def _ratios(given: _Given) -> _Benchmark:
 def _memory(given: _Given) -> _Benchmark:
     if "gigabytes" in given:
         given["bytes"] = round(float(str(given.pop("gigabytes"))) * 1e9)
-    size = MixtralSize(**(SHAPE | _chosen(MixtralSize, given)))  # type: ignore[arg-type]
+    size = ModelSize(**(SHAPE | _chosen(ModelSize, given)))
     probe = ProbeSettings(**_chosen(ProbeSettings, given))  # type: ignore[arg-type]
     return MemoryBenchmark(**_chosen(MemoryBenchmark, given, size=size, probe=probe))  # type: ignore[arg-type]
 
@@ -154,9 +154,11 @@ _QUALITY: _Options = _MODEL | _WINDOWS | {
     "--dtype": {"choices": sorted(DTYPES), "help": "number format of weights and factors (default: the checkpoint's)"},
     "--work": {"type": Path, "metavar": "DIR", "help": "keep statistics, decompositions and measurements here, and go on from them"},
 }
-_ONE_LAYER: _Options = {
-    "--family": {"choices": get_args(Family), "help": "which model the layer is of (default: mixtral)"},
+_FAMILY: _Options = {
+    "--family": {"choices": get_args(Family), "help": "whose layers a random model has (default: mixtral)"},
     "--active": {"type": int, "help": "experts that answer a token"},
+}
+_ONE_LAYER: _Options = _FAMILY | {
     "--samples": {"type": int, "help": "calibration windows"},
     "--length": {"type": int, "help": "tokens in each of them"},
     "--batch": {"type": int, "help": "windows that go through the layer at once"},
@@ -213,7 +215,7 @@ _COMMANDS: dict[str, tuple[str, _Options, Callable[[_Given], _Benchmark]]] = {
         _LAYER | _ONE_LAYER | _METHODS | _RATIO | _DEVICE,
         _layer,
     ),
-    "inference": ("tokens a second, memory and operations, in turns", _INFERENCE | _LAYER | _METHODS | _CALIBRATION, _inference),
+    "inference": ("tokens a second, memory and operations, in turns", _INFERENCE | _LAYER | _FAMILY | _METHODS | _CALIBRATION, _inference),
     "ratios": ("ratios asked for, planned, and counted in the files written", _MODEL | _METHODS | _RATIOS | _CALIBRATION, _ratios),
     "memory": ("peak memory of compressing a random checkpoint", _LAYER | _MEMORY, _memory),
 }

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesvd_core.architectures.files import resolve_model
 from moesvd_core.architectures.streaming import MemoryStream
@@ -21,7 +20,7 @@ from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.checkpoint.apply import compressed, pack
 from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import InputError
-from moesvd_core.evaluation.benchmarks.synthetic import MixtralSize, write_random_mixtral
+from moesvd_core.evaluation.benchmarks.synthetic import ModelSize, byte_tokenizer, random_model
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.evaluation.speed import Rate, Speed, SpeedTest, measure_speed
 from moesvd_core.pipeline import Pipeline
@@ -54,7 +53,7 @@ class InferenceBenchmark:
     """
 
     model: str | None = None
-    size: MixtralSize = field(default_factory=lambda: MixtralSize(width=3584, layers=1))
+    size: ModelSize = field(default_factory=lambda: ModelSize(width=3584, layers=1))
     kept: tuple[float, ...] = (0.8, 0.6, 0.4)
     methods: tuple[str, ...] = ("latent", "auto")
     batches: tuple[int, ...] = (1, 4, 16, 64)
@@ -79,20 +78,21 @@ class InferenceBenchmark:
             InputError: settings that the model does not allow.
         """
         os.environ.setdefault(*KERNELS)
-        with TemporaryDirectory() as folder:
-            if self.model is None:
-                write_random_mixtral(Path(folder), self.size)
-            path = Path(folder) if self.model is None else resolve_model(self.model)
+        tokenizer: PreTrainedTokenizerBase
+        if self.model is None:
+            tokenizer, model = byte_tokenizer(), random_model(self.size, self.device)
+        else:
+            path = resolve_model(self.model)
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval().to(self.device)
-            pipeline = Pipeline(MemoryStream(model), calibrate(MemoryStream(model), tokenizer, self.calibration, report=report))
-            plans = self._plans(pipeline, report)
-            models = {name: _compressed(model, pipeline, plan) for name, plan in plans.items()}
-            if self.device == "cpu" and model.dtype == torch.bfloat16:
-                for name, plan in tuple(plans.items()):
-                    packed = _compressed(model, pipeline, plan)
-                    if pack(packed):
-                        models[f"{name}, packed"], plans[f"{name}, packed"] = packed, plan
+        pipeline = Pipeline(MemoryStream(model), calibrate(MemoryStream(model), tokenizer, self.calibration, report=report))
+        plans = self._plans(pipeline, report)
+        models = {name: _compressed(model, pipeline, plan) for name, plan in plans.items()}
+        if self.device == "cpu" and model.dtype == torch.bfloat16:
+            for name, plan in tuple(plans.items()):
+                packed = _compressed(model, pipeline, plan)
+                if pack(packed):
+                    models[f"{name}, packed"], plans[f"{name}, packed"] = packed, plan
         rows = []
         for batch, prompt in product(self.batches, self.prompts):
             test = replace(self.test, batch=batch, prompt_tokens=prompt)
@@ -128,8 +128,7 @@ class InferenceBenchmark:
 def _title(benchmark: InferenceBenchmark) -> str:
     if benchmark.model is not None:
         return Path(benchmark.model).name
-    size = benchmark.size
-    return f"a random Mixtral of {size.layers} layer(s), d {size.hidden}, m {size.width}, {size.experts} experts"
+    return f"a random model ({benchmark.size})"
 
 
 def _compressed(model: PreTrainedModel, pipeline: Pipeline, plan: Plan) -> PreTrainedModel:

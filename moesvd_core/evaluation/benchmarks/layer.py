@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.streaming import MemoryStream
@@ -26,11 +25,10 @@ from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.decompose import compressed, warm_up
 from moesvd_core.evaluation.benchmarks.machine import finish, place
-from moesvd_core.evaluation.benchmarks.synthetic import WEIGHT_STD, RandomLayer
+from moesvd_core.evaluation.benchmarks.synthetic import Family, ModelSize, RandomLayer, random_model
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.progress import Progress, Report, silent
 
-Family = Literal["mixtral", "qwen3_moe"]
 VOCABULARY = 4096
 """Words of the random text."""
 TIMED = 1
@@ -66,19 +64,20 @@ class LayerBenchmark:
     def __post_init__(self) -> None:
         for name in self.methods:
             method(name)
-        if self.family not in get_args(Family):
-            raise InputError(f"family must be one of {', '.join(get_args(Family))}, got {self.family!r}")
-        if self.hidden < 64 or self.hidden % 64 or (self.hidden > 128 and self.hidden % 128):
-            raise InputError(f"hidden must be 64 or a multiple of 128, the width of a head, got {self.hidden}")
-        if not 1 <= self.active <= self.experts:
-            raise InputError(f"active must be in [1, {self.experts}] (experts), got {self.active}")
         if not 0 < self.ratio < 1:
             raise InputError(f"ratio must be in (0, 1), got {self.ratio}")
-        Calibration(samples=self.samples, length=self.length, batch=self.batch)  # refuses what is out of bounds
+        Calibration(samples=self.samples, length=self.length, batch=self.batch)  # both refuse what is out of bounds
+        self.model  # noqa: B018
+
+    @property
+    def model(self) -> ModelSize:
+        """The random model's size."""
+        shape = (self.family, self.hidden, self.width, self.experts, self.active)
+        return ModelSize(*shape, layers=TIMED + 1, context=self.length, vocabulary=VOCABULARY)
 
     def run(self, report: Report = silent) -> Table:
         """Build the model, calibrate it, and compress its upper layer by every method."""
-        stream, tokenizer = MemoryStream(random_model(self)), _tokenizer()
+        stream, tokenizer = MemoryStream(random_model(self.model, self.device, seed=self.seed)), _tokenizer()
         with TemporaryDirectory() as folder:
             text = Path(folder) / "words.txt"
             text.write_text(_words(self.samples * self.length, self.seed), encoding="utf-8")
@@ -100,14 +99,11 @@ class LayerBenchmark:
             kept = factors.parameters / layer.parameters
             rows += [_row(f"{name} decomposed", seconds, 1 - kept), _row(f"{name} in all", seconds + sum(passes.values()), 1 - kept)]
             report(Progress("benchmark", done, len(self.methods), name))
-        return Table.of(f"Compressing one layer of a random model ({self._size()}, {place(self.device)})", rows, self._notes(stream.model))
+        title = f"Compressing one layer of a random model ({self.model}, bfloat16, {place(self.device)})"
+        return Table.of(title, rows, self._notes(stream.model))
 
     def _compressed(self, sample: RandomLayer, name: str) -> LayerFactors:
         return compressed(sample.weights, sample.layer, sample.statistics, method(name), self.ratio, self.device)[1]
-
-    def _size(self) -> str:
-        shape = f"{self.family}, d {self.hidden}, m {self.width}, {self.experts} experts, {self.active} active"
-        return f"{shape}, {str(_DTYPE).removeprefix('torch.')}"
 
     def _notes(self, model: PreTrainedModel) -> list[str]:
         labels = 1 + Calibration.drawn_labels
@@ -117,39 +113,6 @@ class LayerBenchmark:
             f"of the model by {experts}",
             "decomposed: at every rank, with its loss curves, and the factors at the ratio; in all: with both passes of calibration",
         ]
-
-
-_DTYPE = torch.bfloat16
-
-
-def random_model(size: LayerBenchmark) -> PreTrainedModel:
-    """Two random layers in bfloat16, made where they are used."""
-    with torch.device(size.device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(size), dtype=_DTYPE).eval()
-    noise = torch.Generator(size.device).manual_seed(size.seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=WEIGHT_STD, generator=noise)
-    return model.requires_grad_(False)  # as weights are that are loaded for calibration
-
-
-def _config(size: LayerBenchmark) -> MixtralConfig | Qwen3MoeConfig:
-    head = min(128, size.hidden)
-    heads = size.hidden // head
-    common: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": size.hidden, "num_hidden_layers": TIMED + 1, "num_experts_per_tok": size.active,
-        "max_position_embeddings": size.length, "tie_word_embeddings": True, "head_dim": head, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
-    if size.family == "mixtral":
-        few = max(1, heads // 4)
-        return MixtralConfig(
-            intermediate_size=size.width, num_local_experts=size.experts, num_attention_heads=heads, num_key_value_heads=few, **common
-        )
-    return Qwen3MoeConfig(
-        moe_intermediate_size=size.width, intermediate_size=size.width, num_experts=size.experts, norm_topk_prob=True,
-        num_attention_heads=2 * heads, num_key_value_heads=max(1, heads // 4), **common,
-    )  # fmt: skip
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

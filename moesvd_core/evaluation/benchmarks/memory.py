@@ -14,13 +14,13 @@ from typing import Any
 
 from moesvd_core.errors import ResourceError
 from moesvd_core.evaluation.benchmarks.memory_probe import ProbeResult, ProbeSettings
-from moesvd_core.evaluation.benchmarks.synthetic import MixtralSize, write_random_mixtral
+from moesvd_core.evaluation.benchmarks.synthetic import ModelSize, write_random_mixtral
 from moesvd_core.evaluation.benchmarks.table import Table
 from moesvd_core.progress import Progress, Report, silent
 
 BOUND = 1_500_000_000
 """Bytes above the interpreter that a 4 GB checkpoint may take."""
-SHAPE = {"hidden": 768, "width": 2688}
+SHAPE: dict[str, Any] = {"hidden": 768, "width": 2688}
 """Mixtral's proportions (experts 3.5 times as wide as the hidden states), and as many layers as a large model has."""
 
 
@@ -34,7 +34,7 @@ class MemoryBenchmark:
         folder: where checkpoint, statistics and export are written; None: a temporary folder.
     """
 
-    size: MixtralSize = field(default_factory=lambda: MixtralSize(**SHAPE))
+    size: ModelSize = field(default_factory=lambda: ModelSize(**SHAPE))
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     folder: Path | None = None
 

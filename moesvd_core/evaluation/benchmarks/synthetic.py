@@ -10,12 +10,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import MixtralConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.settings import Calibration
@@ -23,6 +24,7 @@ from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.errors import InputError
 
 WEIGHT_STD = 0.02
+Family = Literal["mixtral", "qwen3_moe"]
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,20 @@ def _statistics(layer: ExpertLayer, weights: ExpertWeights, inputs: list[torch.T
 
 
 @dataclass(frozen=True)
-class MixtralSize:
-    """Sizes of a random Mixtral; as many layers as `bytes` need when `layers` is not given.
+class ModelSize:
+    """Sizes of a random model; as many layers as `bytes` need when `layers` is not given.
 
     Attributes:
+        family: whose model.
+        active: experts that answer a token.
         bytes: of all weights in bfloat16, at least.
     """
 
+    family: Family = "mixtral"
     hidden: int = 1024
     width: int = 1792
     experts: int = 8
+    active: int = 2
     layers: int | None = None
     bytes: int = 4_000_000_000
     vocabulary: int = 1024
@@ -151,6 +157,10 @@ class MixtralSize:
         for name in ("width", "experts", "context", "bytes"):
             if getattr(self, name) < 2:
                 raise InputError(f"{name} must be at least 2, got {getattr(self, name)}")
+        if self.family not in get_args(Family):
+            raise InputError(f"family must be one of {', '.join(get_args(Family))}, got {self.family!r}")
+        if not 1 <= self.active <= self.experts:
+            raise InputError(f"active must be in [1, {self.experts}] (experts), got {self.active}")
         if self.vocabulary < 258:
             raise InputError(f"vocabulary must hold 256 bytes and 2 special tokens, got {self.vocabulary}")
         if self.layers is not None and self.layers < 1:
@@ -162,28 +172,43 @@ class MixtralSize:
         matrices = self.experts * (3 * self.hidden * self.width + self.hidden) + 4 * self.hidden**2
         return 2 * (matrices + 2 * self.hidden)
 
-    def config(self) -> MixtralConfig:
+    def __str__(self) -> str:
+        return f"{self.family}, d {self.hidden}, m {self.width}, {self.experts} experts, {self.active} active"
+
+    def config(self) -> MixtralConfig | Qwen3MoeConfig:
         """The model's configuration."""
-        return MixtralConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.width,
-            num_hidden_layers=self.layers or -(-self.bytes // self.layer_bytes),
-            num_attention_heads=self.hidden // 64,
-            num_key_value_heads=self.hidden // 64,
-            num_local_experts=self.experts,
-            num_experts_per_tok=2,
-            max_position_embeddings=self.context,
-            tie_word_embeddings=True,
-            bos_token_id=256,
-            eos_token_id=257,
-            dtype="bfloat16",
-            architectures=["MixtralForCausalLM"],
-        )
+        common: dict[str, Any] = {
+            "vocab_size": self.vocabulary, "hidden_size": self.hidden, "intermediate_size": self.width, "dtype": "bfloat16",
+            "num_hidden_layers": self.layers or -(-self.bytes // self.layer_bytes), "num_attention_heads": self.hidden // 64,
+            "num_key_value_heads": self.hidden // 64, "num_experts_per_tok": self.active, "max_position_embeddings": self.context,
+            "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257,
+        }
+        if self.family == "mixtral":
+            return MixtralConfig(num_local_experts=self.experts, architectures=["MixtralForCausalLM"], **common)
+        own: dict[str, Any] = {"moe_intermediate_size": self.width, "num_experts": self.experts, "norm_topk_prob": True, "head_dim": 64}
+        return Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"], **own, **common)
 
 
-def write_random_mixtral(folder: Path, size: MixtralSize, *, seed: int = 0) -> None:
-    """Write a model folder (safetensors under the hub's names, configuration, byte-level tokenizer), holding one layer in memory."""
+def random_model(size: ModelSize, device: torch.device | str = "cpu", *, seed: int = 0) -> PreTrainedModel:
+    """The model in bfloat16, made where it is used, asking for no gradients; the numbers drawn from a seed are each device's own."""
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(size.config(), dtype=torch.bfloat16).eval()
+    noise = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=WEIGHT_STD, generator=noise)
+    return model.requires_grad_(False)
+
+
+def write_random_mixtral(folder: Path, size: ModelSize, *, seed: int = 0) -> None:
+    """Write a model folder (safetensors under the hub's names, configuration, byte-level tokenizer), holding one layer in memory.
+
+    Raises:
+        InputError: the size is another family's.
+    """
+    if size.family != "mixtral":
+        raise InputError(f"family must be mixtral to be written, got {size.family}")
     folder.mkdir(parents=True, exist_ok=True)
     config = size.config()
     noise = torch.Generator().manual_seed(seed)
@@ -198,10 +223,10 @@ def write_random_mixtral(folder: Path, size: MixtralSize, *, seed: int = 0) -> N
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     config.save_pretrained(folder)
-    _byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
-def _shards(config: MixtralConfig, noise: torch.Generator) -> Iterator[dict[str, torch.Tensor]]:
+def _shards(config: Any, noise: torch.Generator) -> Iterator[dict[str, torch.Tensor]]:
     """Tensors of one file after the other: embedding and last norm, then layer by layer."""
 
     def matrix(*shape: int) -> torch.Tensor:
@@ -221,7 +246,7 @@ def _shards(config: MixtralConfig, noise: torch.Generator) -> Iterator[dict[str,
         yield tensors
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte is a token: a tokenizer that any text passes and no training made."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesvd_core.errors import InputError
-from moesvd_core.evaluation.benchmarks.synthetic import MixtralSize, expert_output, random_layer, write_random_mixtral
+from moesvd_core.evaluation.benchmarks.synthetic import ModelSize, expert_output, random_layer, write_random_mixtral
 
 torch.set_num_threads(1)
 
@@ -46,7 +46,7 @@ def test_slopes_and_row_gradients_are_derivatives() -> None:
 
 
 def test_a_random_checkpoint_loads_and_has_the_size_asked_for(tmp_path: Path) -> None:
-    size = MixtralSize(hidden=64, width=32, experts=4, bytes=400_000, vocabulary=300, context=64)
+    size = ModelSize(hidden=64, width=32, experts=4, bytes=400_000, vocabulary=300, context=64)
     write_random_mixtral(tmp_path, size)
     stored = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert 400_000 <= stored < 400_000 + 2 * size.layer_bytes
@@ -57,7 +57,7 @@ def test_a_random_checkpoint_loads_and_has_the_size_asked_for(tmp_path: Path) ->
 
 
 def test_its_tokenizer_takes_any_text(tmp_path: Path) -> None:
-    write_random_mixtral(tmp_path, MixtralSize(hidden=64, width=8, experts=2, layers=1))
+    write_random_mixtral(tmp_path, ModelSize(hidden=64, width=8, experts=2, layers=1))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = "Fellow citizens — naïve 🙂\n"
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -69,6 +69,6 @@ def test_its_tokenizer_takes_any_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [{"hidden": 100}, {"vocabulary": 100}, {"experts": 1}, {"layers": 0}])
 def test_refuses_sizes_that_make_no_model(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError, match="must"):
-        MixtralSize(**wrong)
+        ModelSize(**wrong)
     with pytest.raises(InputError, match=r"active must be in \[1, 2\]"):
         random_layer(8, 8, 2, active=3)
