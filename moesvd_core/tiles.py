@@ -5,7 +5,7 @@ step of decoding then waits for launches more than for memory. Here a tile of th
 large it is. What belongs to arranging pairs of a token and an expert, and to adding up answers, is one launch each too.
 
 Where Triton is not installed, gradients or graphs of the compiler are recorded, or numbers have more than 16 bits, nothing here is used.
-An export carries a copy of this file, so it must import torch and `kernels.py` only.
+An export carries a copy of this file, so it must import torch, transformers and `kernels.py` only.
 
 Shapes: T tokens, k active experts a token, P = T·k pairs sorted by expert, E experts, N rows and C columns of one expert's matrix, R its
 rank; B blocks of pairs of one expert.
@@ -17,13 +17,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from transformers.integrations.moe import _grouped_linear
 
 from moesvd_core.kernels import arrange_kernel, blocks_kernel, combine_kernel, gate_kernel, lend_memory, order_kernel, product_kernel
 
 SORTED_HERE = 1024
 """So many pairs at most are put in order by comparing each with each, in one launch; more are sorted by torch."""
 MANY_ROWS = 256
-"""From so many pairs an expert on, waiting for their numbers costs less than the library's products of one expert at a time bring."""
+"""From so many pairs an expert on, the library's products are faster for large matrices: several processors share what they read."""
+GROUPED, ALONE = 1 / 3, 1 / 2
+"""The share of the processors that an expert's product has to keep busy for them: all experts in one product, or each in one of its own."""
 Matrices = Sequence[torch.Tensor | None]
 """One of each expert; None where it has none. A table says of each: address, rows (-1: none), columns, numbers from one row to the next,
 and where it begins among the pieces of its expert's matrix."""
@@ -37,7 +40,7 @@ class Tiles:
         end_E: where each expert's pairs end, int32.
         place_P: where each pair of the router's order stands, int32.
         rows: pairs in a block at most.
-        runs: each expert that is asked, and the start and end of its pairs; None where nobody waited for them.
+        many: whether experts have `MANY_ROWS` on average.
         block_B3: each block's expert (-1: the block is not used), and its first pair and the one after its last; int32.
     """
 
@@ -46,7 +49,8 @@ class Tiles:
         pairs, active = index_Tk.numel(), index_Tk.shape[1]
         self.rows = _block_rows(pairs, experts)
         self.blocks = pairs // self.rows + min(pairs, experts)
-        self.runs: list[tuple[int, int, int]] | None = None
+        self.many = pairs >= MANY_ROWS * experts
+        self._runs: list[tuple[int, int, int]] | None = None
         whole: dict[str, Any] = {"dtype": torch.int32, "device": index_Tk.device}
         self.end_E = torch.empty(experts, **whole)
         self.block_B3 = torch.empty(self.blocks, 3, **whole)
@@ -66,9 +70,13 @@ class Tiles:
         self.place_P = torch.empty_like(places).scatter_(0, order_P, places)
         torch.searchsorted(expert_P, torch.arange(experts, **whole), right=True, out_int32=True, out=self.end_E)
         blocks_kernel[(1,)](self.end_E, self.block_B3, self.blocks, experts, E=size_E, ROWS=self.rows, num_warps=4)
-        if pairs >= MANY_ROWS * experts and not _capturing():
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Each expert that is asked, and the start and end of its pairs: the host waits for them."""
+        if self._runs is None:
             ends = self.end_E.tolist()
-            self.runs = [(expert, begin, end) for expert, (begin, end) in enumerate(pairwise([0, *ends])) if begin < end]
+            self._runs = [(expert, begin, end) for expert, (begin, end) in enumerate(pairwise([0, *ends])) if begin < end]
+        return self._runs
 
     def combine(self, y_PN: torch.Tensor, weight_Tk: torch.Tensor | None, active: int) -> torch.Tensor:
         """Each token's sum of its experts' answers [T, N] by weights (None: all count fully), added up in float32."""
@@ -153,7 +161,7 @@ class _Table:
     def __init__(self, pieces: Sequence[Matrices], *, after_identity: bool = False, across: bool = False) -> None:
         """Take pieces of every expert's matrix, which stand one below the other, or side by side (`across`)."""
         example = next(matrix for matrices in pieces for matrix in matrices if matrix is not None)
-        self._matrices = pieces[0]
+        self._matrices, self._stack_ENC = pieces[0], _stack(pieces[0]) if len(pieces) == 1 else None
         self.dtype, self.after_identity, self._across, self._pieces = example.dtype, after_identity, across, len(pieces)
         entries, begin_E = list[tuple[int, ...]](), [0] * len(pieces[0])
         for matrices in pieces:
@@ -173,8 +181,12 @@ class _Table:
         """Write rows times matrices to the pairs whose experts have one."""
         if self.most_rows <= 0:
             return
-        if tiles.runs is not None and self._pieces == 1 and self._fills(len(tiles.expert_P) // len(self._matrices), x_SC.device):
-            self._multiply_in_turns(x_SC if row_P is None else x_SC.index_select(0, row_P), y_PN, tiles.runs)
+        share = self._share_of_processors(len(tiles.expert_P) // len(self._matrices), x_SC.device) if tiles.many else 0
+        if self._stack_ENC is not None and share >= GROUPED:
+            self._multiply_grouped(self._stack_ENC, x_SC if row_P is None else x_SC.index_select(0, row_P), y_PN, tiles)
+            return
+        if self._pieces == 1 and share >= ALONE and not _capturing():
+            self._multiply_in_turns(x_SC if row_P is None else x_SC.index_select(0, row_P), y_PN, tiles.runs())
             return
         aligned = self._aligned and x_SC.stride(0) % 8 == 0 and y_PN.stride(0) % 8 == 0
         shape, unit = _tile(tiles.rows, self.most_rows), 8 if aligned else 1
@@ -191,12 +203,21 @@ class _Table:
             ROWS=tiles.rows, **shape,
         )
 
-    def _fills(self, rows: int, device: torch.device) -> bool:
-        """Whether the product of one expert with so many rows is enough for half of the processors."""
-        return 2 * (rows // 128) * (self.most_rows // 256) >= _processors(device)
+    def _share_of_processors(self, rows: int, device: torch.device) -> float:
+        """How many of them the product of one expert with so many rows keeps busy."""
+        return (rows // 128) * (self.most_rows // 256) / _processors(device)
+
+    def _multiply_grouped(self, stack_ENC: torch.Tensor, x_PC: torch.Tensor, y_PN: torch.Tensor, tiles: Tiles) -> None:
+        """The same by one product of the library, for matrices of one shape."""
+        rows, start = self.most_rows, self.most_rows if self.after_identity else 0
+        product_PN = _grouped_linear(x_PC[:, start:], stack_ENC, tiles.end_E)
+        if self.after_identity:
+            torch.add(x_PC[:, :rows], product_PN, out=y_PN[:, :rows])
+        else:
+            y_PN[:, :rows] = product_PN
 
     def _multiply_in_turns(self, x_PC: torch.Tensor, y_PN: torch.Tensor, runs: Sequence[tuple[int, int, int]]) -> None:
-        """The same, an expert at a time, by the library, which has processors share what they read."""
+        """The same by one product of the library for each expert."""
         for expert, begin, end in runs:
             matrix_NC = self._matrices[expert]
             if matrix_NC is None or len(matrix_NC) == 0:
@@ -216,6 +237,17 @@ class _Table:
             made = [(piece, row) for piece, rows in enumerate(heights) for row in range(0, rows, height)]
             self._tiles[height] = torch.tensor(made, dtype=torch.int32, device=self._entry_SEF.device)
         return self._tiles[height]
+
+
+def _stack(matrices: Matrices) -> torch.Tensor | None:
+    """The matrices as one [E, N, C], where they are of one shape and follow each other in memory."""
+    first = matrices[0]
+    if first is None or first.numel() == 0 or not first.is_contiguous():
+        return None
+    for place, matrix in enumerate(matrices):
+        if matrix is None or matrix.shape != first.shape or matrix.data_ptr() != first.data_ptr() + place * first.nbytes:
+            return None
+    return first.as_strided((len(matrices), *first.shape), (first.numel(), *first.stride()))
 
 
 def where(parameters: Mapping[str, torch.Tensor | None]) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ class TestProducts:
         add_gram_(sum_SS, x_nS, rounded=True)
         exact_SS = x_nS.double().T @ x_nS.double()
         scale_SS = exact_SS.diagonal().sqrt()[:, None] * exact_SS.diagonal().sqrt()
-        assert float(((sum_SS - exact_SS).abs() / scale_SS).max()) < 2**-11
+        assert float(((sum_SS - exact_SS).abs() / scale_SS).max()) < 2**-10  # each of two factors by half a unit
         assert multiplies_rounded(torch.ones(1, dtype=torch.bfloat16, device=CARD))
         assert not multiplies_rounded(torch.ones(1, device=CARD))
 

@@ -54,7 +54,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FactoredExperts, "_small", False)
 
 
+UNIFORM, PIVOTED_UNIFORM = ({"structure": structure, "ranks": [16] * EXPERTS} for structure in ("per-expert", "pivoted"))
 CASES = [
+    (UNIFORM, PIVOTED_UNIFORM),
     (DENSE, DENSE), (PER_EXPERT, PER_EXPERT), (MIXED, MIXED), (PIVOTED, PIVOTED), (PIVOTED_MIXED, PIVOTED_MIXED), (LATENT_IN, LATENT_OUT),
     (MANY_RANKS, MANY_RANKS),
 ]
@@ -77,8 +79,9 @@ def test_answers_are_those_of_the_multiplied_out_matrices(case: int, tokens: int
     assert (found_TD - wanted_TD).norm() < 0.01 * wanted_TD.norm()
 
 
+@pytest.mark.parametrize("way", ["_multiply_grouped", "_multiply_in_turns"])
 @pytest.mark.parametrize("case", range(len(CASES) - 1))
-def test_experts_with_many_pairs_take_turns(case: int, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_pairs_are_left_to_the_library(case: int, way: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = factored(*CASES[case])
     noise = torch.Generator().manual_seed(case)
     x_TD = torch.randn(600, HIDDEN, generator=noise).to(DTYPE)
@@ -86,14 +89,21 @@ def test_experts_with_many_pairs_take_turns(case: int, kernels: None, monkeypatc
     weight_Tk = torch.rand(600, 2, generator=noise)
     wanted_TD = reference(experts, x_TD, index_Tk, weight_Tk)
     taken = []
-    turns = tiles._Table._multiply_in_turns
+    real = getattr(tiles._Table, way)
     monkeypatch.setattr(tiles, "MANY_ROWS", 8)
-    monkeypatch.setattr(tiles._Table, "_fills", lambda *_: True)
-    monkeypatch.setattr(tiles._Table, "_multiply_in_turns", lambda *call: (taken.append(call), turns(*call)))
+    monkeypatch.setattr(tiles._Table, "_share_of_processors", lambda *_: 1.0)
+    monkeypatch.setattr(tiles._Table, way, lambda *call: (taken.append(call), real(*call)))
+    if way == "_multiply_in_turns":
+        monkeypatch.setattr(tiles, "GROUPED", 2.0)
     with torch.no_grad():
         found_TD = experts.to(DEVICE)(x_TD.to(DEVICE), index_Tk.to(DEVICE), weight_Tk.to(DEVICE)).cpu().double()
-    assert taken
+    assert taken or (way == "_multiply_grouped" and ragged(experts))
     assert (found_TD - wanted_TD).norm() < 0.01 * wanted_TD.norm()
+
+
+def ragged(experts: FactoredExperts) -> bool:
+    """Whether no side has matrices of one shape."""
+    return all(len(set(getattr(side, "ranks", [0]))) > 1 for side in (experts.input, experts.output))
 
 
 def reference(experts: FactoredExperts, x_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor) -> torch.Tensor:

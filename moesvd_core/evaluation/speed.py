@@ -199,6 +199,7 @@ class _ExpertsPlayed:
         for handle in handles:
             handle.remove()
         laps = calls[: len(modules)], calls[len(modules) :]
+        self._calls = calls  # whose tensors graphs read
         # A loop over the experts that were asked waits for the GPU, which no graph can.
         recordable = getattr(model.config.get_text_config(), "_experts_implementation", None) != "eager"
         self._plays = [_faster([partial(_in_sequence, lap), *([_recorded(lap)] if recordable else [])]) for lap in laps]
