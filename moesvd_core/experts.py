@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn.functional import silu
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from moesvd_core.batched import Arranged, Slots, chained, every_pair, every_row, slot_rows, sum_of_pairs
@@ -47,7 +48,8 @@ def gate_of(module: nn.Module, rows: str) -> Gate:
     """
     if rows == "plain":
         return _activation(module)
-    if getattr(type(module), "_apply_gate", _default_apply_gate) is _default_apply_gate and type(_activation(module)) is nn.SiLU:
+    usual = getattr(type(module), "_apply_gate", _default_apply_gate) is _default_apply_gate
+    if usual and (_activation(module) is silu or type(_activation(module)) in (nn.SiLU, SiLUActivation)):
         return swiglu
     if hasattr(module, "_apply_gate"):
         shell = copy.copy(module)

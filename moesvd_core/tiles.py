@@ -210,7 +210,7 @@ class _Table:
     def _multiply_grouped(self, stack_ENC: torch.Tensor, x_PC: torch.Tensor, y_PN: torch.Tensor, tiles: Tiles) -> None:
         """The same by one product of the library, for matrices of one shape."""
         rows, start = self.most_rows, self.most_rows if self.after_identity else 0
-        product_PN = _grouped_linear(x_PC[:, start:], stack_ENC, tiles.end_E)
+        product_PN = _grouped_linear(x_PC[:, start : start + stack_ENC.shape[2]], stack_ENC, tiles.end_E)
         if self.after_identity:
             torch.add(x_PC[:, :rows], product_PN, out=y_PN[:, :rows])
         else:

@@ -543,6 +543,21 @@ def test_experts_without_a_neuron_answer_nothing(tokens: int) -> None:
         assert torch.equal(pruned(*call), torch.zeros_like(call[0]))
 
 
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_the_usual_gate_is_told_apart_from_families_own(name: str) -> None:
+    model = TINY[name]()
+    layer = expert_layers(model)[0]
+    native = model.get_submodule(layer.name)
+    gate = experts.gate_of(native, layer.rows)
+    pre_PN = torch.randn(5, layer.input_rows)
+    if name in ("gemma4_text", "gpt_oss", "nemotron_h"):
+        assert gate is not experts.swiglu
+    else:
+        assert gate is experts.swiglu
+        own = getattr(native, "_apply_gate", lambda pre: native.act_fn(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1])
+        assert torch.equal(gate(pre_PN), own(pre_PN))
+
+
 def test_a_compressed_copy_shares_what_is_not_factored_and_leaves_the_model_alone() -> None:
     model = TINY["mixtral"]()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
