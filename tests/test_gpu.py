@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tiny_factors import model_factors
 from tiny_models import TINY, tiny_tokenizer
 from torch import Tensor
 
@@ -12,12 +13,14 @@ from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration import Calibration, Statistics, calibrate, products
 from moesvd_core.calibration.products import add_gram_, counts_above, multiplies_rounded
 from moesvd_core.calibration.states import DeviceStates, MemoryStates
+from moesvd_core.checkpoint.apply import compressed
 from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.registry import method
 from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark, planned
 from moesvd_core.evaluation.benchmarks.layer import LayerBenchmark
 from moesvd_core.evaluation.benchmarks.synthetic import RandomLayer, random_layer
+from moesvd_core.evaluation.speed import SpeedTest, measure_speed
 from moesvd_core.pipeline import Pipeline
 from moesvd_core.planning import Recipe
 
@@ -166,6 +169,16 @@ class TestDecomposition:
         sample = random_layer(64, 48, 2, tokens=100, device="cuda")
         assert {each.device.type for each in (sample.weights.input_END, sample.weights.output_EDM, *sample.held_out)} == {"cuda"}
         assert {value.device.type for value in vars(sample.statistics).values() if isinstance(value, Tensor)} == {"cpu"}
+
+
+class TestSpeed:
+    def test_a_gpus_experts_are_timed_by_themselves_on_tensors_that_stay(self) -> None:
+        model = TINY["mixtral"]().bfloat16().eval().to(CARD)
+        factored = compressed(model, model_factors(model))
+        models = {"original": model, "factored": factored}
+        result = measure_speed(models, SpeedTest(prompt_tokens=16, new_tokens=3, repeats=3, batch=2))
+        for speed in result.values():
+            assert min(speed.experts_prefill.median, speed.experts_decode.median, speed.prefill.median, speed.decode.median) > 0
 
 
 class TestBenchmarks:

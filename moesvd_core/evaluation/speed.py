@@ -200,14 +200,41 @@ class _ExpertsPlayed:
             handle.remove()
         laps = calls[: len(modules)], calls[len(modules) :]
         self._calls = calls  # whose tensors graphs read
-        # A loop over the experts that were asked waits for the GPU, which no graph can.
-        recordable = getattr(model.config.get_text_config(), "_experts_implementation", None) != "eager"
-        self._plays = [_faster([partial(_in_sequence, lap), *([_recorded(lap)] if recordable else [])]) for lap in laps]
+        self._devices = {parameter.device for module in modules for parameter in module.parameters() if parameter.is_cuda}
+        # A loop over the experts that were asked waits for the GPU, which no graph can; nor does a graph go from one GPU to another.
+        eager = getattr(model.config.get_text_config(), "_experts_implementation", None) == "eager"
+        self._plays = [self._faster(lap, recordable=not eager and len(self._devices) == 1) for lap in laps]
 
     @torch.no_grad()
     def laps(self) -> list[float]:
         """Seconds of the prompts' calls, and of those of decoding."""
-        return [_gpu_seconds(play) for play in self._plays]
+        return [self._seconds(play) for play in self._plays]
+
+    def _faster(self, calls: "Sequence[partial[torch.Tensor]]", recordable: bool) -> Callable[[], None]:
+        plays: list[Callable[[], None]] = [partial(_in_sequence, calls)]
+        if recordable and (recorded := _recorded(calls)) is not None:
+            plays.append(recorded)
+        for play in plays:
+            play()
+        return min(plays, key=lambda play: min(self._seconds(play) for _ in range(3)))
+
+    def _seconds(self, play: Callable[[], None]) -> float:
+        """By events in the GPU's own stream; where there are several GPUs, by the host's clock."""
+        for device in self._devices:
+            torch.cuda.synchronize(device)
+        if len(self._devices) != 1:
+            start = time.perf_counter()
+            play()
+            for device in self._devices:
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - start
+        with torch.cuda.device(next(iter(self._devices))):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            play()
+            end.record()
+            end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
 
 
 def _note(calls: "list[partial[torch.Tensor]]", module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -219,32 +246,20 @@ def _in_sequence(calls: "Sequence[partial[torch.Tensor]]") -> None:
         call()
 
 
-def _recorded(calls: "Sequence[partial[torch.Tensor]]") -> Callable[[], None]:
-    """What plays the calls back."""
+def _recorded(calls: "Sequence[partial[torch.Tensor]]") -> Callable[[], None] | None:
+    """What plays the calls back; None where something in them cannot be recorded, or somebody else's work got in between."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # what is made at the first call must not be recorded
         _in_sequence(calls)
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        _in_sequence(calls)
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            _in_sequence(calls)
+    except RuntimeError:
+        return None
     return graph.replay
-
-
-def _faster(plays: Sequence[Callable[[], None]]) -> Callable[[], None]:
-    for play in plays:
-        play()
-    return min(plays, key=lambda play: min(_gpu_seconds(play) for _ in range(3)))
-
-
-def _gpu_seconds(play: Callable[[], None]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    play()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1000
 
 
 def _on_gpu(model: PreTrainedModel) -> bool:
