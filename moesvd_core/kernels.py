@@ -6,6 +6,9 @@ Shapes: P pairs sorted by expert, E experts, B blocks of pairs of one expert; lo
 is given. Of a tile: R pairs, C answers, D columns at a time, W columns of a row.
 """
 
+import warnings
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +25,25 @@ _jit: Any = triton.jit(do_not_specialize=["pairs", "blocks", "tiles"]) if triton
 
 def usable(example: torch.Tensor) -> bool:
     """Whether kernels can be launched on a tensor's device."""
-    return triton is not None and example.is_cuda
+    return triton is not None and example.is_cuda and _starts(example.device)
+
+
+@cache
+def _starts(device: torch.device) -> bool:
+    """Whether a GPU takes a kernel: for that Triton has to know it, and wants a C compiler on the host."""
+    try:
+        end_E, block_B3 = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, 3, dtype=torch.int32, device=device)
+        launch(blocks_kernel, (1,), end_E, block_B3, 1, 1, E=16, ROWS=16, num_warps=4)
+    except Exception as error:  # a compiler's, a loader's or a driver's
+        warnings.warn(f"Triton cannot start kernels on {device}, so experts are slower there: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def launch(kernel: Any, grid: tuple[int, ...], example: torch.Tensor, *more: Any, **sizes: Any) -> None:
+    """Start a kernel with a tensor and more on that tensor's GPU: Triton takes the current one, and layers may be on several."""
+    with torch.cuda.device(example.device) if example.is_cuda else nullcontext():
+        kernel[grid](example, *more, **sizes)
 
 
 def lend_memory() -> None:
@@ -192,11 +213,12 @@ def combine_kernel(
     token = tl.program_id(0).to(tl.int64)
     column_W = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside_W = column_W < columns
-    sum_W = tl.zeros((WIDTH,), tl.float32)
+    exact = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    sum_W = tl.zeros((WIDTH,), exact)
     for choice in range(0, active):
         own = tl.load(place + token * active + choice).to(tl.int64)
-        value_W = tl.load(y + own * columns + column_W, mask=inside_W, other=0.0).to(tl.float32)
+        value_W = tl.load(y + own * columns + column_W, mask=inside_W, other=0.0).to(exact)
         if WEIGHED:
-            value_W *= tl.load(weight + token * active + choice).to(tl.float32)
+            value_W *= tl.load(weight + token * active + choice).to(exact)
         sum_W += value_W
     tl.store(total + token * columns + column_W, sum_W.to(total.dtype.element_ty), mask=inside_W)

@@ -19,12 +19,24 @@ from typing import Any
 import torch
 from transformers.integrations.moe import _grouped_linear
 
-from moesvd_core.kernels import arrange_kernel, blocks_kernel, combine_kernel, gate_kernel, lend_memory, order_kernel, product_kernel
+from moesvd_core.kernels import (
+    arrange_kernel,
+    blocks_kernel,
+    combine_kernel,
+    gate_kernel,
+    launch,
+    lend_memory,
+    order_kernel,
+    product_kernel,
+)
 
 SORTED_HERE = 1024
 """So many pairs at most are put in order by comparing each with each, in one launch; more are sorted by torch."""
 MANY_ROWS = 256
 """From so many pairs an expert on, the library's products are faster for large matrices: several processors share what they read."""
+WIDE_BYTES = 160_000
+"""Memory that a processor shares, of GPUs that the largest tiles fit; they take 147,456 bytes, and 196,640 where copying units fill them,
+on GPUs that have 232,448."""
 GROUPED, ALONE = 1 / 3, 1 / 2
 """The share of the processors that an expert's product has to keep busy for them: all experts in one product, or each in one of its own."""
 Matrices = Sequence[torch.Tensor | None]
@@ -59,9 +71,9 @@ class Tiles:
         self.token_P: torch.Tensor
         if pairs <= SORTED_HERE:
             self.expert_P, self.token_P, self.place_P = torch.empty(3, pairs, **whole)
-            arrange_kernel[(1,)](
-                index_Tk.contiguous(), self.expert_P, self.token_P, self.place_P, self.end_E, self.block_B3, pairs, self.blocks, active,
-                experts, P=_power(pairs), E=size_E, Q=16, ROWS=self.rows, num_warps=16,
+            launch(
+                arrange_kernel, (1,), index_Tk.contiguous(), self.expert_P, self.token_P, self.place_P, self.end_E, self.block_B3, pairs,
+                self.blocks, active, experts, P=_power(pairs), E=size_E, Q=16, ROWS=self.rows, num_warps=16,
             )
             return
         expert_P, order_P = torch.sort(index_Tk.reshape(-1).to(torch.int32), stable=True)
@@ -69,7 +81,7 @@ class Tiles:
         places = torch.arange(pairs, **whole)
         self.place_P = torch.empty_like(places).scatter_(0, order_P, places)
         torch.searchsorted(expert_P, torch.arange(experts, **whole), right=True, out_int32=True, out=self.end_E)
-        blocks_kernel[(1,)](self.end_E, self.block_B3, self.blocks, experts, E=size_E, ROWS=self.rows, num_warps=4)
+        launch(blocks_kernel, (1,), self.end_E, self.block_B3, self.blocks, experts, E=size_E, ROWS=self.rows, num_warps=4)
 
     def runs(self) -> list[tuple[int, int, int]]:
         """Each expert that is asked, and the start and end of its pairs: the host waits for them."""
@@ -79,13 +91,14 @@ class Tiles:
         return self._runs
 
     def combine(self, y_PN: torch.Tensor, weight_Tk: torch.Tensor | None, active: int) -> torch.Tensor:
-        """Each token's sum of its experts' answers [T, N] by weights (None: all count fully), added up in float32."""
+        """Each token's sum of its experts' answers [T, N] by weights (None: all count fully), added up in float32, or in float64."""
         tokens, columns = len(y_PN) // active, y_PN.shape[1]
         sum_TN = y_PN.new_empty(tokens, columns)
         width = min(1024, _power(columns))
         weight = y_PN if weight_Tk is None else weight_Tk.contiguous()
-        combine_kernel[(tokens, -(-columns // width))](
-            y_PN, self.place_P, weight, sum_TN, columns, active, WEIGHED=weight_Tk is not None, WIDTH=width, num_warps=4
+        launch(
+            combine_kernel, (tokens, -(-columns // width)), y_PN, self.place_P, weight, sum_TN, columns, active,
+            WEIGHED=weight_Tk is not None, WIDTH=width, num_warps=4,
         )
         return sum_TN
 
@@ -137,9 +150,9 @@ class TiledSide:
         """Every pair's row in its expert's order of columns, [P, C]."""
         made_PC, width = x_SC.new_empty(len(tiles.expert_P), columns), min(1024, _power(columns))
         order_EC = x_SC if self._order_EC is None else self._order_EC
-        kernel[(len(made_PC), -(-columns // width))](
-            x_SC, tiles.token_P if row_P is None else row_P, tiles.expert_P, order_EC, made_PC, columns, GATHERED=row_P is not None,
-            ORDERED=self._order_EC is not None, WIDTH=width, num_warps=4,
+        launch(
+            kernel, (len(made_PC), -(-columns // width)), x_SC, tiles.token_P if row_P is None else row_P, tiles.expert_P, order_EC,
+            made_PC, columns, GATHERED=row_P is not None, ORDERED=self._order_EC is not None, WIDTH=width, num_warps=4,
         )
         return made_PC
 
@@ -176,32 +189,34 @@ class _Table:
         self.most_rows = max(begin_E) if not across else self._heights[0]
         self._entry_SEF = torch.tensor(entries, dtype=torch.int64, device=example.device)
         self._tiles: dict[int, torch.Tensor] = {}
+        self._launched = set[int]()  # for blocks of so many pairs: a recording can do no more than what was done before
 
     def multiply(self, x_SC: torch.Tensor, row_P: torch.Tensor | None, y_PN: torch.Tensor, tiles: Tiles) -> None:
         """Write rows times matrices to the pairs whose experts have one."""
         if self.most_rows <= 0:
             return
         share = self._share_of_processors(len(tiles.expert_P) // len(self._matrices), x_SC.device) if tiles.many else 0
-        if self._stack_ENC is not None and share >= GROUPED:
+        if self._stack_ENC is not None and self._aligned and share >= GROUPED and _has_grouped_product(self.dtype, x_SC.device):
             self._multiply_grouped(self._stack_ENC, x_SC if row_P is None else x_SC.index_select(0, row_P), y_PN, tiles)
             return
-        if self._pieces == 1 and share >= ALONE and not _capturing():
+        if self._pieces == 1 and share >= ALONE and tiles.rows in self._launched and not _capturing():
             self._multiply_in_turns(x_SC if row_P is None else x_SC.index_select(0, row_P), y_PN, tiles.runs())
             return
         aligned = self._aligned and x_SC.stride(0) % 8 == 0 and y_PN.stride(0) % 8 == 0
-        shape, unit = _tile(tiles.rows, self.most_rows), 8 if aligned else 1
+        shape, unit = _tile(tiles.rows, self.most_rows, _shared_bytes(x_SC.device)), 8 if aligned else 1
         copied = bool(shape.pop("COPIED")) and aligned and self._pieces == 1
         if copied and row_P is not None:
             x_SC, row_P = x_SC.index_select(0, row_P), None
         if copied:
             lend_memory()
         tile_L2 = self._tiles_of(shape["COLUMNS"])
-        product_kernel[(tiles.blocks * len(tile_L2),)](
-            x_SC, tiles.token_P if row_P is None else row_P, self._entry_SEF, tile_L2, tiles.block_B3, y_PN, tiles.blocks, len(tile_L2),
-            x_SC.stride(0) // unit, y_PN.stride(0) // unit, len(self._entry_SEF) // self._pieces, GATHERED=row_P is not None,
-            AFTER_IDENTITY=self.after_identity, UNIT=unit, ACROSS=self._pieces if self._across else 1, COPIED=copied,
-            ROWS=tiles.rows, **shape,
+        launch(
+            product_kernel, (tiles.blocks * len(tile_L2),), x_SC, tiles.token_P if row_P is None else row_P, self._entry_SEF, tile_L2,
+            tiles.block_B3, y_PN, tiles.blocks, len(tile_L2), x_SC.stride(0) // unit, y_PN.stride(0) // unit,
+            len(self._entry_SEF) // self._pieces, GATHERED=row_P is not None, AFTER_IDENTITY=self.after_identity, UNIT=unit,
+            ACROSS=self._pieces if self._across else 1, COPIED=copied, ROWS=tiles.rows, **shape,
         )
+        self._launched.add(tiles.rows)
 
     def _share_of_processors(self, rows: int, device: torch.device) -> float:
         """How many of them the product of one expert with so many rows keeps busy."""
@@ -266,7 +281,7 @@ def _block_rows(pairs: int, experts: int) -> int:
     return next((rows for rows, most in ((16, 12), (32, 24), (64, 96)) if each <= most), 128)
 
 
-def _tile(rows: int, most_rows: int) -> dict[str, int]:
+def _tile(rows: int, most_rows: int, shared_bytes: int) -> dict[str, int]:
     """Sizes of a kernel's tiles, as measured: those of few rows wait for memory, those of many share what they read.
 
     COPIED: the GPU's copying units bring what a tile reads.
@@ -276,7 +291,7 @@ def _tile(rows: int, most_rows: int) -> dict[str, int]:
     if rows == 64:
         return {"COLUMNS": 128, "DEPTH": 64, "num_warps": 4, "num_stages": 4, "COPIED": 0}
     wasted = -most_rows % 256 - -most_rows % 128
-    wide = 8 * wasted <= most_rows
+    wide = 8 * wasted <= most_rows and shared_bytes >= WIDE_BYTES
     return {"COLUMNS": 256 if wide else 128, "DEPTH": 64, "num_warps": 8, "num_stages": 4 if wide else 3, "COPIED": 1}
 
 
@@ -288,3 +303,17 @@ def _capturing() -> bool:
 @cache
 def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """What a kernel's program may take of the memory that a processor shares."""
+    if device.type != "cuda":
+        return WIDE_BYTES
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
+
+
+@cache
+def _has_grouped_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the library has a kernel for it. Elsewhere it loops over experts, and waits for their numbers of pairs: no recording can."""
+    return device.type != "cuda" or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10))
