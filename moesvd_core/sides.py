@@ -98,7 +98,10 @@ class Side(nn.Module):
         raise NotImplementedError
 
     def tiled(self) -> TiledSide | None:
-        """The matrices as a GPU's own kernels find them, without gradients; None for structures that they do not know."""
+        """The matrices as a GPU's own kernels find them, without gradients; None for structures that they do not know, and for matrices
+        that come for the time of `forward` only, which would be kept there."""
+        if self._comes_and_goes:
+            return None
         own = self._parameters | self._buffers
         if self._tiled is None or self._tiled.found != where(own):
             known = all(tensor is None or (tensor.is_cuda and tensor.itemsize == 2) for tensor in own.values())
@@ -107,6 +110,12 @@ class Side(nn.Module):
 
     def _tile(self) -> TiledSide | None:
         return None
+
+    @property
+    def _comes_and_goes(self) -> bool:
+        """Whether accelerate brings the parameters for each call and takes them away after it (its hooks' `offload`)."""
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
     def answer(self, expert: int, x_QC: torch.Tensor) -> torch.Tensor:
         """The same for rows of one expert [Q, N]."""
