@@ -209,7 +209,7 @@ class Pairs:
         self.expert_P = index_Tk.reshape(-1)
         self.runs: list[Run] | None = None
         self.tiles: Tiles | None = None
-        if index_Tk.numel() > 0 and usable(index_Tk) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if index_Tk.numel() > 0 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and usable(index_Tk):
             self.tiles = Tiles(index_Tk, experts)
             self.expert_P, self._end_E = self.tiles.expert_P, self.tiles.end_E
             return

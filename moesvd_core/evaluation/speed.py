@@ -201,9 +201,8 @@ class _ExpertsPlayed:
         laps = calls[: len(modules)], calls[len(modules) :]
         self._calls = calls  # whose tensors graphs read
         self._devices = {parameter.device for module in modules for parameter in module.parameters() if parameter.is_cuda}
-        # A loop over the experts that were asked waits for the GPU, which no graph can; nor does a graph go from one GPU to another.
-        eager = getattr(model.config.get_text_config(), "_experts_implementation", None) == "eager"
-        self._plays = [self._faster(lap, recordable=not eager and len(self._devices) == 1) for lap in laps]
+        recordable = len(self._devices) == 1 and _recordable(model)  # a graph does not go from one GPU to another
+        self._plays = [self._faster(lap, recordable) for lap in laps]
 
     @torch.no_grad()
     def laps(self) -> list[float]:
@@ -244,6 +243,14 @@ def _note(calls: "list[partial[torch.Tensor]]", module: torch.nn.Module, args: A
 def _in_sequence(calls: "Sequence[partial[torch.Tensor]]") -> None:
     for call in calls:
         call()
+
+
+def _recordable(model: PreTrainedModel) -> bool:
+    """Whether the experts' calls wait for nothing, as a graph cannot: a loop over the experts that were asked does, and torch's grouped
+    products of other numbers than bfloat16, or on GPUs that they have no kernels for, are one."""
+    implementation = getattr(model.config.get_text_config(), "_experts_implementation", None)
+    grouped = model.dtype == torch.bfloat16 and torch.cuda.get_device_capability(model.device)[0] in (9, 10)
+    return implementation == "batched_mm" or (implementation != "eager" and grouped)
 
 
 def _recorded(calls: "Sequence[partial[torch.Tensor]]") -> Callable[[], None] | None:
