@@ -18,8 +18,9 @@ from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.registry import method
 from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark, planned
+from moesvd_core.evaluation.benchmarks.inference import InferenceBenchmark
 from moesvd_core.evaluation.benchmarks.layer import LayerBenchmark
-from moesvd_core.evaluation.benchmarks.synthetic import RandomLayer, random_layer
+from moesvd_core.evaluation.benchmarks.synthetic import ModelSize, RandomLayer, random_layer
 from moesvd_core.evaluation.speed import SpeedTest, measure_speed
 from moesvd_core.pipeline import Pipeline
 from moesvd_core.planning import Recipe
@@ -192,6 +193,20 @@ class TestBenchmarks:
         settings = {"hidden": 128, "width": 64, "samples": 4, "length": 64, "batch": 2, "methods": ("latent", "fisher"), "device": "cuda"}
         table = LayerBenchmark(family=family, **settings).run()  # type: ignore[arg-type]
         assert len(table.records) == 6 and torch.cuda.get_device_name() in table.title
+
+
+    @pytest.mark.parametrize("card", ["cuda", "cuda:1"])
+    @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+    def test_inference(self, family: str, card: str) -> None:
+        if (torch.device(card).index or 0) >= torch.cuda.device_count():
+            pytest.skip("needs a second card")
+        size = ModelSize(family, hidden=128, width=192, layers=2, context=64, vocabulary=300)  # type: ignore[arg-type]
+        test, calibration = SpeedTest(new_tokens=2, repeats=2), Calibration(samples=4, length=32)
+        table = InferenceBenchmark(
+            size=size, kept=(0.6,), batches=(1, 32), prompts=(48,), test=test, calibration=calibration, device=card
+        ).run()
+        assert {row["batch"] for row in table.records} == {1, 32}
+        assert all(float(row[f"{kind}, of ideal"] or 0) > 0 for row in table.records for kind in ("prefill", "decode"))
 
 
 def _decomposed(sample: RandomLayer, name: str) -> Decomposition:

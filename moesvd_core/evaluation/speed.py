@@ -202,7 +202,8 @@ class _ExpertsPlayed:
         self._calls = calls  # whose tensors graphs read
         self._devices = {parameter.device for module in modules for parameter in module.parameters() if parameter.is_cuda}
         recordable = len(self._devices) == 1 and _recordable(model)  # a graph does not go from one GPU to another
-        self._plays = [self._faster(lap, recordable) for lap in laps]
+        with torch.cuda.device(next(iter(self._devices), None)):  # whose streams work and record
+            self._plays = [self._faster(lap, recordable) for lap in laps]
 
     @torch.no_grad()
     def laps(self) -> list[float]:
@@ -261,11 +262,12 @@ def _recorded(calls: "Sequence[partial[torch.Tensor]]") -> Callable[[], None] | 
         _in_sequence(calls)
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            _in_sequence(calls)
-    except RuntimeError:
-        return None
+    with torch.cuda.stream(torch.cuda.current_stream()):  # to come back to: a recording that fails does not
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                _in_sequence(calls)
+        except RuntimeError:
+            return None
     return graph.replay
 
 
