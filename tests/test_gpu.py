@@ -194,7 +194,6 @@ class TestBenchmarks:
         table = LayerBenchmark(family=family, **settings).run()  # type: ignore[arg-type]
         assert len(table.records) == 6 and torch.cuda.get_device_name() in table.title
 
-
     @pytest.mark.parametrize("card", ["cuda", "cuda:1"])
     @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
     def test_inference(self, family: str, card: str) -> None:
