@@ -7,7 +7,6 @@ is given. Of a tile: R pairs, C answers, D columns at a time, W columns of a row
 """
 
 import warnings
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -42,7 +41,10 @@ def _starts(device: torch.device) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], example: torch.Tensor, *more: Any, **sizes: Any) -> None:
     """Start a kernel with a tensor and more on that tensor's GPU: Triton takes the current one, and layers may be on several."""
-    with torch.cuda.device(example.device) if example.is_cuda else nullcontext():
+    if not example.is_cuda:  # in Triton's interpreter
+        kernel[grid](example, *more, **sizes)
+        return
+    with torch.cuda.device(example.device):
         kernel[grid](example, *more, **sizes)
 
 
