@@ -202,7 +202,7 @@ class _Table:
         if self._pieces == 1 and share >= ALONE and tiles.rows in self._launched and not _capturing():
             self._multiply_in_turns(x_SC if row_P is None else x_SC.index_select(0, row_P), y_PN, tiles.runs())
             return
-        aligned = self._aligned and x_SC.stride(0) % 8 == 0 and y_PN.stride(0) % 8 == 0
+        aligned = self._aligned and x_SC.stride(0) % 8 == 0 and y_PN.stride(0) % 8 == 0 and x_SC.data_ptr() % 16 == 0
         shape, unit = _tile(tiles.rows, self.most_rows, _shared_bytes(x_SC.device)), 8 if aligned else 1
         copied = bool(shape.pop("COPIED")) and aligned and self._pieces == 1
         if copied and row_P is not None:
