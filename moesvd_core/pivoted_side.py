@@ -36,7 +36,7 @@ class PivotedSide(Side):
         self.ranks, self.columns = tuple(ranks), columns
         self.slabs = by_rank(ranks)
         self.whole = tuple(expert for expert, rank in enumerate(ranks) if rank < 0)
-        self._found: tuple[list[torch.Tensor], torch.Tensor] | None = None
+        self._found: tuple[list[torch.Tensor], torch.Tensor | None] | None = None
         for i, (rank, members) in enumerate(self.slabs):
             self.register_parameter(f"left_{i}", nn.Parameter(torch.empty(len(members), rows, rank, **kind)))
             self.register_parameter(f"right_{i}", nn.Parameter(torch.empty(len(members), rank, columns - rank, **kind)))
@@ -48,7 +48,8 @@ class PivotedSide(Side):
 
     def multiply_grouped(self, x_PC: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         x_PC = x_PC.to(next((own.dtype for own in self.parameters()), x_PC.dtype))
-        x_PC = _in_order(x_PC, self._order(), pairs.expert_P)
+        if (order_EC := self._order()) is not None:
+            x_PC = _in_order(x_PC, order_EC, pairs.expert_P)
         if self.slabs and len(self.slabs[0][1]) == len(self.ranks):  # one rank for all: the pairs stand as needed
             return self._pivoted(0, x_PC, pairs.end_E, lambda z_PR: z_PR)
         y_PN = torch.zeros(len(x_PC), self.rows, dtype=x_PC.dtype, device=x_PC.device)
@@ -76,18 +77,23 @@ class PivotedSide(Side):
             whole = self.ranks[expert] < 0
             return times(x_QC, self.matrix("dense", self.whole.index(expert))) if whole else x_QC.new_zeros(len(x_QC), self.rows)
         rank, (i, place) = self.ranks[expert], self._place[expert]
-        order_C, right_RS = self._order()[expert], self.matrix(f"right_{i}", place)
+        order_EC, right_RS = self._order(), self.matrix(f"right_{i}", place)
+        order_C = None if order_EC is None else order_EC[expert]
         x_QC = x_QC.to(right_RS.dtype)
         if len(x_QC) >= TURNED_ROWS[0] and not right_RS.is_mkldnn:
             z_QR = _ordered_times(order_C, right_RS, x_QC)
         else:
-            pivot_QR, other_QS = (x_QC.gather(1, column_X.expand(len(x_QC), -1)) for column_X in (order_C[:rank], order_C[rank:]))
+            x_QC = x_QC if order_C is None else x_QC.gather(1, order_C.expand(len(x_QC), -1))
+            pivot_QR, other_QS = x_QC[:, :rank], x_QC[:, rank:]
             packed = right_RS.is_mkldnn
             z_QR = _packed_sum(other_QS, pivot_QR, right_RS, None, "add") if packed else torch.addmm(pivot_QR, other_QS, right_RS.t())
         return times(z_QR, self.matrix(f"left_{i}", place))
 
-    def _order(self) -> torch.Tensor:
-        """All columns, for each expert: its pivots, then the others, ascending [E, C]; made anew when pivots were replaced."""
+    def _order(self) -> torch.Tensor | None:
+        """All columns, for each expert: its pivots, then the others, ascending [E, C]; made anew when pivots were replaced.
+
+        None where this is how they stand, as `neuron_order` has them stored; a graph that is recorded first does not look.
+        """
         pivots = [pivot_GR for pivot_GR in self._buffers.values() if pivot_GR is not None]  # one a slab, in their order
         if self._found is not None and all(own is other for own, other in zip(self._found[0], pivots, strict=True)):
             return self._found[1]
@@ -97,9 +103,10 @@ class PivotedSide(Side):
             of_slab_GC = other_EC.new_ones(len(members), self.columns).scatter_(1, as_places(pivot_GR), 0)
             other_EC[list(members)] = of_slab_GC
         order_EC = other_EC.argsort(dim=1, stable=True)
-        if not in_graph():  # whose memory is its own
-            self._found = pivots, order_EC
-        return order_EC
+        if in_graph():  # whose memory is its own
+            return order_EC
+        self._found = pivots, None if bool((order_EC.diff(dim=1) == 1).all()) else order_EC
+        return self._found[1]
 
     def _load_from_state_dict(self, *call: Any) -> None:
         self._found = None  # loading may write into the pivots
@@ -120,10 +127,11 @@ class PivotedSide(Side):
         rows_YN = example.new_zeros(1 + sum(len(members) * rank for rank, members in self.slabs), self.rows)
         row_FC = torch.full((len(factored), self.columns), highest, dtype=torch.int32)  # a row of zeros
         row_FR = torch.zeros(len(factored), highest, dtype=torch.int32)  # the same
-        first_links, last_links = list[Link](), list[Link]()
+        first_links, last_links, found_EC = list[Link](), list[Link](), self._order()
+        order_EC = torch.arange(self.columns).repeat(len(self.ranks), 1) if found_EC is None else found_EC
         x, y = highest + 1, 1
         for i, (rank, members) in enumerate(self.slabs):
-            place, others, order_GC = len(last_links), self.columns - rank, self._order()[list(members)]
+            place, others, order_GC = len(last_links), self.columns - rank, order_EC[list(members)]
             after, x_end, y_end = place + len(members), x + len(members) * others, y + len(members) * rank
             other_GS = torch.arange(x, x_end, dtype=torch.int32).view(len(members), others)
             pivot_GR = torch.arange(rank, dtype=torch.int32).expand(len(members), -1)
@@ -135,7 +143,8 @@ class PivotedSide(Side):
                 view = transposed_G.transpose(1, 2)
                 view.copy_(self.get_parameter(name).detach())
                 self.get_parameter(name).data = view
-            first_links += [partial(_ordered_times, order_C, right_SR.t()) for order_C, right_SR in zip(order_GC, right_GSR, strict=True)]
+            for order_C, right_SR in zip(order_GC, right_GSR, strict=True):
+                first_links.append(partial(_ordered_times, None if found_EC is None else order_C, right_SR.t()))
             last_links += left_GRN
             x, y = x_end, y_end
         first_links += [lambda x_QC: x_QC[:, :0]] * (len(factored) - len(last_links))
@@ -155,16 +164,18 @@ class PivotedSide(Side):
             else:
                 i, place = self._place[expert]
                 first[expert], last[expert] = self.get_parameter(f"right_{i}")[place], self.get_parameter(f"left_{i}")[place]
-        return TiledSide(self._parameters | self._buffers, [last], [first], whole if self.whole else (), self._order())
+        return TiledSide(self._parameters | self._buffers, [last], [first], whole if self.whole else (), self._order(), after_identity=True)
 
     def matrices(self) -> torch.Tensor:
         example = next(self.parameters(), torch.empty(0))
-        full_ENC = example.new_zeros(len(self.ranks), self.rows, self.columns)
+        full_ENC, order_EC = example.new_zeros(len(self.ranks), self.rows, self.columns), self._order()
         for i, (_, members) in enumerate(self.slabs):
             left_GNR, right_GRS = self.get_parameter(f"left_{i}"), self.get_parameter(f"right_{i}")
             ordered_GNC = torch.cat([left_GNR, left_GNR @ right_GRS], 2)
-            order_GNC = self._order()[list(members), None].expand(ordered_GNC.shape)
-            full_ENC[list(members)] = torch.empty_like(ordered_GNC).scatter(2, order_GNC, ordered_GNC)
+            if order_EC is not None:
+                order_GNC = order_EC[list(members), None].expand(ordered_GNC.shape)
+                ordered_GNC = torch.empty_like(ordered_GNC).scatter(2, order_GNC, ordered_GNC)
+            full_ENC[list(members)] = ordered_GNC
         if self.whole:
             full_ENC[list(self.whole)] = self.dense
         return full_ENC
@@ -179,9 +190,9 @@ def _in_order(x_QC: torch.Tensor, order_GC: torch.Tensor, place_Q: torch.Tensor)
     return torch.cat([part_XC.gather(1, order_GC[place_X]) for part_XC, place_X in parts])
 
 
-def _ordered_times(order_C: torch.Tensor, right_RS: torch.Tensor, x_QC: torch.Tensor) -> torch.Tensor:
+def _ordered_times(order_C: torch.Tensor | None, right_RS: torch.Tensor, x_QC: torch.Tensor) -> torch.Tensor:
     """Rows times a right factor [Q, R]; their columns are put in order where they stand as rows, which is faster on CPUs."""
-    ordered_CQ = x_QC.t().contiguous().index_select(0, order_C)
+    ordered_CQ = x_QC.t() if order_C is None else x_QC.t().contiguous().index_select(0, order_C)
     rank = len(right_RS)
     return torch.addmm(ordered_CQ[:rank], right_RS, ordered_CQ[rank:]).t()
 

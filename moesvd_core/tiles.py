@@ -117,6 +117,8 @@ class TiledSide:
         first: Sequence[Matrices] = (),
         whole: Matrices = (),
         order_EC: torch.Tensor | None = None,
+        *,
+        after_identity: bool = False,
     ) -> None:
         """Take every expert's matrices, whose numbers must be one after the other in a row.
 
@@ -126,12 +128,13 @@ class TiledSide:
                 where the expert's matrix is among `whole`.
             first: right factors [R, C], as many; an expert's own stand one below the other. None where there are none.
             whole: matrices of experts beside others that have factors, [N, C].
-            order_EC: an order of columns of each expert, where an identity [R, R] stands before what is in `first`, [R, C - R].
+            order_EC: an order of columns of each expert; None: as they stand.
+            after_identity: an identity [R, R] stands before what is in `first`, [R, C - R].
         """
         self.columns = len(next(matrix for matrix in (*last[0], *whole) if matrix is not None))
         self._order_EC = None if order_EC is None else order_EC.to(torch.int32)
         self._last, self._whole = _Table(last, across=True), _Table([whole]) if whole else None
-        self._first = _Table(first, after_identity=order_EC is not None) if first else None
+        self._first = _Table(first, after_identity=after_identity) if first else None
         self.found = where(parameters)
 
     def times(self, x_SC: torch.Tensor, tiles: Tiles, row_P: torch.Tensor | None = None) -> torch.Tensor:

@@ -23,6 +23,7 @@ from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.batched import Slots, slot_rows
 from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, replace_experts, unpack
+from moesvd_core.checkpoint.neuron_order import neuron_order, rows_in_order
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors, PerExpertFactors
 from moesvd_core.evaluation.speed import _flops, weight_bytes
 from moesvd_core.experts import FactoredExperts
@@ -75,8 +76,13 @@ def test_every_structure_equals_its_matrices(
     factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), input_form, output_form)
     dense = multiplied_out(model, [(layer, factors)]).get_submodule(layer.name)
     factored = replace_experts(model, layer, factors)
-    assert torch.allclose(factored.input.matrices(), factors.input.reconstruct(), atol=1e-6)
-    assert torch.allclose(factored.output.matrices(), factors.output.reconstruct(), atol=1e-6)
+    input_END, output_EDM = factors.input.reconstruct(), factors.output.reconstruct()
+    if (order_EM := neuron_order(factors)) is not None:
+        row_EN = rows_in_order(layer, order_EM)
+        input_END = torch.stack([matrix_ND[row_N] for matrix_ND, row_N in zip(input_END, row_EN, strict=True)])
+        output_EDM = torch.stack([matrix_DM[:, order_M] for matrix_DM, order_M in zip(output_EDM, order_EM, strict=True)])
+    assert torch.allclose(factored.input.matrices(), input_END, atol=1e-6)
+    assert torch.allclose(factored.output.matrices(), output_EDM, atol=1e-6)
     assert factors.parameters == sum(tensor.numel() for tensor in factored.state_dict().values())
     hidden_TD, index_Tk = torch.randn(50, layer.hidden), torch.stack([torch.randperm(count)[:2] for _ in range(50)])
     weight_Tk = torch.rand(50, 2)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.router import rerouted, router_step
 from moesvd_core.checkpoint.factored import Spec, in_type, is_dense, layer_spec, layer_tensors
+from moesvd_core.checkpoint.neuron_order import neuron_order
 from moesvd_core.checkpoint.plugin import METHOD, attach, replace_module
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.experts import FactoredExperts
@@ -19,12 +20,12 @@ from moesvd_core.kept_router import release
 
 
 def replace_experts(model: nn.Module, layer: ExpertLayer, factors: LayerFactors) -> FactoredExperts:
-    """Put one layer's factors in the place of its experts, on their device and in their dtype.
+    """Put one layer's factors in the place of its experts, on their device and in their dtype; neurons stand as `neuron_order` wants them.
 
     The model does not yet know that it is factored: `compressed` tells it, for whole models.
     """
     dtype = next(model.get_submodule(layer.name).parameters()).dtype
-    return replace_by_tensors(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype))
+    return replace_by_tensors(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype, neuron_order(factors)))
 
 
 def replace_by_tensors(model: nn.Module, spec: Spec, tensors: Iterable[tuple[str, torch.Tensor]]) -> FactoredExperts:
@@ -50,7 +51,10 @@ def replaced(model: nn.Module, spec: Spec, tensors: Iterable[tuple[str, torch.Te
 
 @contextmanager
 def changed(model: nn.Module, layer: ExpertLayer, factors: LayerFactors) -> Iterator[nn.Module]:
-    """A layer as its factors make it, its router included, for as long as the context lasts; gives its experts, factored or not."""
+    """A layer as its factors make it, its router included, for as long as the context lasts; gives its experts, factored or not.
+
+    Their neurons stand as the factors count them, for whoever listens to what passes between the sides.
+    """
     with rerouted(model, layer, factors.router_EF):
         native = model.get_submodule(layer.name)
         if is_dense(factors):

@@ -29,6 +29,7 @@ from moesvd_core.checkpoint.card import CardFacts, Counts, model_card
 from moesvd_core.checkpoint.factored import Spec, is_dense, layer_spec, layer_tensors
 from moesvd_core.checkpoint.manifest import MANIFEST, write_manifest
 from moesvd_core.checkpoint.native import native_copy
+from moesvd_core.checkpoint.neuron_order import neuron_order
 from moesvd_core.checkpoint.plugin import MoesvdConfig
 from moesvd_core.checkpoint.shim import FILE, auto_map, needs_code, shim_source
 from moesvd_core.checkpoint.staging import FACTS, staged
@@ -189,7 +190,7 @@ class _Streamed:
             yield layer.index
             return
         self.specs.append(layer_spec(layer, factors))
-        tensors = dict(layer_tensors(layer, factors, stored))
+        tensors = dict(layer_tensors(layer, factors, stored, neuron_order(factors)))
         for name, tensor in tensors.items():
             self._writer.add(f"{layer.name}.{name}", tensor)
         with replaced(model, self.specs[-1], tensors.items()):

@@ -3,7 +3,7 @@
 Shapes as in `experts.py` and `decomposition/factors.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.checkpoint.neuron_order import rows_in_order
 from moesvd_core.decomposition.factors import (
     BaseDeltaFactors,
     DenseFactors,
@@ -41,14 +42,24 @@ def layer_spec(layer: ExpertLayer, factors: LayerFactors) -> Spec:
     return spec if factors.kept is None else spec | {"kept": list(factors.kept)}
 
 
-def layer_tensors(layer: ExpertLayer, factors: LayerFactors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name under the experts module, contiguous tensor) of everything that the factored module holds, as `in_type` casts it."""
-    for side, side_factors in (("input", factors.input), ("output", factors.output)):
-        for name, tensor in _side_tensors(side_factors):
-            yield f"{side}.{name}", in_type(tensor, dtype).contiguous()
-    for name, bias in (("input_bias", factors.input_bias_EN), ("output_bias", factors.output_bias_ED)):
-        if bias is not None:
-            yield name, bias.to(dtype).contiguous()
+def layer_tensors(
+    layer: ExpertLayer, factors: LayerFactors, dtype: torch.dtype, order_EM: Tensor | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name under the experts module, contiguous tensor) of everything that the factored module holds, as `in_type` casts it.
+
+    Neurons stand as the factors count them, or as `neuron_order` wants them stored (`order_EM`).
+    """
+    row_EN = None if order_EM is None else rows_in_order(layer, order_EM)
+    for name, tensor in _side_tensors(factors.input, row_EN):
+        yield f"input.{name}", in_type(tensor, dtype).contiguous()
+    for name, tensor in _side_tensors(factors.output):
+        if order_EM is not None and name.startswith("pivot"):
+            tensor = torch.arange(tensor.shape[1]).expand_as(tensor)  # the first neurons
+        yield f"output.{name}", in_type(tensor, dtype).contiguous()
+    if factors.input_bias_EN is not None:
+        yield "input_bias", _in_order(factors.input_bias_EN, range(layer.experts), row_EN).to(dtype).contiguous()
+    if factors.output_bias_ED is not None:
+        yield "output_bias", factors.output_bias_ED.to(dtype).contiguous()
     with torch.device("meta"):
         own = dict(FactoredExperts(layer_spec(layer, factors), gate=torch.nn.functional.silu).named_buffers(recurse=False))
     for name, buffer in own.items():
@@ -90,16 +101,18 @@ def _side_spec(factors: SideFactors) -> Spec:
     raise TypeError(f"factors of type {type(factors).__name__} have no form in a checkpoint")
 
 
-def _side_tensors(factors: SideFactors) -> Iterator[tuple[str, Tensor]]:
+def _side_tensors(factors: SideFactors, row_EN: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+    """A side's tensors; each expert's rows in an order of its own where one is given."""
     match factors:
         case DenseFactors():
-            yield "weight", factors.weight_ENM
+            yield "weight", _in_order(factors.weight_ENM, range(len(factors.weight_ENM)), row_EN)
         case PerExpertFactors():
-            yield from _slabs(factors)
+            yield from _slabs(factors, row_EN)
         case SharedRightFactors():
             for g, group in enumerate(factors.groups):
                 yield f"right_{g}", group.right_RM
-                yield f"left_{g}", group.left_KNR
+                owners = [expert for _, expert in sorted(zip(group.sums, group.experts, strict=True))]
+                yield f"left_{g}", _in_order(group.left_KNR, owners, row_EN)
         case SharedLeftFactors():
             yield "right", factors.right_ERM
             yield "left", factors.left_NR
@@ -107,34 +120,44 @@ def _side_tensors(factors: SideFactors) -> Iterator[tuple[str, Tensor]]:
             yield "base", factors.base_NM
             yield from _slabs(factors.own)
         case PivotedFactors():
-            yield from _pivoted_slabs(factors)
+            yield from _pivoted_slabs(factors, row_EN)
         case NarrowFactors():
             yield "weight", factors.weight_ENM
         case MergedFactors():
             yield "weight", factors.weight_GNM
 
 
-def _slabs(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:
+def _slabs(factors: PerExpertFactors, row_EN: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
     """Cut every expert's factors along the rank, leading ranks into the widest slab that it takes part in."""
     start_E = [0] * len(factors.ranks)
     for i, (width, members) in enumerate(segments(factors.ranks)):
-        yield f"left_{i}", torch.stack([factors.left[e][:, start_E[e] : start_E[e] + width] for e in members])
+        left_GNR = torch.stack([factors.left[e][:, start_E[e] : start_E[e] + width] for e in members])
+        yield f"left_{i}", _in_order(left_GNR, members, row_EN)
         yield f"right_{i}", torch.stack([factors.right[e][start_E[e] : start_E[e] + width] for e in members])
         for expert in members:
             start_E[expert] += width
-    yield from _dense(factors)
+    yield from _dense(factors, row_EN)
 
 
-def _pivoted_slabs(factors: PivotedFactors) -> Iterator[tuple[str, Tensor]]:
+def _pivoted_slabs(factors: PivotedFactors, row_EN: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """Every expert's factors without their identity, those of one rank together."""
     for i, (_, members) in enumerate(by_rank(factors.own.ranks)):
         left_GNR, right_GRS, pivot_GR = (torch.stack(tensors) for tensors in zip(*(factors.stored[e] for e in members), strict=True))
-        yield f"left_{i}", left_GNR
+        yield f"left_{i}", _in_order(left_GNR, members, row_EN)
         yield f"right_{i}", right_GRS
         yield f"pivot_{i}", pivot_GR
-    yield from _dense(factors.own)
+    yield from _dense(factors.own, row_EN)
 
 
-def _dense(factors: PerExpertFactors) -> Iterator[tuple[str, Tensor]]:
+def _dense(factors: PerExpertFactors, row_EN: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     if factors.dense:
-        yield "dense", torch.stack([factors.dense[expert] for expert in sorted(factors.dense)])
+        experts = sorted(factors.dense)
+        yield "dense", _in_order(torch.stack([factors.dense[expert] for expert in experts]), experts, row_EN)
+
+
+def _in_order(tensor_GNX: Tensor, experts: Sequence[int], row_EN: Tensor | None) -> Tensor:
+    """What is stored of some experts with the rows of each in its order; as it is where there is none."""
+    if row_EN is None:
+        return tensor_GNX
+    row_GN = row_EN[list(experts)].to(tensor_GNX.device)
+    return tensor_GNX[torch.arange(len(row_GN), device=row_GN.device)[:, None], row_GN]
