@@ -672,7 +672,8 @@ def test_never_asks_what_a_tensor_holds_in_a_graph(name: str, input_form: str, o
     layer = expert_layers(model)[0]
     factors = layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), input_form, output_form)
     factored = replace_experts(model, layer, factors).to("meta", torch.bfloat16)
-    monkeypatch.setattr(experts, "in_graph", lambda: True)
+    for each in (experts, pivoted_side):
+        monkeypatch.setattr(each, "in_graph", lambda: True)
     hidden = torch.empty(layer.experts * 10, layer.hidden, device="meta", dtype=torch.bfloat16)
     choice = torch.empty(len(hidden), 2, device="meta")
     call = (hidden,) if layer.routing == "scaled-inputs" else (hidden, choice.long(), choice)

@@ -21,6 +21,8 @@ PER_EXPERT = {"structure": "per-expert", "ranks": [8, 16, 8, 24, 16, 8, 8, 8, 16
 MANY_RANKS = {"structure": "per-expert", "ranks": [8, 17, 9, 24, -1, 0, 5, 40, 33, 12, 3]}
 MIXED = {"structure": "per-expert", "ranks": [8, -1, 0, 24, 16, -1, 0, 0, 8, 8, 8]}
 PIVOTED = {"structure": "pivoted", "ranks": [8, 40, 8, 24, 16, 8, 8, 40, 48, 8, 8]}
+PIVOTED_FIRST = {"structure": "pivoted", "ranks": PIVOTED["ranks"]}
+"""The first columns of every expert are its pivots."""
 PIVOTED_MIXED = {"structure": "pivoted", "ranks": [8, -1, 0, 13, 47, -1, 13, 8, 0, 8, 9]}
 LATENT_IN = {
     "structure": "shared-right",
@@ -39,8 +41,8 @@ def factored(first: dict, then: dict, gate: Gate = swiglu) -> FactoredExperts:
     made = FactoredExperts({"layer": layer, "input": first, "output": then}, gate, "cpu", DTYPE)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=noise).mul(0.2).to(DTYPE)
-    for side in (made.input, made.output):
-        for name, pivot_GR in list(side.named_buffers()):
+    for side, spec in ((made.input, first), (made.output, then)):
+        for name, pivot_GR in [] if spec is PIVOTED_FIRST else list(side.named_buffers()):
             chosen = torch.stack([torch.randperm(side.columns, generator=noise)[: pivot_GR.shape[1]].sort().values for _ in pivot_GR])
             side.register_buffer(name, chosen.to(pivot_GR.dtype))
     return made.requires_grad_(False)
@@ -58,7 +60,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 UNIFORM, PIVOTED_UNIFORM = ({"structure": structure, "ranks": [16] * EXPERTS} for structure in ("per-expert", "pivoted"))
 UNALIGNED, PIVOTED_UNALIGNED = ({"structure": structure, "ranks": [17] * EXPERTS} for structure in ("per-expert", "pivoted"))
 CASES = [
-    (UNIFORM, PIVOTED_UNIFORM), (UNALIGNED, PIVOTED_UNALIGNED),
+    (UNIFORM, PIVOTED_UNIFORM), (UNALIGNED, PIVOTED_UNALIGNED), (PIVOTED, PIVOTED_FIRST),
     (DENSE, DENSE), (PER_EXPERT, PER_EXPERT), (MIXED, MIXED), (PIVOTED, PIVOTED), (PIVOTED_MIXED, PIVOTED_MIXED), (LATENT_IN, LATENT_OUT),
     (MANY_RANKS, MANY_RANKS),
 ]
