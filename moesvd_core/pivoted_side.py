@@ -84,9 +84,8 @@ class PivotedSide(Side):
             z_QR = _ordered_times(order_C, right_RS, x_QC)
         else:
             x_QC = x_QC if order_C is None else x_QC.gather(1, order_C.expand(len(x_QC), -1))
-            pivot_QR, other_QS = x_QC[:, :rank], x_QC[:, rank:]
             packed = right_RS.is_mkldnn
-            z_QR = _packed_sum(other_QS, pivot_QR, right_RS, None, "add") if packed else torch.addmm(pivot_QR, other_QS, right_RS.t())
+            z_QR = _packed_sum(x_QC[:, rank:], x_QC[:, :rank], right_RS, None, "add") if packed else _after_identity(right_RS.t(), x_QC)
         return times(z_QR, self.matrix(f"left_{i}", place))
 
     def _order(self) -> torch.Tensor | None:
@@ -144,7 +143,8 @@ class PivotedSide(Side):
                 view.copy_(self.get_parameter(name).detach())
                 self.get_parameter(name).data = view
             for order_C, right_SR in zip(order_GC, right_GSR, strict=True):
-                first_links.append(partial(_ordered_times, None if found_EC is None else order_C, right_SR.t()))
+                ordered = partial(_ordered_times, order_C, right_SR.t())
+                first_links.append(ordered if found_EC is not None else partial(_after_identity, right_SR))
             last_links += left_GRN
             x, y = x_end, y_end
         first_links += [lambda x_QC: x_QC[:, :0]] * (len(factored) - len(last_links))
@@ -195,6 +195,12 @@ def _ordered_times(order_C: torch.Tensor | None, right_RS: torch.Tensor, x_QC: t
     ordered_CQ = x_QC.t() if order_C is None else x_QC.t().contiguous().index_select(0, order_C)
     rank = len(right_RS)
     return torch.addmm(ordered_CQ[:rank], right_RS, ordered_CQ[rank:]).t()
+
+
+def _after_identity(right_SR: torch.Tensor, x_QC: torch.Tensor) -> torch.Tensor:
+    """Rows in order times an identity and the coefficients that stand behind it [Q, R]."""
+    rank = right_SR.shape[1]
+    return torch.addmm(x_QC[:, :rank], x_QC[:, rank:], right_SR)
 
 
 def index_type(dtype: torch.dtype) -> torch.dtype:
