@@ -24,6 +24,7 @@ from moesvd_core.architectures.streaming import DecoderStream, LayerCall, LayerS
 from moesvd_core.calibration.states import DiskStates, MemoryStates, before
 from moesvd_core.calibration.statistics import Statistics
 from moesvd_core.checkpoint.apply import changed
+from moesvd_core.checkpoint.neuron_order import neuron_order
 from moesvd_core.compensation import Compensation, batches_of
 from moesvd_core.curve_files import load_curves, save_curves
 from moesvd_core.decomposition.decompose import Decomposition, decompose
@@ -333,7 +334,7 @@ class CompressedStream:
                 yield module
                 return
             layer = self._pipeline.layers[index]
-            with changed(self.model, layer, factors):
+            with changed(self.model, layer, factors, neuron_order(factors)):
                 self._held[index] = 1
                 try:
                     yield module

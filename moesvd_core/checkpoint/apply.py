@@ -50,10 +50,13 @@ def replaced(model: nn.Module, spec: Spec, tensors: Iterable[tuple[str, torch.Te
 
 
 @contextmanager
-def changed(model: nn.Module, layer: ExpertLayer, factors: LayerFactors) -> Iterator[nn.Module]:
+def changed(
+    model: nn.Module, layer: ExpertLayer, factors: LayerFactors, order_EM: torch.Tensor | None = None
+) -> Iterator[nn.Module]:
     """A layer as its factors make it, its router included, for as long as the context lasts; gives its experts, factored or not.
 
-    Their neurons stand as the factors count them, for whoever listens to what passes between the sides.
+    Neurons stand as the factors count them, for whoever listens to what passes between the sides, or as `neuron_order` wants them stored
+    (`order_EM`): then answers are those of `compressed` to the last bit.
     """
     with rerouted(model, layer, factors.router_EF):
         native = model.get_submodule(layer.name)
@@ -61,7 +64,7 @@ def changed(model: nn.Module, layer: ExpertLayer, factors: LayerFactors) -> Iter
             yield native
             return
         dtype = next(native.parameters()).dtype
-        with replaced(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype)) as module:
+        with replaced(model, layer_spec(layer, factors), layer_tensors(layer, factors, dtype, order_EM)) as module:
             yield module
 
 
