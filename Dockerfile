@@ -1,6 +1,9 @@
 # The explorer for a host with an NVIDIA card; it runs without one too, on the processor. How to start it: docs/guide.md, "In a container".
 FROM python:3.11-slim
 
+# Triton compiles the start of every kernel on the host when it is first used.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 # The largest part first, in a layer of its own: it changes with this line only. torch of the package index is the CUDA build on Linux.
 RUN pip install --no-cache-dir torch==2.13.0 \
     && python -c "import torch; assert torch.version.cuda, 'this torch was built without CUDA'"
