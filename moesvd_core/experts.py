@@ -173,9 +173,9 @@ class FactoredExperts(nn.Module):
             pre_PN = self.input(hidden_TD, pairs)
             if self.input_bias is not None:
                 pre_PN = pre_PN + self.input_bias[pairs.expert_P]
-            gated = pairs.tiles is not None and self.gate is swiglu and self.output.by_pair and not self._heard
-            if pairs.tiles is not None and gated and (tiled := self.output.tiled()) is not None:
-                out_TD = self.output.widen(pairs.combine(tiled.gated(pre_PN, pairs.tiles)))
+            tiles = pairs.tiles if self.gate is swiglu and self.output.by_pair and not self._heard else None
+            if tiles is not None and (tiled := self.output.tiled()) is not None:
+                out_TD = self.output.widen(pairs.combine(tiled.gated(pre_PN, tiles)))
             else:
                 out_TD = self.output(self.gate(pre_PN), pairs)
         if self.output_bias is not None:

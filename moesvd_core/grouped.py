@@ -3,7 +3,7 @@
 On CPUs a grouped kernel is a loop over all experts itself. There the loop may as well be in the open, over those that are asked: each takes
 its rows through all of its matrices at once, of whatever ranks, and the answers are written where they belong.
 
-An export carries a copy of this file, so it must import torch, transformers and `kernels.py` and `tiles.py` only.
+An export carries a copy of this file, so it must import torch, transformers, `kernels.py` and `tiles.py` only.
 
 Shapes: T tokens, k active experts a token, P = T·k pairs of a token and one of its experts, sorted by expert; E experts; Q places of rows
 arranged by group, G groups; N rows and C columns of one matrix.
@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import embedding_bag, linear
 from transformers.integrations.moe import _grouped_linear
 
-from moesvd_core.kernels import usable
+from moesvd_core.kernels import capturing, usable
 from moesvd_core.tiles import Tiles
 
 _packed_linear = torch.ops.mkldnn._linear_pointwise
@@ -47,7 +47,7 @@ def keeps_tail(group_P: torch.Tensor) -> bool:
 
 def in_graph() -> bool:
     """Whether operations are being recorded, to be compiled or played back by a GPU: nothing may depend on what tensors hold."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or capturing()
 
 
 Run = tuple[int, int, int]

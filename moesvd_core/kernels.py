@@ -39,6 +39,11 @@ def _starts(device: torch.device) -> bool:
     return True
 
 
+def capturing() -> bool:
+    """Whether a GPU records what it is to play back: nothing can be waited for then."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], example: torch.Tensor, *more: Any, **sizes: Any) -> None:
     """Start a kernel with a tensor and more on that tensor's GPU: Triton takes the current one, and layers may be on several."""
     if not example.is_cuda:  # in Triton's interpreter

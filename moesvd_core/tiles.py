@@ -22,6 +22,7 @@ from transformers.integrations.moe import _grouped_linear
 from moesvd_core.kernels import (
     arrange_kernel,
     blocks_kernel,
+    capturing,
     combine_kernel,
     gate_kernel,
     launch,
@@ -200,17 +201,16 @@ class _Table:
             return
         share = self._share_of_processors(len(tiles.expert_P) // len(self._matrices), x_SC.device) if tiles.many else 0
         if self._stack_ENC is not None and self._aligned and share >= GROUPED and _has_grouped_product(self.dtype, x_SC.device):
-            self._multiply_grouped(self._stack_ENC, x_SC if row_P is None else x_SC.index_select(0, row_P), y_PN, tiles)
+            self._multiply_grouped(self._stack_ENC, _of_pairs(x_SC, row_P), y_PN, tiles)
             return
-        if self._pieces == 1 and share >= ALONE and tiles.rows in self._launched and not _capturing():
-            self._multiply_in_turns(x_SC if row_P is None else x_SC.index_select(0, row_P), y_PN, tiles.runs())
+        if self._pieces == 1 and share >= ALONE and tiles.rows in self._launched and not capturing():
+            self._multiply_in_turns(_of_pairs(x_SC, row_P), y_PN, tiles.runs())
             return
         aligned = self._aligned and x_SC.stride(0) % 8 == 0 and y_PN.stride(0) % 8 == 0 and x_SC.data_ptr() % 16 == 0
         shape, unit = _tile(tiles.rows, self.most_rows, _shared_bytes(x_SC.device)), 8 if aligned else 1
         copied = bool(shape.pop("COPIED")) and aligned and self._pieces == 1
-        if copied and row_P is not None:
-            x_SC, row_P = x_SC.index_select(0, row_P), None
         if copied:
+            x_SC, row_P = _of_pairs(x_SC, row_P), None
             lend_memory()
         tile_L2 = self._tiles_of(shape["COLUMNS"])
         launch(
@@ -257,6 +257,11 @@ class _Table:
         return self._tiles[height]
 
 
+def _of_pairs(x_SC: torch.Tensor, row_P: torch.Tensor | None) -> torch.Tensor:
+    """Every pair's row [P, C]."""
+    return x_SC if row_P is None else x_SC.index_select(0, row_P)
+
+
 def _stack(matrices: Matrices) -> torch.Tensor | None:
     """The matrices as one [E, N, C], where they are of one shape and follow each other in memory."""
     first = matrices[0]
@@ -296,11 +301,6 @@ def _tile(rows: int, most_rows: int, shared_bytes: int) -> dict[str, int]:
     wasted = -most_rows % 256 - -most_rows % 128
     wide = 8 * wasted <= most_rows and shared_bytes >= WIDE_BYTES
     return {"COLUMNS": 256 if wide else 128, "DEPTH": 64, "num_warps": 8, "num_stages": 4 if wide else 3, "COPIED": 1}
-
-
-def _capturing() -> bool:
-    """Whether a GPU records what it is to play back: nothing can be waited for then."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -40,10 +40,7 @@ class DecomposeBenchmark:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in self.methods:
-            method(name)
-        if not 0 < self.ratio < 1:
-            raise InputError(f"ratio must be in (0, 1), got {self.ratio}")
+        require(self.methods, self.ratio)
         if self.repeats < 1:
             raise InputError(f"repeats must be at least 1, got {self.repeats}")
 
@@ -90,6 +87,18 @@ class _Result:
     structure: str
     parameters: int
     matrices: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+
+def require(methods: Sequence[str], ratio: float) -> None:
+    """Refuse names that are no method's, and a ratio that leaves nothing to do or nothing at all.
+
+    Raises:
+        InputError: which it is.
+    """
+    for name in methods:
+        method(name)
+    if not 0 < ratio < 1:
+        raise InputError(f"ratio must be in (0, 1), got {ratio}")
 
 
 def warm_up(work: Callable[[RandomLayer, str], object], names: Sequence[str], device: str) -> None:

@@ -22,8 +22,7 @@ from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import method
-from moesvd_core.errors import InputError
-from moesvd_core.evaluation.benchmarks.decompose import compressed, warm_up
+from moesvd_core.evaluation.benchmarks.decompose import compressed, require, warm_up
 from moesvd_core.evaluation.benchmarks.machine import finish, place
 from moesvd_core.evaluation.benchmarks.synthetic import Family, ModelSize, RandomLayer, random_model
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
@@ -62,10 +61,7 @@ class LayerBenchmark:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in self.methods:
-            method(name)
-        if not 0 < self.ratio < 1:
-            raise InputError(f"ratio must be in (0, 1), got {self.ratio}")
+        require(self.methods, self.ratio)
         Calibration(samples=self.samples, length=self.length, batch=self.batch)  # both refuse what is out of bounds
         self.model  # noqa: B018
 
