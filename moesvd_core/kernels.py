@@ -19,7 +19,7 @@ except ImportError:  # not on this kind of machine
     triton = tl = None
 
 constexpr: Any = tl.constexpr if triton else int
-_jit: Any = triton.jit(do_not_specialize=["pairs", "blocks", "tiles"]) if triton else lambda kernel: kernel
+jit: Any = triton.jit(do_not_specialize=["pairs", "blocks", "tiles"]) if triton else lambda kernel: kernel
 
 
 def usable(example: torch.Tensor) -> bool:
@@ -58,7 +58,7 @@ def lend_memory() -> None:
     triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
-@_jit
+@jit
 def _write_blocks(begin_E, end_E, block_B3, blocks, experts, E: constexpr, ROWS: constexpr):
     """Cut every expert's pairs into blocks, and mark those that are left over."""
     expert_E = tl.arange(0, E)
@@ -76,7 +76,7 @@ def _write_blocks(begin_E, end_E, block_B3, blocks, experts, E: constexpr, ROWS:
         tl.store(block_B3 + 3 * place_E, tl.full((E,), -1, tl.int32), mask=(place_E >= used) & (place_E < blocks))
 
 
-@_jit
+@jit
 def blocks_kernel(end, block_B3, blocks, experts, E: constexpr, ROWS: constexpr):
     """Blocks of pairs that are sorted already."""
     expert_E = tl.arange(0, E)
@@ -85,7 +85,7 @@ def blocks_kernel(end, block_B3, blocks, experts, E: constexpr, ROWS: constexpr)
     _write_blocks(begin_E, end_E, block_B3, blocks, experts, E, ROWS)
 
 
-@_jit
+@jit
 def arrange_kernel(
     index, expert, token, place, end, block_B3, pairs, blocks, active, experts, P: constexpr, E: constexpr, Q: constexpr,
     ROWS: constexpr,
@@ -111,7 +111,7 @@ def arrange_kernel(
     _write_blocks(begin_E, end_E, block_B3, blocks, experts, E, ROWS)
 
 
-@_jit
+@jit
 def order_kernel(
     x, row, expert, order, made, columns, GATHERED: constexpr, ORDERED: constexpr, WIDTH: constexpr,
 ):
@@ -127,7 +127,7 @@ def order_kernel(
     tl.store(made + pair.to(tl.int64) * columns + column_W, value_W, mask=inside_W)
 
 
-@_jit
+@jit
 def gate_kernel(
     pre, row, expert, order, made, columns, GATHERED: constexpr, ORDERED: constexpr, WIDTH: constexpr,
 ):
@@ -145,7 +145,7 @@ def gate_kernel(
     tl.store(made + pair.to(tl.int64) * columns + column_W, value_W.to(made.dtype.element_ty), mask=inside_W)
 
 
-@_jit
+@jit
 def product_kernel(
     x, row, table, tile_L2, block_B3, y, blocks, tiles, x_step, y_step, experts, GATHERED: constexpr,
     AFTER_IDENTITY: constexpr, UNIT: constexpr, ACROSS: constexpr, COPIED: constexpr, ROWS: constexpr,
@@ -212,7 +212,7 @@ def product_kernel(
     tl.store(y_RC, sum_RC.to(y.dtype.element_ty), mask=own_R[:, None] & inside_C[None, :])
 
 
-@_jit
+@jit
 def combine_kernel(
     y, place, weight, total, columns, active, WEIGHED: constexpr, WIDTH: constexpr,
 ):

@@ -22,7 +22,10 @@ STATIONS = {
         "moesvd_core.experts.gate_of", "moesvd_core.kept_router.router_groups", "moesvd_core.kept_router.router_of",
     ),
     "moesvd_core.devices": (),
-    "moesvd_core.calibration": ("moesvd_core.architectures", "moesvd_core.devices", "moesvd_core.tensor_files"),
+    "moesvd_core.calibration": (
+        "moesvd_core.architectures", "moesvd_core.devices", "moesvd_core.tensor_files",
+        "moesvd_core.experts.swiglu", "moesvd_core.kernels",  # what a GPU does in the time of one pass over memory
+    ),
     "moesvd_core.sensitivity": ("moesvd_core.calibration",),
     "moesvd_core.similarity": (),
     "moesvd_core.planning": (),

@@ -161,7 +161,7 @@ def layer_gradients(
 
     Returns:
         the gradients at the layer's input [K, B, T, D]; and what its experts module was called with, beside the gradients at their output
-        [K, tokens, D], float32. None where not asked for or not there.
+        [K, tokens, D]. None where not asked for or not there.
 
     Raises:
         NotDifferentiableError: an operation of the layer has no backward pass.
@@ -195,5 +195,5 @@ def layer_gradients(
     if not outputs:
         return at_input_KBTD, None
     # llama4 sums the outputs of all experts, one below the other: each block has the same gradient, the first stands for all.
-    at_output_KTD = torch.stack([found[int(push)].reshape(-1, found[int(push)].shape[-1])[: ids_BT.numel()].float() for found in each])
+    at_output_KTD = torch.stack([found[int(push)].reshape(-1, found[int(push)].shape[-1])[: ids_BT.numel()] for found in each])
     return at_input_KBTD, (calls[0], at_output_KTD)

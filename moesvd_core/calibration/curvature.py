@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
 from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.calibration.fused import fuses, row_squares
 from moesvd_core.calibration.gathering import Gathering
 from moesvd_core.calibration.moments import on_host, pre_activations, slopes, symmetric_on_host
 from moesvd_core.calibration.products import add_gram_, multiplies_rounded
@@ -40,6 +41,7 @@ class LayerCurvature:
         self.layer = layer
         self.weights = read_experts(module, layer)
         self.gate: Callable[[Tensor], Tensor] = gate_function(module, layer)
+        self._fuses = fuses(self.weights.input_END, self.gate) and not row_gram
         self._add_gram_ = partial(add_gram_, rounded=multiplies_rounded(self.weights.input_END))
         self._on_card = on_card(self.weights.input_END.device)
         self._neuron_of_row = layer.neuron_of_row().to(self.weights.input_END.device)
@@ -62,7 +64,7 @@ class LayerCurvature:
 
         Args:
             args: its positional arguments.
-            gradient_KTD: gradients of the summed NLL at its output, float32, of which each label of a position brings its share.
+            gradient_KTD: gradients of the summed NLL at its output, of which each label of a position brings its share.
         """
         self.tokens += gradient_KTD.shape[1]
         self._gathering.add((*args, gradient_KTD), gradient_KTD.shape[1])
@@ -70,31 +72,40 @@ class LayerCurvature:
     @torch.no_grad()
     def _add(self, call: Sequence[Tensor]) -> None:
         *args, gradient_KTD = call
-        self._add_gram_(self.gram_DD, gradient_KTD.flatten(0, 1))
+        self._add_gram_(self.gram_DD, gradient_KTD)
         for expert, rows_n, x_nD, p_n in routed_tokens(self.layer, args):
             self._add_expert(expert, x_nD, p_n.float().unsqueeze(1), gradient_KTD[:, rows_n])
 
     def _add_expert(self, e: int, x_nD: Tensor, p_n1: Tensor, gradient_KnD: Tensor) -> None:
-        gradient_KnD = p_n1 * gradient_KnD
-        delta_KnN = None
+        self.weight_square_E[e] += p_n1.square().sum()
+        self._add_gram_(self.gram_EDD[e], gradient_KnD, p_n1)
+        square_n = self._add_rows(e, x_nD, p_n1, gradient_KnD)
+        self._add_gram_(self.weighted_input_gram_EDD[e], x_nD, square_n.sqrt().unsqueeze(1))
+
+    def _add_rows(self, e: int, x_nD: Tensor, p_n1: Tensor, gradient_KnD: Tensor) -> Tensor:
+        """Add what is collected of δ of one expert's tokens, and give its square of each of them, [n], float32."""
+        if self._fuses:
+            at_neurons_KnM = gradient_KnD.to(x_nD.dtype) @ self.weights.output_EDM[e]
+            row_N, square_n = row_squares(pre_activations(self.weights, e, x_nD), at_neurons_KnM, p_n1[:, 0])
+            self.row_square_EN[e] += row_N
+            return square_n
+        gradient_KnD = p_n1 * gradient_KnD.float()
         if self._on_card and self.row_gram_ENN is None:
             square_nN = self._row_squares(e, x_nD, gradient_KnD)
         else:
             delta_KnN = self._row_gradients(e, x_nD, gradient_KnD)
             square_nN = delta_KnN.square().sum(0)
-        self.weight_square_E[e] += p_n1.square().sum()
-        self._add_gram_(self.gram_EDD[e], gradient_KnD.flatten(0, 1))
+            if self.row_gram_ENN is not None:
+                self._add_gram_(self.row_gram_ENN[e], delta_KnN)
         self.row_square_EN[e] += square_nN.sum(0)
-        if self.row_gram_ENN is not None and delta_KnN is not None:
-            self._add_gram_(self.row_gram_ENN[e], delta_KnN.flatten(0, 1))
-        self._add_gram_(self.weighted_input_gram_EDD[e], square_nN.sum(1, keepdim=True).sqrt() * x_nD.float())
+        return square_nN.sum(1)
 
     def _row_gradients(self, e: int, x_nD: Tensor, gradient_KnD: Tensor) -> Tensor:
         """δ of one expert's tokens from the gradients at its own output, [K, n, N], float32."""
         at_neurons_KnM = (gradient_KnD.to(x_nD.dtype) @ self.weights.output_EDM[e]).float()
         if self._on_card:  # the labels share their slopes: less to pass over
-            return at_neurons_KnM[..., self._neuron_of_row] * slopes(self.gate, pre_activations(self.weights, e, x_nD))[1]
-        pre_KnN = pre_activations(self.weights, e, x_nD).expand(len(gradient_KnD), -1, -1)
+            return at_neurons_KnM[..., self._neuron_of_row] * slopes(self.gate, pre_activations(self.weights, e, x_nD).float())[1]
+        pre_KnN = pre_activations(self.weights, e, x_nD).float().expand(len(gradient_KnD), -1, -1)
         with torch.enable_grad():
             h_KnM = self.gate(pre_KnN.requires_grad_())
             (delta_KnN,) = torch.autograd.grad(h_KnM, pre_KnN, at_neurons_KnM)
@@ -108,7 +119,7 @@ class LayerCurvature:
         """
         at_neurons_KnM = gradient_KnD.to(x_nD.dtype) @ self.weights.output_EDM[e]
         square_nM: Tensor = torch.linalg.vector_norm(at_neurons_KnM, dim=0, dtype=torch.float32).square_()
-        slope_nN = slopes(self.gate, pre_activations(self.weights, e, x_nD))[1]
+        slope_nN = slopes(self.gate, pre_activations(self.weights, e, x_nD).float())[1]
         return slope_nN.square() * square_nM[:, self._neuron_of_row]
 
     def finish(self) -> dict[str, Any]:

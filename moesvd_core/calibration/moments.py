@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moesvd_core.architectures.experts_io import gate_function, read_experts, routed_tokens
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.calibration.fused import fuses, neuron_sums
 from moesvd_core.calibration.gathering import Gathering
 from moesvd_core.calibration.products import AT_ONCE, add_gram_, counts_above, multiplies_rounded
 from moesvd_core.calibration.statistics import LayerStatistics
@@ -27,6 +28,9 @@ OWL_MULTIPLE = 5.0
 BIN_SHIFT = 16
 """Bits dropped from a float32 to get its bin: bins of 2^-7 relative width, whose order is that of the absolute values."""
 BINS = 1 << (31 - BIN_SHIFT)
+SAMPLED = 1 << 20
+"""Neurons of a call whose bins a card looks up: their shares are known to a thousandth by so many, and few bins that many processors add
+to at once take longer than all else that is measured."""
 
 
 class LayerMoments:
@@ -48,6 +52,7 @@ class LayerMoments:
         self.weights = read_experts(module, layer)
         _refuse_non_finite_weights(layer, self.weights)
         self.gate: Callable[[Tensor], Tensor] = gate_function(module, layer)
+        self._fuses = fuses(self.weights.input_END, self.gate)
         self._add_gram_ = partial(add_gram_, rounded=multiplies_rounded(self.weights.input_END))
         device = self.weights.input_END.device
 
@@ -84,25 +89,36 @@ class LayerMoments:
             self._add_expert(expert, x_nD, p_n.float())
 
     def _add_expert(self, e: int, x_nD: Tensor, p_n: Tensor) -> None:
-        h_nM, slope_nN = slopes(self.gate, pre_activations(self.weights, e, x_nD))
+        p_n1 = p_n.unsqueeze(1)
+        h_nM = self._add_neurons(e, pre_activations(self.weights, e, x_nD), p_n1)
         y_nD = (h_nM.to(x_nD.dtype) @ self.weights.output_EDM[e].T).float()
         x_nD = x_nD.float()
-        p_n1 = p_n.unsqueeze(1)
         self.count_E[e] += len(p_n)
         self.weight_square_E[e] += p_n.square().sum()
-        self._add_gram_(self.input_gram_EDD[e], p_n1 * x_nD)
-        self._add_gram_(self.output_gram_EDD[e], p_n1 * y_nD)
+        self._add_gram_(self.input_gram_EDD[e], x_nD, p_n1)
+        self._add_gram_(self.output_gram_EDD[e], y_nD, p_n1)
         if self.intermediate_gram_EMM is not None:
-            self._add_gram_(self.intermediate_gram_EMM[e], p_n1 * h_nM)
+            self._add_gram_(self.intermediate_gram_EMM[e], h_nM, p_n1)
         self.input_sum_ED[e] += x_nD.abs().sum(0)
         self.input_square_ED[e] += x_nD.square().sum(0)
-        magnitude_nM = h_nM.abs()
-        self.intermediate_sum_EM[e] += magnitude_nM.sum(0)
-        _count_(self.intermediate_bins_EB[e], magnitude_nM)
-        self.slope_EN[e] += (p_n1 * slope_nN).square().sum(0)
         if self.weights.output_bias_ED is not None:
             y_nD = y_nD + self.weights.output_bias_ED[e]
         self.saliency_E[e] += (p_n * y_nD.norm(dim=1)).sum()
+
+    def _add_neurons(self, e: int, pre_nN: Tensor, p_n1: Tensor) -> Tensor:
+        """Add what is measured of one expert's neurons alone, and give them, [n, m]: float32, or in the model's precision."""
+        if self._fuses:
+            h_nM, magnitude_M, slope_N = neuron_sums(pre_nN, p_n1[:, 0])
+            self.intermediate_sum_EM[e] += magnitude_M
+            self.slope_EN[e] += slope_N
+            _count_(self.intermediate_bins_EB[e], self.gate(_sampled(pre_nN).float()).abs())
+            return h_nM
+        h_nM, slope_nN = slopes(self.gate, pre_nN.float())
+        magnitude_nM = h_nM.abs()
+        self.intermediate_sum_EM[e] += magnitude_nM.sum(0)
+        self.slope_EN[e] += (p_n1 * slope_nN).square().sum(0)
+        _count_(self.intermediate_bins_EB[e], _sampled(magnitude_nM))
+        return h_nM
 
     def finish(self) -> LayerStatistics:
         """The layer's statistics on the host, Grams and means as float32.
@@ -166,11 +182,11 @@ class LayerMoments:
 
 
 def pre_activations(weights: ExpertWeights, expert: int, x_nD: Tensor) -> Tensor:
-    """What enters the gate of one expert, [n, N]: multiplied in the model's dtype, float32."""
+    """What enters the gate of one expert, [n, N], in the model's dtype."""
     pre_nN = x_nD @ weights.input_END[expert].T
     if weights.input_bias_EN is not None:
         pre_nN = pre_nN + weights.input_bias_EN[expert]
-    return pre_nN.float()
+    return pre_nN
 
 
 def slopes(gate: Callable[[Tensor], Tensor], pre_nN: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,6 +216,11 @@ def principal_ranks(weights: ExpertWeights) -> Tensor:
 def _tall(matrix: Tensor) -> Tensor:
     """The matrix, or its transpose, whichever has more rows."""
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+
+
+def _sampled(x_nM: Tensor) -> Tensor:
+    """On a card some of the rows, evenly, so that about `SAMPLED` numbers are left; all of them elsewhere."""
+    return x_nM[:: max(1, x_nM.numel() // SAMPLED)] if on_card(x_nM.device) else x_nM
 
 
 def _count_(bins_B: Tensor, magnitude_nM: Tensor) -> None:

@@ -24,19 +24,23 @@ GROWTH = 1e7
 """Growth of entries in an elimination without pivots beyond which its signs are not trusted."""
 
 
-def add_gram_(sum_SS: Tensor, x_nS: Tensor, *, rounded: bool = False) -> None:
-    """Add Σ x xᵀ over the rows to a sum in float64.
+def add_gram_(sum_SS: Tensor, x_nS: Tensor, weight_n1: Tensor | None = None, *, rounded: bool = False) -> None:
+    """Add Σ w² x xᵀ over the rows to a sum in float64.
 
     Args:
-        x_nS: float32.
-        rounded: of rows rounded to 11 bits (`multiplies_rounded`).
+        x_nS: rows [..., n, S], in the model's precision or float32.
+        weight_n1: w, which is not negative, float32; None: 1.
+        rounded: of rows w·x rounded to 11 bits (`multiplies_rounded`).
     """
     if not rounded:
-        sum_SS += x_nS.T @ x_nS
+        own_nS = (x_nS.float() if weight_n1 is None else weight_n1 * x_nS.float()).flatten(0, -2)
+        sum_SS += own_nS.T @ own_nS
         return
-    unit = (torch.linalg.vector_norm(x_nS, torch.inf) / TOP).clamp(min=torch.finfo(torch.float32).tiny)
-    half_nS = torch.div(x_nS, unit, out=torch.empty_like(x_nS, dtype=torch.float16))
-    sum_SS.addcmul_(_summed(half_nS), unit.double().square())
+    weight_n1 = x_nS.new_ones(1, 1, dtype=torch.float32) if weight_n1 is None else weight_n1
+    largest = (torch.linalg.vector_norm(x_nS, torch.inf, dim=-1, keepdim=True) * weight_n1).max()
+    unit = (largest / TOP).clamp(min=torch.finfo(torch.float32).tiny)
+    half_nS = torch.mul(x_nS, weight_n1 / unit, out=torch.empty_like(x_nS, dtype=torch.float16))
+    sum_SS.addcmul_(_summed(half_nS.flatten(0, -2)), unit.double().square())
 
 
 def _summed(half_nS: Tensor) -> Tensor:

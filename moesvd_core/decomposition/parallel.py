@@ -17,8 +17,10 @@ from moesvd_core.devices import finish, finish_current, on_card
 Result = TypeVar("Result")
 MOST = 4
 """Parts at a time, each with its matrices of hidden size in double precision."""
-STREAMS = 8
-"""Parts at a time on a card, each in a stream of its own, with its matrices as above."""
+STREAMS = 4
+"""Parts at a time on a card, each in a stream of its own, with its matrices as above: eigendecompositions of 1024 leave so much of an H100
+to others, and threads wait for each other's Python."""
+_LOADING = threading.Lock()
 
 
 def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device) -> Iterator[Result]:
@@ -73,6 +75,7 @@ def _streamed(work: Callable[[int], Result], device: torch.device, own: threadin
     Args:
         own: has the thread's place among those that work.
     """
+    _load_decompositions(device)
     caller, asking = torch.cuda.current_stream(device), threading.get_ident()
 
     def done(part: int) -> Result:
@@ -84,6 +87,12 @@ def _streamed(work: Callable[[int], Result], device: torch.device, own: threadin
         return result
 
     return done
+
+
+def _load_decompositions(device: torch.device) -> None:
+    """Have torch load its library of a card's decompositions, which it does at the first one, and cannot for two threads at once."""
+    with _LOADING:
+        torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
 
 
 @cache
