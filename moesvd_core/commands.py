@@ -190,7 +190,7 @@ def _prepared(given: Namespace, recipe: Mapping[str, Any] | None = None) -> RunF
 
     calibration = Calibration(
         dataset=given.dataset, samples=given.samples, length=given.length, seed=given.seed, drawn_labels=given.drawn_labels,
-        dtype=given.dtype,
+        gradient_samples=given.gradient_samples, dtype=given.dtype,
     )
     refuse_unreadable(calibration.dataset)
     folder = None if given.run is None else Path(given.run)

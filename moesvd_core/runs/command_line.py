@@ -13,7 +13,7 @@ from moesvd_core.runs.folder import Identity
 _CHOICES = ("metric", "structure", "allocation", "block", "budget")
 _WORDS = {
     "dataset": "--dataset", "samples": "--samples", "length": "--length", "seed": "--seed", "drawn_labels": "--drawn-labels",
-    "dtype": "--dtype",
+    "gradient_samples": "--gradient-samples", "dtype": "--dtype",
 }
 """Settings of a calibration that have a word on the command line."""
 

@@ -64,6 +64,7 @@ def estimate(
     layers, experts, hidden, width = facts["moe_layers"], facts["experts"], facts["hidden"], facts["width"]
     length = min(calibration.length or DEFAULT_LENGTH, facts["context_length"] or DEFAULT_LENGTH)
     states = calibration.samples * length * hidden * number
+    pushed = (calibration.gradient_samples or calibration.samples) / calibration.samples  # through the backward pass
     layer_experts = facts["expert_parameters"] // max(1, layers)
     outside = facts["parameters"] - facts["expert_parameters"]
     intermediate = experts * width**2 if calibration.collects_intermediate(width) else 0
@@ -74,11 +75,11 @@ def estimate(
     batch = calibration.batch * length * (4 * (1 + labels) * hidden + 4 * facts["active"] * width) * 4
     return Estimate(
         memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * max(forward, backward) + batch,
-        run_disk=(facts["layers"] + 2 * labels) * states
+        run_disk=round((facts["layers"] + 2 * labels * pushed) * states)
         + layers * ((forward + backward) // 4 + _factor_bytes(facts, methods))
         + (_fitting_bytes(facts, calibration.samples * length, number) if fitted else 0),
         export_disk=0 if form is None else int(facts["bytes"] * 1.1),
-        flops=2 * (2 + labels) * facts["active_parameters"] * calibration.samples * length,
+        flops=round(2 * (1 + (1 + labels) * pushed) * facts["active_parameters"] * calibration.samples * length),
     )
 
 

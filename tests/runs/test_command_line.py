@@ -40,11 +40,11 @@ def test_a_recipe_with_choices_of_its_own_is_read_from_its_file() -> None:
 
 
 def test_compress_repeats_the_calibration() -> None:
-    run = identity(samples=32, length=64, seed=3, drawn_labels=0, batch=2, dtype="float32")
+    run = identity(samples=32, length=64, seed=3, drawn_labels=0, gradient_samples=8, batch=2, dtype="float32")
     command = compress_command(run, Recipe(), output="out", form="factored", dtype="float32")
     assert command is not None
     given = understood(command)
-    calibration = {"samples": 32, "length": 64, "seed": 3, "drawn_labels": 0, "dtype": "float32", "dataset": "sotu"}
+    calibration = {"samples": 32, "length": 64, "seed": 3, "drawn_labels": 0, "gradient_samples": 8, "dtype": "float32", "dataset": "sotu"}
     expected = {"model": "owner/model", "ratio": 0.4, **calibration}
     assert {name: given[name] for name in expected} == expected
 

@@ -23,6 +23,9 @@ def test_more_text_needs_more_disk_and_an_export_needs_its_bytes(tmp_path: Path)
     alone = estimate(facts, replace(CALIBRATION, drawn_labels=0))
     assert small.flops * 3 == alone.flops * 5, "a layer is run twice, and passed backwards once for each label"
     assert small.run_disk > alone.run_disk and small.memory > alone.memory
+    halved = estimate(facts, replace(CALIBRATION, gradient_samples=CALIBRATION.samples // 2))
+    assert halved.flops * 5 == small.flops * 3, "the other windows go forward once"
+    assert alone.run_disk < halved.run_disk < small.run_disk and halved.memory == small.memory
     assert small.export_disk == 0
     assert estimate(facts, CALIBRATION, "factored").export_disk >= facts["bytes"]
     assert estimate(facts, CALIBRATION, "factored").run_disk == small.run_disk

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from moesvd_core.calibration import Statistics
+from moesvd_core.calibration import Calibration, Statistics
 from moesvd_core.decomposition.metrics import BACKWARD_SUMS
 from moesvd_core.decomposition.registry import METHODS, Method
 from moesvd_core.errors import InputError
@@ -38,7 +38,7 @@ class Variant:
         lacks: the ingredient.
         recipe: what is asked for; its ratio is not looked at.
         methods: what the recipe's method stands for, where it is another than the registry's.
-        calibration: settings of calibration that differ.
+        calibrated: with which calibration in place of the benchmark's.
         without: sums that are taken out of each layer's statistics.
         beside: the variant that has the ingredient and differs in nothing else.
     """
@@ -47,7 +47,7 @@ class Variant:
     lacks: str
     recipe: Recipe = field(default_factory=lambda: _recipe())
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
-    calibration: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: Callable[[Calibration], Calibration] = lambda usual: usual
     without: tuple[str, ...] = ()
     beside: str = WHOLE
 
@@ -63,8 +63,15 @@ VARIANTS = (
     Variant("router refitted", "the original's routers", _recipe(refit_router=True)),
     Variant("input metric", "the output metric", _recipe(metric="input")),
     Variant("estimated curvature", "each expert's own measured curvature", without=(*BACKWARD_SUMS, "row_gram_ENN")),
-    Variant("the text's labels alone", "labels drawn from the model's predictions", calibration={"drawn_labels": 0}),
-    Variant("no backward pass", "gradients: a probe gives their scale", calibration={"gradient": False}),
+    Variant(
+        "the text's labels alone", "labels drawn from the model's predictions",
+        calibrated=lambda usual: replace(usual, drawn_labels=0),
+    ),
+    Variant(
+        "gradients of a quarter", "the backward pass of the other windows",
+        calibrated=lambda usual: replace(usual, gradient_samples=-(-usual.samples // 4)),
+    ),
+    Variant("no backward pass", "gradients: a probe gives their scale", calibrated=lambda usual: replace(usual, gradient=False)),
     Variant("diagonal of the rows' Gram", "what neurons have to do with each other", without=("row_gram_ENN",)),
     Variant("rare experts by themselves", "leaning on the layer's average", methods=_with(shrink=False)),
     Variant("whole factors", "leaving out their identities", methods=_with(structures=("per-expert", "latent", "base-delta"))),
@@ -138,7 +145,7 @@ def _samples(
     variant: Variant, bench: Bench, settings: AblationBenchmark, seed: int, report: Report
 ) -> Iterator[tuple[float, tuple[Plan, Evaluation]]]:
     """A variant at every ratio that it reaches."""
-    calibration = with_seed(replace(settings.calibration, **variant.calibration), seed)
+    calibration = with_seed(variant.calibrated(settings.calibration), seed)
     changed = _lacking(variant.without) if variant.without else None
     calibrated = bench.calibrated(calibration, report, methods=variant.methods, changed=changed, variant=variant.name)
     reach = calibrated.pipeline.max_ratio(variant.recipe, report)

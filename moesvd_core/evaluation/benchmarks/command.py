@@ -162,6 +162,7 @@ _ONE_LAYER: _Options = _FAMILY | {
     "--samples": {"type": int, "help": "calibration windows"},
     "--length": {"type": int, "help": "tokens in each of them"},
     "--batch": {"type": int, "help": "windows that go through the layer at once"},
+    "--gradient-samples": {"type": int, "help": "windows of the backward pass (default: all)"},
 }
 _PREDICTION: _Options = {
     **_RATIOS,

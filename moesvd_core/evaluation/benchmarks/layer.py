@@ -42,6 +42,7 @@ class LayerBenchmark:
         family: which model the layer is of.
         hidden, width, experts, active: d, m, E, k.
         samples, length, batch: windows of text, tokens in each, and windows at once.
+        gradient_samples: windows of the backward pass; None: all.
         methods: what the layer is compressed by; each at the ratio.
         ratio: share of the experts' parameters to remove.
         device: where everything is done.
@@ -55,6 +56,7 @@ class LayerBenchmark:
     samples: int = 16
     length: int = 256
     batch: int = Calibration.batch
+    gradient_samples: int | None = None
     methods: tuple[str, ...] = ("latent", "svd-llm", "fisher")
     ratio: float = 0.4
     seed: int = 0
@@ -62,8 +64,8 @@ class LayerBenchmark:
 
     def __post_init__(self) -> None:
         require(self.methods, self.ratio)
-        Calibration(samples=self.samples, length=self.length, batch=self.batch)  # both refuse what is out of bounds
-        self.model  # noqa: B018
+        self.calibration("words.txt")
+        self.model  # noqa: B018 - both refuse what is out of bounds
 
     @property
     def model(self) -> ModelSize:
@@ -71,15 +73,19 @@ class LayerBenchmark:
         shape = (self.family, self.hidden, self.width, self.experts, self.active)
         return ModelSize(*shape, layers=TIMED + 1, context=self.length, vocabulary=VOCABULARY)
 
+    def calibration(self, text: str) -> Calibration:
+        """The settings of calibrating on a file."""
+        return Calibration(text, self.samples, self.length, batch=self.batch, gradient_samples=self.gradient_samples)
+
     def run(self, report: Report = silent) -> Table:
         """Build the model, calibrate it, and compress its upper layer by every method."""
         stream, tokenizer = MemoryStream(random_model(self.model, self.device, seed=self.seed)), _tokenizer()
         with TemporaryDirectory() as folder:
             text = Path(folder) / "words.txt"
             text.write_text(_words(self.samples * self.length, self.seed), encoding="utf-8")
-            calibration = Calibration(str(text), self.samples, self.length, batch=self.batch)
+            calibration = self.calibration(str(text))
             if torch.device(self.device).type != "cpu":
-                calibrate(stream, tokenizer, replace(calibration, samples=min(self.batch, self.samples)))
+                calibrate(stream, tokenizer, replace(calibration, samples=min(self.batch, self.samples), gradient_samples=None))
                 warm_up(self._compressed, self.methods, self.device)
             clock = _Clock(self.device, report)
             statistics = calibrate(stream, tokenizer, calibration, report=clock)
@@ -105,8 +111,8 @@ class LayerBenchmark:
         labels = 1 + Calibration.drawn_labels
         experts = getattr(model.config, "_experts_implementation", None) or "eager"
         return [
-            f"calibration on {self.samples} windows of {self.length} tokens, {self.batch} at once, {labels} labels a position; experts "
-            f"of the model by {experts}",
+            f"calibration on {self.samples} windows of {self.length} tokens, {self.batch} at once; gradients of "
+            f"{self.gradient_samples or self.samples} of them, {labels} labels a position; experts of the model by {experts}",
             "decomposed: at every rank, with its loss curves, and the factors at the ratio; in all: with both passes of calibration",
         ]
 

@@ -69,7 +69,7 @@ def test_what_a_card_is_warmed_up_with_suits_every_method() -> None:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_layer_is_timed_step_by_step(family: str, tmp_path: Path) -> None:
     size = ("--family", family, "--hidden", "64", "--width", "48", "--experts", "4", "--active", "2", "--ratio", "0.5")
-    text = ("--samples", "3", "--length", "32", "--batch", "2")
+    text = ("--samples", "3", "--length", "32", "--batch", "2", "--gradient-samples", "2")
     table = benchmark("layer", *size, *text, "--methods", "latent", "svd-llm", "--output", tmp_path)
     seconds = {str(row["step"]): float(row["seconds"] or 0) for row in table.records}
     passes = ["calibration, forward pass", "calibration, backward pass"]
@@ -79,7 +79,7 @@ def test_a_layer_is_timed_step_by_step(family: str, tmp_path: Path) -> None:
         assert seconds[f"{name} in all"] == pytest.approx(sum(seconds[each] for each in (*passes, f"{name} decomposed")))
     assert all(float(row["experts' ratio"] or 0) == pytest.approx(0.5, abs=0.06) for row in table.records[2:])
     assert f"{family}, d 64, m 48, 4 experts, 2 active, bfloat16" in table.title
-    assert "3 windows of 32 tokens, 2 at once, 3 labels" in table.notes[0]
+    assert "3 windows of 32 tokens, 2 at once; gradients of 2 of them, 3 labels" in table.notes[0]
     assert "layer.html" in {path.name for path in tmp_path.iterdir()}
 
 
