@@ -39,6 +39,12 @@ def _starts(device: torch.device) -> bool:
     return True
 
 
+@cache
+def has_grouped_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has a kernel for it. Elsewhere it loops over experts, and waits for their numbers of pairs: no recording can."""
+    return device.type != "cuda" or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10))
+
+
 def capturing() -> bool:
     """Whether a GPU records what it is to play back: nothing can be waited for then."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -113,36 +119,26 @@ def arrange_kernel(
 
 @jit
 def order_kernel(
-    x, row, expert, order, made, columns, GATHERED: constexpr, ORDERED: constexpr, WIDTH: constexpr,
+    x, row, expert, order, made, columns, GATHERED: constexpr, ORDERED: constexpr, GATED: constexpr, WIDTH: constexpr,
 ):
-    """Columns of one row in its expert's order."""
+    """Columns of one row in its expert's order, of a gate and what it lets up: SiLU(gate) · up, rounded where torch rounds."""
     pair = tl.program_id(0)
     column_W = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside_W = column_W < columns
-    source = pair.to(tl.int64)
+    source, from_W, stride = pair.to(tl.int64), column_W, columns
     if GATHERED:
         source = tl.load(row + pair).to(tl.int64)
-    from_W = tl.load(order + tl.load(expert + pair).to(tl.int64) * columns + column_W, mask=inside_W, other=0)
-    value_W = tl.load(x + source * columns + from_W, mask=inside_W)
-    tl.store(made + pair.to(tl.int64) * columns + column_W, value_W, mask=inside_W)
-
-
-@jit
-def gate_kernel(
-    pre, row, expert, order, made, columns, GATHERED: constexpr, ORDERED: constexpr, WIDTH: constexpr,
-):
-    """SiLU(gate) · up of one row, in its expert's order; rounded where torch rounds."""
-    pair = tl.program_id(0)
-    column_W = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside_W = column_W < columns
-    from_W = column_W
     if ORDERED:
         from_W = tl.load(order + tl.load(expert + pair).to(tl.int64) * columns + column_W, mask=inside_W, other=0)
-    gate_W = pre + pair.to(tl.int64) * (2 * columns) + from_W
-    value_W = tl.load(gate_W, mask=inside_W, other=0.0).to(tl.float32)
-    value_W = (value_W / (1 + tl.exp(-value_W))).to(made.dtype.element_ty).to(tl.float32)
-    value_W *= tl.load(gate_W + columns, mask=inside_W, other=0.0).to(tl.float32)
-    tl.store(made + pair.to(tl.int64) * columns + column_W, value_W.to(made.dtype.element_ty), mask=inside_W)
+    if GATED:
+        stride = 2 * columns
+    x_W = x + source * stride + from_W
+    value_W = tl.load(x_W, mask=inside_W, other=0.0)
+    if GATED:
+        gate_W = value_W.to(tl.float32)
+        gate_W = (gate_W / (1 + tl.exp(-gate_W))).to(made.dtype.element_ty).to(tl.float32)
+        value_W = (gate_W * tl.load(x_W + columns, mask=inside_W, other=0.0).to(tl.float32)).to(made.dtype.element_ty)
+    tl.store(made + pair.to(tl.int64) * columns + column_W, value_W, mask=inside_W)
 
 
 @jit

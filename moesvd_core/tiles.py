@@ -24,7 +24,7 @@ from moesvd_core.kernels import (
     blocks_kernel,
     capturing,
     combine_kernel,
-    gate_kernel,
+    has_grouped_product,
     launch,
     lend_memory,
     order_kernel,
@@ -142,21 +142,23 @@ class TiledSide:
         """Every pair's row times its expert's matrix [P, N]; `row_P`: which row is whose, int32 (None: pairs have one each)."""
         x_SC = x_SC.to(self._last.dtype).contiguous()
         if self._order_EC is not None:
-            x_SC, row_P = self._made_of(order_kernel, x_SC, x_SC.shape[1], tiles, row_P), None
+            x_SC, row_P = self._in_order(x_SC, tiles, row_P), None
         return self._products(x_SC, row_P, tiles)
 
     def gated(self, pre_PN: torch.Tensor, tiles: Tiles) -> torch.Tensor:
         """The same for SiLU(gate) · up of rows of gates and what they let up, [P, 2C]."""
         pre_PN = pre_PN.to(self._last.dtype).contiguous()
-        return self._products(self._made_of(gate_kernel, pre_PN, pre_PN.shape[1] // 2, tiles, None), None, tiles)
+        return self._products(self._in_order(pre_PN, tiles, None, gated=True), None, tiles)
 
-    def _made_of(self, kernel: Any, x_SC: torch.Tensor, columns: int, tiles: Tiles, row_P: torch.Tensor | None) -> torch.Tensor:
-        """Every pair's row in its expert's order of columns, [P, C]."""
+    def _in_order(self, x_SC: torch.Tensor, tiles: Tiles, row_P: torch.Tensor | None, *, gated: bool = False) -> torch.Tensor:
+        """Every pair's row in its expert's order of columns, [P, C]; `gated`: of rows of gates and what they let up."""
+        columns = x_SC.shape[1] // (1 + gated)
         made_PC, width = x_SC.new_empty(len(tiles.expert_P), columns), min(1024, _power(columns))
         order_EC = x_SC if self._order_EC is None else self._order_EC
         launch(
-            kernel, (len(made_PC), -(-columns // width)), x_SC, tiles.token_P if row_P is None else row_P, tiles.expert_P, order_EC,
-            made_PC, columns, GATHERED=row_P is not None, ORDERED=self._order_EC is not None, WIDTH=width, num_warps=4,
+            order_kernel, (len(made_PC), -(-columns // width)), x_SC, tiles.token_P if row_P is None else row_P, tiles.expert_P, order_EC,
+            made_PC, columns, GATHERED=row_P is not None, ORDERED=self._order_EC is not None, GATED=gated, WIDTH=width,
+            num_warps=4,
         )
         return made_PC
 
@@ -200,7 +202,7 @@ class _Table:
         if self.most_rows <= 0:
             return
         share = self._share_of_processors(len(tiles.expert_P) // len(self._matrices), x_SC.device) if tiles.many else 0
-        if self._stack_ENC is not None and self._aligned and share >= GROUPED and _has_grouped_product(self.dtype, x_SC.device):
+        if self._stack_ENC is not None and self._aligned and share >= GROUPED and has_grouped_product(self.dtype, x_SC.device):
             self._multiply_grouped(self._stack_ENC, _of_pairs(x_SC, row_P), y_PN, tiles)
             return
         if self._pieces == 1 and share >= ALONE and tiles.rows in self._launched and not capturing():
@@ -315,8 +317,3 @@ def _shared_bytes(device: torch.device) -> int:
         return WIDE_BYTES
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
-
-@cache
-def _has_grouped_product(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the library has a kernel for it. Elsewhere it loops over experts, and waits for their numbers of pairs: no recording can."""
-    return device.type != "cuda" or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10))

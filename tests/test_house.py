@@ -52,7 +52,10 @@ STATIONS = {
         "moesvd_core.experts", "moesvd_core.factor_sides", "moesvd_core.batched", "moesvd_core.grouped", "moesvd_core.sides",
         "moesvd_core.pivoted_side", "moesvd_core.rival_sides", "moesvd_core.kept_router", "moesvd_core.kernels", "moesvd_core.tiles",
     ),
-    "moesvd_core.evaluation": ("moesvd_core.architectures", "moesvd_core.calibration.text", "moesvd_core.tensor_files"),
+    "moesvd_core.evaluation": (
+        "moesvd_core.architectures", "moesvd_core.calibration.text", "moesvd_core.devices", "moesvd_core.tensor_files",
+        "moesvd_core.kernels.has_grouped_product",  # what a GPU's clock has to know of the experts that it times
+    ),
 }
 """The stations that a model passes, and what each may import beside the foundation and itself: a model flows in one direction. Whatever
 is not a station (runs, the command line, the public surface) may use them all, and no station uses it."""

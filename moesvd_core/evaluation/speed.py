@@ -23,8 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from moesvd_core.architectures.find import expert_layers
+from moesvd_core.devices import finish_all, on_card
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.hidden import context_limit
+from moesvd_core.kernels import has_grouped_product
 from moesvd_core.progress import Progress, Report, silent
 
 
@@ -92,7 +94,7 @@ def measure_speed(models: Mapping[str, PreTrainedModel], test: SpeedTest | None 
     prompts = {name: _prompt(model, test) for name, model in models.items()}
     held = {name: (_flops(model, prompts[name]), _peak_bytes(model, prompts[name], test)) for name, model in models.items()}
     timings: dict[str, list[tuple[float, ...]]] = {name: [] for name in models}
-    played = {name: _ExpertsPlayed(model, prompts[name], test.new_tokens) for name, model in models.items() if _on_gpu(model)}
+    played = {name: _ExpertsPlayed(model, prompts[name], test.new_tokens) for name, model in models.items() if on_card(model.device)}
     for repeat in range(test.repeats):
         for name in list(models)[:: 1 if repeat % 2 == 0 else -1]:
             timings[name].append(_timed(models[name], prompts[name], test.new_tokens, played.get(name)))
@@ -140,17 +142,17 @@ def _answer(
     model: PreTrainedModel, prompt_BT: torch.Tensor, new_tokens: int, between: Callable[[], None] = lambda: None
 ) -> tuple[float, float]:
     """Seconds for the prompts and for decoding."""
-    _synchronise(model)
+    finish_all(model.device)
     start = time.perf_counter()
     output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
     token_B1 = output.logits[:, -1:].argmax(-1)
-    _synchronise(model)
+    finish_all(model.device)
     middle = time.perf_counter()
     between()
     for _ in range(new_tokens):
         output = model(input_ids=token_B1, past_key_values=output.past_key_values, use_cache=True)
         token_B1 = output.logits[:, -1:].argmax(-1)
-    _synchronise(model)
+    finish_all(model.device)
     return middle - start, time.perf_counter() - middle
 
 
@@ -250,8 +252,7 @@ def _recordable(model: PreTrainedModel) -> bool:
     """Whether the experts' calls wait for nothing, as a graph cannot: a loop over the experts that were asked does, and torch's grouped
     products of other numbers than bfloat16, or on GPUs that they have no kernels for, are one."""
     implementation = getattr(model.config.get_text_config(), "_experts_implementation", None)
-    grouped = model.dtype == torch.bfloat16 and torch.cuda.get_device_capability(model.device)[0] in (9, 10)
-    return implementation == "batched_mm" or (implementation != "eager" and grouped)
+    return implementation == "batched_mm" or (implementation != "eager" and has_grouped_product(model.dtype, model.device))
 
 
 def _recorded(calls: "Sequence[partial[torch.Tensor]]") -> Callable[[], None] | None:
@@ -269,15 +270,6 @@ def _recorded(calls: "Sequence[partial[torch.Tensor]]") -> Callable[[], None] | 
         except RuntimeError:
             return None
     return graph.replay
-
-
-def _on_gpu(model: PreTrainedModel) -> bool:
-    return model.device.type == "cuda"
-
-
-def _synchronise(model: PreTrainedModel) -> None:
-    if _on_gpu(model):
-        torch.cuda.synchronize(model.device)
 
 
 def _rate(values: tuple[float, ...]) -> Rate:
@@ -338,7 +330,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 def _peak_bytes(model: PreTrainedModel, prompt_BT: torch.Tensor, test: SpeedTest) -> int:
     """Most bytes held at once while answering, weights included, once a CPU's first answer has arranged what there is to arrange."""
-    if _on_gpu(model):
+    if on_card(model.device):
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
         _answer(model, prompt_BT, test.new_tokens)

@@ -16,8 +16,9 @@ from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.factors import LayerFactors, PivotedFactors
 from moesvd_core.decomposition.registry import METHODS, Method, method
+from moesvd_core.devices import finish_all
 from moesvd_core.errors import InputError
-from moesvd_core.evaluation.benchmarks.machine import finish, place
+from moesvd_core.evaluation.benchmarks.machine import place
 from moesvd_core.evaluation.benchmarks.synthetic import RandomLayer, expert_output, random_layer
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.planning import LayerPlan, ModelShape, Recipe, plan
@@ -53,10 +54,10 @@ class DecomposeBenchmark:
         results: dict[str, _Result] = {}
         for repeat in range(self.repeats):
             for turn, name in enumerate(names):
-                finish(self.device)
+                finish_all(torch.device(self.device))
                 start = time.perf_counter()
                 results[name] = _result(sample, name, self.ratio, self.device)
-                finish(self.device)
+                finish_all(torch.device(self.device))
                 seconds[name].append(time.perf_counter() - start)
                 report(Progress("benchmark", repeat * len(names) + turn + 1, self.repeats * len(names), name))
         median = {name: sorted(taken)[len(taken) // 2] for name, taken in seconds.items()}

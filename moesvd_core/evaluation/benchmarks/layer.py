@@ -22,8 +22,9 @@ from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import method
+from moesvd_core.devices import finish_all
 from moesvd_core.evaluation.benchmarks.decompose import compressed, require, warm_up
-from moesvd_core.evaluation.benchmarks.machine import finish, place
+from moesvd_core.evaluation.benchmarks.machine import place
 from moesvd_core.evaluation.benchmarks.synthetic import Family, ModelSize, RandomLayer, random_model
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.progress import Progress, Report, silent
@@ -155,7 +156,7 @@ class _Clock:
 
     def lap(self) -> float:
         """Seconds since the last time that this was asked; all work on the device is done by then."""
-        finish(self.device)
+        finish_all(torch.device(self.device))
         last, self._last = self._last, time.perf_counter()
         return self._last - last
 

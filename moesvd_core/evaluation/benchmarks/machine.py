@@ -30,12 +30,6 @@ def place(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"{torch.get_num_threads()} threads"
 
 
-def finish(device: torch.device | str) -> None:
-    """Wait until a device has done all that it was given, so that a clock that is read afterwards tells how long that took."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _processor() -> str:
     """Name of the processor's model."""
     facts = Path("/proc/cpuinfo")
