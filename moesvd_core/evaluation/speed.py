@@ -277,9 +277,13 @@ def _rate(values: tuple[float, ...]) -> Rate:
     return Rate(quartiles[1], quartiles[0], quartiles[2])
 
 
-def _grouped_flops(input_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """Rows [S, a] times one of several [G, a, b] each."""
-    return 2 * input_shape[0] * input_shape[1] * weight_shape[-1]
+def _grouped_flops(x_Sa: torch.Tensor, weight_Gab: torch.Tensor, offs: torch.Tensor | None = None, *_: Any, **__: Any) -> int:
+    """Rows times one of several matrices each; those behind the last group's, which only GPUs are given, are not computed."""
+    rows = len(x_Sa) if offs is None else int(offs[-1])
+    return 2 * rows * x_Sa.shape[1] * weight_Gab.shape[-1]
+
+
+_grouped_flops._get_raw = True  # type: ignore[attr-defined] # is given tensors, of which others see the shapes
 
 
 def _packed_flops(input_shape: torch.Size, *others: Any, **_: Any) -> int:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_factors import RANK, layer_factors
+from tiny_factors import RANK, layer_factors, model_factors
 from tiny_models import TINY
 
-from moesvd_core import experts
+from moesvd_core import experts, grouped
 from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.checkpoint.apply import compressed
@@ -50,6 +50,17 @@ def test_operations_of_factored_experts_are_those_of_their_factors(dtype: torch.
     again = measure_speed({"factored": student}, test)["factored"]
     assert again.flops_per_token == result["factored"].flops_per_token, "however experts have arranged their factors"
     assert [parameter.requires_grad for parameter in student.parameters()] == asking
+
+
+@pytest.mark.parametrize("form", ["ragged", "pivoted"])
+def test_rows_that_a_gpu_is_given_and_does_not_multiply_do_not_count(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["mixtral"]().eval()
+    student = compressed(model, model_factors(model, forms=((form, form),)))
+    counted = []
+    for tail in (False, True):  # one product for every rank there is, of all rows each time: those of other ranks stand behind
+        monkeypatch.setattr(grouped, "keeps_tail", lambda group_P, tail=tail: tail)
+        counted.append(measure_speed({"factored": student}, SHORT)["factored"].flops_per_token)
+    assert counted[1] == counted[0]
 
 
 def test_peak_holds_the_weights_and_what_lives_beside_them() -> None:
