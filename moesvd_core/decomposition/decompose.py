@@ -3,6 +3,7 @@
 Factors are nested, so the eigendecompositions are made once; a plan only slices them, and refits what has to be refitted.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -22,7 +23,8 @@ from moesvd_core.decomposition.per_expert import PerExpertBasis
 from moesvd_core.decomposition.pivoted import PivotedBasis
 from moesvd_core.decomposition.registry import Method
 from moesvd_core.decomposition.shared_v import SharedVBasis
-from moesvd_core.errors import InputError, RunError
+from moesvd_core.devices import on_card
+from moesvd_core.errors import InputError, RunError, StatisticsError
 from moesvd_core.planning import COUPLED, DENSE, SIDES, LayerPlan, Side, SideCurve, SidePlan, Structure
 from moesvd_core.tensor_files import MADE_AGAIN, load_tensors, save_tensors
 
@@ -131,12 +133,26 @@ def decompose(
         layer: their layout.
         statistics: what calibration collected for it.
         method: from `registry.method`, possibly customised.
-        device: where the work is done; the results are on the host.
+        device: where the work is done; the results are on the host. Where a card finds losses that are no numbers, the host does it again,
+            and a warning says so.
 
     Raises:
         CheckpointError: a weight is not finite.
         StatisticsError: statistics that cannot be used.
     """
+    try:
+        return _decomposed(weights, layer, statistics, method, device)
+    except StatisticsError as error:
+        if not on_card(torch.device(device)):
+            raise
+        made = _decomposed(weights, layer, statistics, method, "cpu")
+        warnings.warn(f"layer {layer.index} was decomposed on the host, which takes longer: on {device}, {error}", stacklevel=2)
+        return made
+
+
+def _decomposed(
+    weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics, method: Method, device: torch.device | str
+) -> Decomposition:
     metric = LayerMetric(weights, layer, statistics, device, shrink=method.shrink)
     made = {structure: _made(metric, structure, method) for structure in method.structures}
     keys = [(side, structure) for side in SIDES for structure in method.structures]

@@ -232,25 +232,13 @@ def cholesky(gram_SS: torch.Tensor) -> torch.Tensor:
     return factor_SS
 
 
-def eigenpairs(matrix_SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues of a symmetric matrix, ascending, and its eigenvectors, as columns.
-
-    What a card's library gives is looked at: where that is no number, and the matrix is, the host does it again, in double precision.
-    """
-    value_S, vector_SS = torch.linalg.eigh(matrix_SS)
-    if on_card(matrix_SS.device) and not bool(value_S.isfinite().all() & vector_SS.isfinite().all() | ~matrix_SS.isfinite().all()):
-        found = torch.linalg.eigh(matrix_SS.double().cpu())
-        return found.eigenvalues.to(matrix_SS), found.eigenvectors.to(matrix_SS)
-    return value_S, vector_SS
-
-
 def make_positive_definite(matrix_SS: torch.Tensor, tolerance: float = 1e-10) -> torch.Tensor:
     """The symmetric part of a matrix with its eigenvalues shifted above zero (Algorithm 5).
 
     The paper adds `min(λ) + tolerance`, which makes a negative eigenvalue more negative; what it means, and what is done here, is to
     subtract `min(λ)`. The tolerance is relative to the largest eigenvalue.
     """
-    value_S, vector_SS = eigenpairs(symmetric(matrix_SS))
+    value_S, vector_SS = torch.linalg.eigh(symmetric(matrix_SS))
     floor = tolerance * float(value_S[-1].abs().clamp(min=torch.finfo(value_S.dtype).tiny))
     if float(value_S[0]) < floor:
         value_S = value_S - value_S[0] + floor

@@ -12,7 +12,6 @@ from moesvd_core.decomposition.grams import (
     Gram,
     RootedGram,
     cholesky,
-    eigenpairs,
     lower_product,
     quadratic,
     symmetric_product,
@@ -53,7 +52,7 @@ def best_projection(inner: RootedGram, outer_SS: torch.Tensor, ranks: int, dtype
         ranks: how many directions.
         dtype: precision of the eigendecomposition. Single is twice as fast and enough where gains are not what losses are summed from.
     """
-    value_S, vector_SS = eigenpairs(inner.whitened(outer_SS).to(dtype))
+    value_S, vector_SS = torch.linalg.eigh(inner.whitened(outer_SS).to(dtype))
     gain_S = value_S.double().flip(0).clamp(min=0)
     peak_1S = vector_SS.gather(0, vector_SS.abs().argmax(0, keepdim=True))
     vector_RS = torch.where(peak_1S < 0, -vector_SS, vector_SS).T.flip(0)[:ranks].double()

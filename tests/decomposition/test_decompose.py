@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from tiny_layer import INDEX, TinyLayer, tiny_layer
 
+from moesvd_core.decomposition import decompose as module
 from moesvd_core.decomposition.decompose import Decomposition, decompose, load
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS, method
-from moesvd_core.errors import InputError, RunError
+from moesvd_core.errors import InputError, RunError, StatisticsError
 from moesvd_core.planning import COUPLED, DENSE, LayerPlan, SidePlan
 from moesvd_core.tensor_files import load_tensors, save_tensors
 
@@ -44,6 +45,25 @@ def test_every_method_offers_a_curve_for_each_side_and_structure(tiny: TinyLayer
         assert curve.layer == INDEX
         assert np.isfinite(curve.loss_SR).all() and (curve.loss_SR >= 0).all()
         assert (np.diff(curve.gain_SR, axis=1) <= 0).all()
+
+
+def test_the_host_decomposes_what_is_no_number_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = tiny_layer(8, 10, 14)
+    given = (tiny.weights, tiny.layer, tiny.statistics, method("latent"))
+    host, own = decompose(*given), module._decomposed
+
+    def broken(*given: object) -> Decomposition:
+        if given[-1] == "cuda":
+            raise StatisticsError("loss of its input side is not finite")
+        return own(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_decomposed", broken)
+    with pytest.warns(UserWarning, match=f"layer {INDEX} was decomposed on the host, which takes longer: on cuda, loss of its input side"):
+        found = decompose(*given, device="cuda")
+    assert all(np.array_equal(ours.loss_SR, theirs.loss_SR) for ours, theirs in zip(found.curves, host.curves, strict=True))
+    tiny.statistics.slope_EN[0, 0] = torch.nan
+    with pytest.raises(StatisticsError, match="slope_EN holds NaN or Inf"):
+        decompose(*given, device="cuda")
 
 
 @pytest.mark.parametrize("name", METHODS)

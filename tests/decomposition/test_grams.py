@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from moesvd_core.decomposition import grams
 from moesvd_core.decomposition.grams import (
     BLOCK,
     DiagonalGram,
     FullGram,
     ImpliedGram,
     cholesky,
-    eigenpairs,
     lower_product,
     make_positive_definite,
     mirrored_,
@@ -77,25 +75,6 @@ def test_algorithm_5_rescues_cholesky_from_an_indefinite_matrix() -> None:
     matrix = torch.diag(torch.tensor([1.0, -1e-9, 2.0], dtype=torch.float64))
     lower = cholesky(matrix)
     torch.testing.assert_close(lower @ lower.T, matrix, atol=1e-8, rtol=0)
-
-
-def test_eigenpairs_that_a_card_gets_wrong_are_found_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = random(5, 5).float()
-    matrix, eigh, asked = half @ half.T, torch.linalg.eigh, []
-
-    def broken(matrix_SS: torch.Tensor) -> object:
-        asked.append(matrix_SS.dtype)
-        found = eigh(matrix_SS)
-        return found if matrix_SS.dtype == torch.float64 else (found[0], found[1].index_fill(1, torch.tensor(2), torch.nan))
-
-    monkeypatch.setattr(torch.linalg, "eigh", broken)
-    monkeypatch.setattr(grams, "on_card", lambda device: True)
-    value, vector = eigenpairs(matrix)
-    assert asked == [torch.float32, torch.float64] and value.dtype == vector.dtype == torch.float32
-    torch.testing.assert_close((vector * value) @ vector.T, matrix)
-    matrix[1, 2] = torch.nan
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix_SS: (matrix_SS[0], matrix_SS))
-    assert not eigenpairs(matrix)[1].isfinite().all(), "what is no number in the matrix is told by whoever uses the result"
 
 
 def test_algorithm_5_shifts_eigenvalues_above_zero_and_symmetrises() -> None:
