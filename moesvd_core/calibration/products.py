@@ -33,8 +33,8 @@ def add_gram_(sum_SS: Tensor, x_nS: Tensor, weight_n1: Tensor | None = None, *, 
         rounded: of rows w·x rounded to 11 bits (`multiplies_rounded`).
     """
     if not rounded:
-        own_nS = (x_nS.float() if weight_n1 is None else weight_n1 * x_nS.float()).flatten(0, -2)
-        sum_SS += own_nS.T @ own_nS
+        own_nS = x_nS.float() if weight_n1 is None else weight_n1 * x_nS.float()
+        sum_SS += _summed(own_nS.flatten(0, -2))
         return
     weight_n1 = x_nS.new_ones(1, 1, dtype=torch.float32) if weight_n1 is None else weight_n1
     largest = (torch.linalg.vector_norm(x_nS, torch.inf, dim=-1, keepdim=True) * weight_n1).max()
@@ -43,9 +43,17 @@ def add_gram_(sum_SS: Tensor, x_nS: Tensor, weight_n1: Tensor | None = None, *, 
     sum_SS.addcmul_(_summed(half_nS.flatten(0, -2)), unit.double().square())
 
 
-def _summed(half_nS: Tensor) -> Tensor:
-    """Σ x xᵀ of 16-bit rows, products exact, summed in float32."""
-    return torch.mm(half_nS.T, half_nS, out_dtype=torch.float32)
+def _summed(x_nS: Tensor) -> Tensor:
+    """Σ x xᵀ of rows, summed in float32. Where they are fewer than their columns the sum is singular, and would have eigenvalues far below
+    zero then, which no ridge for the rounding of what is kept covers: that is summed in float64."""
+    if x_nS.shape[0] < x_nS.shape[1]:
+        x_nS = x_nS.double()
+    return _summed_halves(x_nS) if x_nS.dtype == torch.float16 else x_nS.T @ x_nS
+
+
+def _summed_halves(x_nS: Tensor) -> Tensor:
+    """The same of 16-bit rows, whose products are exact in float32."""
+    return torch.mm(x_nS.T, x_nS, out_dtype=torch.float32)
 
 
 def multiplies_rounded(weight: Tensor) -> bool:

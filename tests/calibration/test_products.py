@@ -11,6 +11,7 @@ from moesvd_core.calibration.curvature import LayerCurvature
 from moesvd_core.calibration.gathering import Gathering
 from moesvd_core.calibration.moments import LayerMoments
 from moesvd_core.calibration.products import add_gram_, counts_above, largest, multiplies_rounded
+from moesvd_core.decomposition.grams import settled_
 
 torch.set_num_threads(1)
 
@@ -30,7 +31,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host taken for a card, in what only cards compute."""
     monkeypatch.setattr(products, "on_card", lambda device: True)
     monkeypatch.setattr(products, "eliminated", eliminated)
-    monkeypatch.setattr(products, "_summed", lambda half_nS: half_nS.float().T @ half_nS.float())
+    monkeypatch.setattr(products, "_summed_halves", lambda half_nS: half_nS.float().T @ half_nS.float())
 
 
 @pytest.mark.usefixtures("card")
@@ -58,6 +59,17 @@ def test_a_number_that_is_none_shows_in_the_gram() -> None:
     zero_SS = torch.zeros(2, 2, dtype=torch.float64)
     add_gram_(zero_SS, torch.zeros(3, 2), rounded=True)
     assert not zero_SS.any()
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("rounded", [False, True])
+def test_of_few_rows_only_the_rounding_of_what_is_kept_has_to_be_covered(rounded: bool) -> None:
+    noise = torch.Generator().manual_seed(0)
+    x_nS = torch.randn(143, 512, generator=noise) + 3 * torch.randn(512, generator=noise)
+    sum_SS = torch.zeros(512, 512, dtype=torch.float64)
+    add_gram_(sum_SS, x_nS, torch.rand(143, 1, generator=noise) + 0.1, rounded=rounded)
+    kept_SS = ((sum_SS + sum_SS.T) / 2).float().double()
+    assert torch.linalg.eigvalsh(settled_(kept_SS, 1e-6, torch.float32))[0] > 0, "summed in float32 it is not"
 
 
 def test_only_models_of_16_bits_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
