@@ -50,7 +50,7 @@ class LayerCurvature:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        self._gathering = Gathering(layer, device, (0, 0, 0, 1), self._add)
+        self._gathering = Gathering(layer, device, (0, 0, 0, 1))
         self.tokens = 0
         self.gram_DD = zeros(layer.hidden, layer.hidden)
         self.weight_square_E = zeros(layer.experts)
@@ -67,10 +67,12 @@ class LayerCurvature:
             gradient_KTD: gradients of the summed NLL at its output, of which each label of a position brings its share.
         """
         self.tokens += gradient_KTD.shape[1]
-        self._gathering.add((*args, gradient_KTD), gradient_KTD.shape[1])
+        self._work(self._gathering.add((*args, gradient_KTD), gradient_KTD.shape[1]))
 
     @torch.no_grad()
-    def _add(self, call: Sequence[Tensor]) -> None:
+    def _work(self, call: Sequence[Tensor] | None) -> None:
+        if call is None:
+            return
         *args, gradient_KTD = call
         self._add_gram_(self.gram_DD, gradient_KTD)
         for expert, rows_n, x_nD, p_n in routed_tokens(self.layer, args):
@@ -128,7 +130,7 @@ class LayerCurvature:
         Raises:
             StatisticsError: a gradient was NaN or infinite; names the layer and, inside the experts, the expert.
         """
-        self._gathering.flush()
+        self._work(self._gathering.rest())
         if not self.gram_DD.isfinite().all():
             raise StatisticsError(
                 f"layer {self.layer.index}: the gradient at its experts' output is NaN or infinite; calibrate in bfloat16 instead"

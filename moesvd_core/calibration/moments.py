@@ -59,7 +59,7 @@ class LayerMoments:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(layer.experts, *shape, dtype=torch.float64, device=device)
 
-        self._gathering = Gathering(layer, device, (0, 0, 0), self._add)
+        self._gathering = Gathering(layer, device, (0, 0, 0))
         self.tokens = 0
         self.count_E = zeros().long()
         self.weight_square_E = zeros()
@@ -81,11 +81,11 @@ class LayerMoments:
             tokens: tokens of the batch.
         """
         self.tokens += tokens
-        self._gathering.add(args, tokens)
+        self._work(self._gathering.add(args, tokens))
 
     @torch.no_grad()
-    def _add(self, args: Sequence[Tensor]) -> None:
-        for expert, _rows, x_nD, p_n in routed_tokens(self.layer, args):
+    def _work(self, args: Sequence[Tensor] | None) -> None:
+        for expert, _rows, x_nD, p_n in routed_tokens(self.layer, args) if args is not None else ():
             self._add_expert(expert, x_nD, p_n.float())
 
     def _add_expert(self, e: int, x_nD: Tensor, p_n: Tensor) -> None:
@@ -126,7 +126,7 @@ class LayerMoments:
         Raises:
             StatisticsError: an activation was NaN or infinite; names layer, expert and where.
         """
-        self._gathering.flush()
+        self._work(self._gathering.rest())
         self._refuse_non_finite_sums()
         count_E1 = self.count_E.clamp(min=1).unsqueeze(1)
         return LayerStatistics(

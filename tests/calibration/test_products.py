@@ -1,5 +1,8 @@
 """Rounded products and counted eigenvalues, as a card would make them, against those of the host."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_models import TINY
@@ -148,11 +151,9 @@ def test_calls_are_put_together_on_a_card_until_there_is_enough_to_do(monkeypatc
     worked: list[list[int]] = []
     for card in (False, True):
         monkeypatch.setattr(gathering, "on_card", lambda device, card=card: card)
-        waiting = Gathering(layer, torch.device("cpu"), (0, 1), lambda call: worked.append([call[0].shape[0], call[1].shape[1]]))
-        for _ in range(4):
-            waiting.add((torch.ones(4, 3), torch.ones(3, 4)), 4)
-        waiting.flush()
-        waiting.flush()
+        waiting = Gathering(layer, torch.device("cpu"), (0, 1))
+        given = [waiting.add((torch.ones(4, 3), torch.ones(3, 4)), 4) for _ in range(4)]
+        worked += [[call[0].shape[0], call[1].shape[1]] for call in (*given, waiting.rest(), waiting.rest()) if call is not None]
     assert worked == [[4, 4]] * 4 + [[12, 12], [4, 4]]
 
 
@@ -200,3 +201,17 @@ def test_principal_ranks_of_a_card_are_those_of_the_host(monkeypatch: pytest.Mon
     assert moments.principal_ranks(weights).tolist() == expected.tolist()
     monkeypatch.setattr(moments, "AT_ONCE", 1)
     assert moments.principal_ranks(weights).tolist() == expected.tolist(), "one at a time"
+
+
+@pytest.mark.parametrize("kind", [LayerMoments, LayerCurvature])
+def test_sums_are_let_go_of_with_whoever_gathers_them(kind: type) -> None:
+    """They are large, so that waiting for Python to find cycles would keep those of many layers."""
+    model = TINY["mixtral"]()
+    layer = expert_layers(model)[0]
+    settings = {"threshold": 2.0, "intermediate": False} if kind is LayerMoments else {"row_gram": False}
+    gc.disable()
+    try:
+        made = weakref.ref(kind(model.get_submodule(layer.name), layer, **settings))
+        assert made() is None
+    finally:
+        gc.enable()
