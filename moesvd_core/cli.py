@@ -210,7 +210,7 @@ def _add_calibration(kind: argparse.ArgumentParser) -> None:
         help="next tokens drawn from the model's own predictions, for gradients beside that of the text's (default: 2)",
     )
     kind.add_argument(
-        "--gradient-samples", type=int, metavar="N", help="windows that the backward pass takes, the first ones (default: all)",
+        "--gradient-samples", type=int, metavar="N", help="windows that the backward pass takes, evenly spread (default: all)",
     )
     kind.add_argument("--dtype", choices=DTYPES, help="number format to compute in and to write (default: the model's own)")
     kind.add_argument("--run", metavar="DIR", help="folder of the run (default: under $MOESVD_RUNS or ./runs, by model and text)")

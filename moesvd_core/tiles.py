@@ -316,4 +316,3 @@ def _shared_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return WIDE_BYTES
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
-

@@ -12,9 +12,10 @@ Shapes: K labels a position, the text's own first; B windows a batch, T tokens a
 V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,33 +48,58 @@ def _gradient(index: int) -> str:
     return f"gradient-{index:03d}"
 
 
-def _batches(job: Job) -> Iterator[tuple[int, Tensor]]:
-    """Number and token ids [B, T] of every batch, as far as `gradient_samples` reaches."""
-    left = job.calibration.gradient_samples or job.calibration.samples
-    for number, ids_BT in enumerate(job.batches):
-        if left <= 0:
-            return
-        yield number, ids_BT[:left]
-        left -= len(ids_BT)
+class _Part(NamedTuple):
+    """What the backward pass takes of one batch of the forward pass: some of its windows.
+
+    Attributes:
+        batch: number of that batch.
+        place: number of this part among all parts.
+        rows: windows of the batch.
+        windows: their numbers in the whole text.
+        ids_BT: their token ids.
+    """
+
+    batch: int
+    place: int
+    rows: Tensor
+    windows: list[int]
+    ids_BT: Tensor
+
+
+def _parts(job: Job) -> Iterator[_Part]:
+    """`gradient_samples` windows, evenly spread over all, since those of a long text stand in its order."""
+    windows = sum(len(ids_BT) for ids_BT in job.batches)
+    taken = min(job.calibration.gradient_samples or windows, windows)
+    chosen_W = torch.arange(taken) * windows // taken
+    first = place = 0
+    for batch, ids_BT in enumerate(job.batches):
+        own_B = chosen_W[(chosen_W >= first) & (chosen_W < first + len(ids_BT))]
+        if len(own_B):
+            yield _Part(batch, place, own_B - first, own_B.tolist(), ids_BT[own_B - first])
+            place += 1
+        first += len(ids_BT)
+
+
+def _entering(job: Job, index: int, part: _Part) -> Tensor:
+    """Hidden states of a part's windows that enter a layer [B, T, D]."""
+    hidden_BTD = job.states.get(hidden(index), part.batch)
+    return hidden_BTD if len(part.rows) == len(hidden_BTD) else hidden_BTD[part.rows.to(hidden_BTD.device)]
 
 
 def _loss_gradient(job: Job) -> None:
     def gradients() -> Iterator[Tensor]:
-        seen = 0
-        for number, ids_BT in _batches(job):
-            hidden_BTD = job.states.get(hidden(job.depth), number)[: len(ids_BT)]
-            yield loss_gradient(job, ids_BT, hidden_BTD, _chances(job.calibration, seen, ids_BT))
-            seen += len(ids_BT)
+        for part in _parts(job):
+            chance_KBT = _chances(job.calibration, part.windows, part.ids_BT.shape[1])
+            yield loss_gradient(job, part.ids_BT, _entering(job, job.depth, part), chance_KBT)
 
     job.states.put(_gradient(job.depth), gradients())
 
 
-def _chances(calibration: Calibration, first: int, ids_BT: Tensor) -> Tensor:
+def _chances(calibration: Calibration, windows: Sequence[int], length: int) -> Tensor:
     """Numbers in [0, 1) that decide which labels are drawn, [K-1, B, T]; a window's own, whatever batch it is in."""
-    windows, length = ids_BT.shape
-    chance_BKT = torch.empty(windows, calibration.drawn_labels, length, dtype=torch.float64)
-    for place, chance_KT in enumerate(chance_BKT):
-        generator = torch.Generator().manual_seed(calibration.seed * 1_000_003 + first + place)
+    chance_BKT = torch.empty(len(windows), calibration.drawn_labels, length, dtype=torch.float64)
+    for window, chance_KT in zip(windows, chance_BKT, strict=True):
+        generator = torch.Generator().manual_seed(calibration.seed * 1_000_003 + window)
         chance_KT.copy_(torch.rand(chance_KT.shape, generator=generator, dtype=torch.float64))
     return chance_BKT.transpose(0, 1)
 
@@ -139,10 +165,9 @@ def _backward_layer(job: Job, index: int, push: bool) -> None:
 
 def _push(job: Job, index: int, curvature: LayerCurvature | None, push: bool) -> Iterator[Tensor]:
     """Gradients at what enters a loaded layer, batch by batch (none unless `push`); those at its experts are added to `curvature`."""
-    for number, ids_BT in _batches(job):
-        hidden_BTD = job.states.get(hidden(index), number)[: len(ids_BT)]
-        above_KBTD = job.states.get(_gradient(index + 1), number)
-        at_input_KBTD, at_experts = layer_gradients(job, index, ids_BT, hidden_BTD, above_KBTD, push)
+    for part in _parts(job):
+        above_KBTD = job.states.get(_gradient(index + 1), part.place)
+        at_input_KBTD, at_experts = layer_gradients(job, index, part.ids_BT, _entering(job, index, part), above_KBTD, push)
         if curvature is not None and at_experts is not None:
             curvature.add(*at_experts)
         if at_input_KBTD is not None:

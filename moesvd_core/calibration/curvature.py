@@ -5,7 +5,7 @@ and by δᵀ ΔW x when the input matrix is, where δ = p·(Oᵀ g) ⊙ ∂h/∂
 two sides of these products, kept apart, are what the output metric is made of (as in K-FAC). They belong to the expert: the tokens that
 one is sent to bend the loss in directions of their own, and the tokens with a large gradient are not the average ones.
 
-Products are made in float32 a batch at a time and summed in float64.
+Products are made a batch at a time, mostly in float32 (`products`), and summed in float64.
 
 Shapes: E experts, d hidden size (D), m expert width (M), n input rows (N), K labels a position; lower-case n in a name: the tokens of one
 expert in one batch.
@@ -51,6 +51,7 @@ class LayerCurvature:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         self._gathering = Gathering(layer, device, (0, 0, 0, 1))
+        self._rows = [0] * layer.experts  # of each expert so far, labels not counted
         self.tokens = 0
         self.gram_DD = zeros(layer.hidden, layer.hidden)
         self.weight_square_E = zeros(layer.experts)
@@ -74,15 +75,16 @@ class LayerCurvature:
         if call is None:
             return
         *args, gradient_KTD = call
-        self._add_gram_(self.gram_DD, gradient_KTD)
+        self._add_gram_(self.gram_DD, gradient_KTD, rows=len(gradient_KTD) * self.tokens)
         for expert, rows_n, x_nD, p_n in routed_tokens(self.layer, args):
             self._add_expert(expert, x_nD, p_n.float().unsqueeze(1), gradient_KTD[:, rows_n])
 
     def _add_expert(self, e: int, x_nD: Tensor, p_n1: Tensor, gradient_KnD: Tensor) -> None:
         self.weight_square_E[e] += p_n1.square().sum()
-        self._add_gram_(self.gram_EDD[e], gradient_KnD, p_n1)
+        self._rows[e] += len(x_nD)
+        self._add_gram_(self.gram_EDD[e], gradient_KnD, p_n1, rows=len(gradient_KnD) * self._rows[e])
         square_n = self._add_rows(e, x_nD, p_n1, gradient_KnD)
-        self._add_gram_(self.weighted_input_gram_EDD[e], x_nD, square_n.sqrt().unsqueeze(1))
+        self._add_gram_(self.weighted_input_gram_EDD[e], x_nD, square_n.sqrt().unsqueeze(1), rows=self._rows[e])
 
     def _add_rows(self, e: int, x_nD: Tensor, p_n1: Tensor, gradient_KnD: Tensor) -> Tensor:
         """Add what is collected of δ of one expert's tokens, and give its square of each of them, [n], float32."""
@@ -98,7 +100,7 @@ class LayerCurvature:
             delta_KnN = self._row_gradients(e, x_nD, gradient_KnD)
             square_nN = delta_KnN.square().sum(0)
             if self.row_gram_ENN is not None:
-                self._add_gram_(self.row_gram_ENN[e], delta_KnN)
+                self._add_gram_(self.row_gram_ENN[e], delta_KnN, rows=len(delta_KnN) * self._rows[e])
         self.row_square_EN[e] += square_nN.sum(0)
         return square_nN.sum(1)
 

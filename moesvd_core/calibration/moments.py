@@ -1,7 +1,7 @@
 """Sums over one layer's routed tokens, gathered while the layer runs and turned into `LayerStatistics` when it is through.
 
 Neurons and outputs are computed a second time here, from the inputs that the experts module is called with: its own forward pass hides
-them, and stays untouched. Products are made in float32 (`products`) a batch at a time and summed in float64.
+them, and stays untouched. Products are made a batch at a time, mostly in float32 (`products`), and summed in float64.
 
 Shapes: E experts, d hidden size (D), m expert width (M), n input rows (N); lower-case n in a name: the tokens of one expert in one batch.
 """
@@ -28,9 +28,9 @@ OWL_MULTIPLE = 5.0
 BIN_SHIFT = 16
 """Bits dropped from a float32 to get its bin: bins of 2^-7 relative width, whose order is that of the absolute values."""
 BINS = 1 << (31 - BIN_SHIFT)
-SAMPLED = 1 << 20
-"""Neurons of a call whose bins a card looks up: their shares are known to a thousandth by so many, and few bins that many processors add
-to at once take longer than all else that is measured."""
+SAMPLED = 1 << 22
+"""Neurons of a call whose bins a card looks up, those of evenly spread tokens: few bins that many processors add to at once take longer
+than all else that is measured."""
 
 
 class LayerMoments:
@@ -60,6 +60,7 @@ class LayerMoments:
             return torch.zeros(layer.experts, *shape, dtype=torch.float64, device=device)
 
         self._gathering = Gathering(layer, device, (0, 0, 0))
+        self._rows = [0] * layer.experts  # of each expert so far, which the host knows without asking
         self.tokens = 0
         self.count_E = zeros().long()
         self.weight_square_E = zeros()
@@ -95,10 +96,11 @@ class LayerMoments:
         x_nD = x_nD.float()
         self.count_E[e] += len(p_n)
         self.weight_square_E[e] += p_n.square().sum()
-        self._add_gram_(self.input_gram_EDD[e], x_nD, p_n1)
-        self._add_gram_(self.output_gram_EDD[e], y_nD, p_n1)
+        self._rows[e] += len(p_n)
+        self._add_gram_(self.input_gram_EDD[e], x_nD, p_n1, rows=self._rows[e])
+        self._add_gram_(self.output_gram_EDD[e], y_nD, p_n1, rows=self._rows[e])
         if self.intermediate_gram_EMM is not None:
-            self._add_gram_(self.intermediate_gram_EMM[e], h_nM, p_n1)
+            self._add_gram_(self.intermediate_gram_EMM[e], h_nM, p_n1, rows=self._rows[e])
         self.input_sum_ED[e] += x_nD.abs().sum(0)
         self.input_square_ED[e] += x_nD.square().sum(0)
         if self.weights.output_bias_ED is not None:
@@ -111,13 +113,13 @@ class LayerMoments:
             h_nM, magnitude_M, slope_N = neuron_sums(pre_nN, p_n1[:, 0])
             self.intermediate_sum_EM[e] += magnitude_M
             self.slope_EN[e] += slope_N
-            _count_(self.intermediate_bins_EB[e], self.gate(_sampled(pre_nN).float()).abs())
+            _count_(self.intermediate_bins_EB[e], self.gate(_sampled(pre_nN, h_nM.numel()).float()).abs())
             return h_nM
         h_nM, slope_nN = slopes(self.gate, pre_nN.float())
         magnitude_nM = h_nM.abs()
         self.intermediate_sum_EM[e] += magnitude_nM.sum(0)
         self.slope_EN[e] += (p_n1 * slope_nN).square().sum(0)
-        _count_(self.intermediate_bins_EB[e], _sampled(magnitude_nM))
+        _count_(self.intermediate_bins_EB[e], _sampled(magnitude_nM, h_nM.numel()))
         return h_nM
 
     def finish(self) -> LayerStatistics:
@@ -218,9 +220,9 @@ def _tall(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
 
-def _sampled(x_nM: Tensor) -> Tensor:
-    """On a card some of the rows, evenly, so that about `SAMPLED` numbers are left; all of them elsewhere."""
-    return x_nM[:: max(1, x_nM.numel() // SAMPLED)] if on_card(x_nM.device) else x_nM
+def _sampled(x_nC: Tensor, neurons: int) -> Tensor:
+    """On a card some of the rows, evenly, so that about `SAMPLED` of their neurons are left; all of them elsewhere."""
+    return x_nC[:: max(1, neurons // SAMPLED)] if on_card(x_nC.device) else x_nC
 
 
 def _count_(bins_B: Tensor, magnitude_nM: Tensor) -> None:

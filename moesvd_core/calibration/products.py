@@ -4,7 +4,7 @@ What a bfloat16 or float16 model computes is known to 8 or 11 bits, and a card m
 24. There, a Gram is that of its vectors rounded to 11 bits, summed up in float32: symmetric and positive semi-definite like any, and off
 by less than the vectors are. Numbers are scaled first, so that float16's range is no bound: what is below 2^-28 of the largest loses bits.
 (The switch for TF32, which rounds alike at half the speed, is one for the whole process, whose other threads may be serving a model.)
-float32 models, and CPUs, multiply in float32.
+float32 models, and CPUs, multiply in float32; everyone in float64 where a sum is singular still, of fewer vectors than their size.
 
 Shapes: S size of the space; n vectors, as rows.
 """
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from moesvd_core.devices import on_card, to_host
 
+LEAST = 1e-30
+"""What that is divided by at least: rows of zeros stay zeros, whatever they weigh."""
 TOP = 2.0**14
 """What the largest number is scaled to: its square, summed a million times, is far from float32's bound."""
 STEPS = 64
@@ -24,29 +26,31 @@ GROWTH = 1e7
 """Growth of entries in an elimination without pivots beyond which its signs are not trusted."""
 
 
-def add_gram_(sum_SS: Tensor, x_nS: Tensor, weight_n1: Tensor | None = None, *, rounded: bool = False) -> None:
+def add_gram_(sum_SS: Tensor, x_nS: Tensor, weight_n1: Tensor | None = None, *, rows: int | None = None, rounded: bool = False) -> None:
     """Add Σ w² x xᵀ over the rows to a sum in float64.
 
     Args:
         x_nS: rows [..., n, S], in the model's precision or float32.
         weight_n1: w, which is not negative, float32; None: 1.
+        rows: of which the sum is made by now, these included; None: of these alone.
         rounded: of rows w·x rounded to 11 bits (`multiplies_rounded`).
     """
+    rows = x_nS.numel() // x_nS.shape[-1] if rows is None else rows
     if not rounded:
         own_nS = x_nS.float() if weight_n1 is None else weight_n1 * x_nS.float()
-        sum_SS += _summed(own_nS.flatten(0, -2))
+        sum_SS += _summed(own_nS.flatten(0, -2), rows)
         return
     weight_n1 = x_nS.new_ones(1, 1, dtype=torch.float32) if weight_n1 is None else weight_n1
     largest = (torch.linalg.vector_norm(x_nS, torch.inf, dim=-1, keepdim=True) * weight_n1).max()
-    unit = (largest / TOP).clamp(min=torch.finfo(torch.float32).tiny)
+    unit = (largest / TOP).clamp(min=LEAST)
     half_nS = torch.mul(x_nS, weight_n1 / unit, out=torch.empty_like(x_nS, dtype=torch.float16))
-    sum_SS.addcmul_(_summed(half_nS.flatten(0, -2)), unit.double().square())
+    sum_SS.addcmul_(_summed(half_nS.flatten(0, -2), rows), unit.double().square())
 
 
-def _summed(x_nS: Tensor) -> Tensor:
-    """Σ x xᵀ of rows, summed in float32. Where they are fewer than their columns the sum is singular, and would have eigenvalues far below
-    zero then, which no ridge for the rounding of what is kept covers: that is summed in float64."""
-    if x_nS.shape[0] < x_nS.shape[1]:
+def _summed(x_nS: Tensor, rows: int) -> Tensor:
+    """Σ x xᵀ of rows, summed in float32. A sum of fewer rows than columns is singular, and would have eigenvalues so far below zero then
+    that no ridge for the rounding of what is kept covers them: until there are as many, it is made in float64."""
+    if rows < x_nS.shape[1]:
         x_nS = x_nS.double()
     return _summed_halves(x_nS) if x_nS.dtype == torch.float16 else x_nS.T @ x_nS
 

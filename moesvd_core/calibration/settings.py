@@ -24,7 +24,7 @@ class Calibration:
         batch: windows that go through a layer at once; >= 1.
         outlier_threshold: τ of Eq. 10; > 0.
         gradient: make the gradient Gram by a backward pass; without it, one measured probe a layer gives its scale.
-        gradient_samples: windows of the backward pass, the first ones; None: all.
+        gradient_samples: windows of the backward pass, evenly spread over all; None: all.
         drawn_labels: next tokens drawn for every position from what the model itself predicts, each with a gradient of its own beside that
             of the text's next token; >= 0. Fisher's information takes its labels from the model, and more of them are a better mean.
         intermediate_gram: collect H_e; None: when the experts are at most 2048 wide.

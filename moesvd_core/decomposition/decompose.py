@@ -145,9 +145,10 @@ def decompose(
     except StatisticsError as error:
         if not on_card(torch.device(device)):
             raise
-        made = _decomposed(weights, layer, statistics, method, "cpu")
-        warnings.warn(f"layer {layer.index} was decomposed on the host, which takes longer: on {device}, {error}", stacklevel=2)
-        return made
+        found = str(error)
+    made = _decomposed(weights, layer, statistics, method, "cpu")  # out of the handler, which would keep what lies on the card
+    warnings.warn(f"layer {layer.index} was decomposed on the host, which takes longer: on {device}, {found}", stacklevel=2)
+    return made
 
 
 def _decomposed(

@@ -21,6 +21,8 @@ from moesvd_core.progress import Progress
 
 torch.set_num_threads(1)
 SETTINGS = Calibration(samples=5, length=24, batch=2, gradient_samples=3, drawn_labels=0)
+SPREAD = [0, 1, 3]
+"""Windows of the backward pass: the first of each third."""
 pytestmark = pytest.mark.filterwarnings("ignore:.*causal_conv1d.*", "ignore:.*mamba.*")
 
 
@@ -104,10 +106,10 @@ def test_agrees_with_the_whole_model(name: str) -> None:
         for e, _rows, x, p in routed_tokens(layer, args):
             expected[e] = (p[:, None] * x).T @ (p[:, None] * x)
         close(got.input_gram_EDD, expected)
-    for layer, calls, gradient in traced(model, ids[: SETTINGS.gradient_samples]):
+    for layer, calls, gradient in traced(model, ids[SPREAD]):
         got = statistics.layers[layer.index]
-        per_token = gradient.reshape(-1, layer.hidden)[: ids[:3].numel()]
-        assert got.gradient_tokens == ids[:3].numel() and got.gradient_gram_DD is not None
+        per_token = gradient.reshape(-1, layer.hidden)[: ids[SPREAD].numel()]
+        assert got.gradient_tokens == ids[SPREAD].numel() and got.gradient_gram_DD is not None
         close(got.gradient_gram_DD, per_token.T @ per_token)
         for e, (rows, x, p, delta) in calls.items():
             close(got.gradient_weight_square_E[e], p.square().sum())
@@ -128,9 +130,11 @@ def test_reads_layers_from_files_with_the_same_result(name: str, tmp_path: Path)
     assert streamed.model.source == str(folder)
 
 
-def test_batches_do_not_change_the_result() -> None:
+@pytest.mark.parametrize("gradient_samples", [None, 2])
+def test_batches_do_not_change_the_result(gradient_samples: int | None) -> None:
     def measure(batch: int) -> Statistics:
-        return calibrate(MemoryStream(TINY["qwen3_moe"]()), tiny_tokenizer(), Calibration(samples=5, length=24, batch=batch))
+        settings = Calibration(samples=5, length=24, batch=batch, gradient_samples=gradient_samples)
+        return calibrate(MemoryStream(TINY["qwen3_moe"]()), tiny_tokenizer(), settings)
 
     one, all_at_once = measure(1), measure(5)
     for index in one.layers:
@@ -153,7 +157,7 @@ def test_sums_are_means_over_the_labels(name: str, monkeypatch: pytest.MonkeyPat
     """Every label has a gradient of its own: the text's, and (instead of drawn ones) token 7 everywhere."""
     monkeypatch.setattr(backward_pass, "_drawn", lambda _, chance_KS: torch.full_like(chance_KS, 7).long())
     model = TINY[name]()
-    ids = windows(model)[: SETTINGS.gradient_samples]
+    ids = windows(model)[SPREAD]
     both = calibrate(MemoryStream(model), tiny_tokenizer(), replace(SETTINGS, drawn_labels=1))
     of_text = calibrate(MemoryStream(model), tiny_tokenizer(), SETTINGS)
     sevens = torch.cat([ids[:, :1], torch.full_like(ids[:, 1:], 7)], 1)

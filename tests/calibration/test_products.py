@@ -61,6 +61,7 @@ def test_a_number_that_is_none_shows_in_the_gram() -> None:
         assert not sum_SS.isfinite().all()
     zero_SS = torch.zeros(2, 2, dtype=torch.float64)
     add_gram_(zero_SS, torch.zeros(3, 2), rounded=True)
+    add_gram_(zero_SS, torch.zeros(3, 2), torch.full((3, 1), 100.0), rounded=True)
     assert not zero_SS.any()
 
 
@@ -73,6 +74,9 @@ def test_of_few_rows_only_the_rounding_of_what_is_kept_has_to_be_covered(rounded
     add_gram_(sum_SS, x_nS, torch.rand(143, 1, generator=noise) + 0.1, rounded=rounded)
     kept_SS = ((sum_SS + sum_SS.T) / 2).float().double()
     assert torch.linalg.eigvalsh(settled_(kept_SS, 1e-6, torch.float32))[0] > 0, "summed in float32 it is not"
+    many_SS = torch.zeros(512, 512, dtype=torch.float64)
+    add_gram_(many_SS, x_nS, rows=512)
+    assert torch.equal(many_SS, many_SS.float().double()), "of rows enough it is"
 
 
 def test_only_models_of_16_bits_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
