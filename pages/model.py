@@ -9,7 +9,7 @@ import gradio as gr
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.decomposition.registry import METHODS
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, RunError
 from moesvd_core.runs.client import RunStatus
 from moesvd_core.runs.estimate import estimate
 from moesvd_core.runs.source import prepare
@@ -59,7 +59,8 @@ def build(context: Context) -> None:
         page.ticks(lambda state, status: runs_html(context, state), [runs])
         name.input(page.changes(_probe(context)), [page.state, name, *calibration], [facts, card, needs], show_progress_on=card, **_PROBE)
         for field in calibration:
-            field.input(page.changes(_needs(context)), [facts, *calibration], needs, show_progress="hidden", **_PRIVATE)
+            shown = [page.state, name, facts, *calibration]
+            field.input(page.changes(_needs(context)), shown, needs, show_progress="hidden", **_PRIVATE)
         started = [page.state, page.wake]
         analyse.click(page.changes(_analyse(context)), [page.state, name, methods, *calibration], started, show_progress="hidden", **_PROBE)
 
@@ -78,15 +79,30 @@ def _fields(context: Context) -> list[Any]:
     return [dataset, samples, length, seed, batch, methods]
 
 
-def calibration_of(context: Context, values: tuple[Any, ...]) -> Calibration:
+def calibration_of(context: Context, values: tuple[Any, ...], others: Mapping[str, Any] | None = None) -> Calibration:
     """The settings that the fields hold; an empty field has its usual value.
+
+    Args:
+        others: settings that have no field, where they are not the usual ones.
 
     Raises:
         InputError: a value out of bounds, or a text that a visitor may not read.
     """
     given: dict[str, Any] = {name: value for name, value in zip(("dataset", *_NAMES), values, strict=True) if value is not None}
     with named(_NAMES):
-        return Calibration(**given | {"dataset": context.find_text(given.get("dataset", ""))})
+        return Calibration(**{**(others or {}), **given, "dataset": context.find_text(given.get("dataset", ""))})
+
+
+def _without_field(context: Context, state: ViewState, model: str) -> dict[str, Any]:
+    """Settings of the run that is shown for which there is no field: analysing its model again goes on with that run."""
+    try:
+        run = context.open(state)
+    except RunError:  # it was deleted meanwhile, or is damaged: nothing to go on with
+        return {}
+    if run is None or (model != context.model_name(run.identity.model) and _place(model) != _place(run.identity.model)):
+        return {}
+    used = Calibration.from_dict(dict(run.identity.calibration)).as_dict()
+    return {name: value for name, value in used.items() if name not in ("dataset", *_NAMES)}
 
 
 def _probe(context: Context) -> Callable[..., Any]:
@@ -94,7 +110,8 @@ def _probe(context: Context) -> Callable[..., Any]:
         """Look at a model without loading it."""
         model = context.find_model(text or "")
         found = inspect(model, trust_remote_code=context.settings.remote_code).as_dict()
-        return found, facts_html(context.model_name(model), _remark(context, state, model), found), _needs(context)(found, *values)
+        card = facts_html(context.model_name(model), _remark(context, state, model), found)
+        return found, card, _needs(context)(state, model, found, *values)
 
     return probe
 
@@ -115,11 +132,11 @@ def _place(model: str) -> str:
 
 
 def _needs(context: Context) -> Callable[..., Any]:
-    def needs(facts: Mapping[str, Any] | None, *values: Any) -> str:
+    def needs(state: ViewState, model: str | None, facts: Mapping[str, Any] | None, *values: Any) -> str:
         """What analysing the model takes under these settings."""
         if facts is None:
             return ""
-        needed = estimate(facts, calibration_of(context, values))
+        needed = estimate(facts, calibration_of(context, values, _without_field(context, state, model or "")))
         return needs_html(facts, needed, machine.seconds(needed.flops), machine.look(context.settings.runs))
 
     return needs
@@ -132,7 +149,8 @@ def _analyse(context: Context) -> Callable[..., Any]:
             raise InputError("no method is chosen to plan for: choose at least one, auto is recommended")
         context.require_rights()
         settings = context.settings
-        model, calibration = context.find_model(text or ""), calibration_of(context, values)
+        model = context.find_model(text or "")
+        calibration = calibration_of(context, values, _without_field(context, state, model))
         where = {"root": settings.runs, "model_roots": settings.models, "owner": visitor()}
         with named(_NAMES):
             run = prepare(model, calibration, allow_remote_code=settings.remote_code, **where)
@@ -158,7 +176,7 @@ def _run_shown(context: Context) -> Callable[[ViewState], Any]:
             facts = inspect(run.identity.model, trust_remote_code=run.identity.remote_code).as_dict()
         if facts is None:
             return named, None, empty(model, "Its facts appear once the worker has looked at it."), "", *values
-        return named, facts, facts_html(model, f"run {run.name}", facts), _needs(context)(facts, *values), *values
+        return named, facts, facts_html(model, f"run {run.name}", facts), _needs(context)(state, model, facts, *values), *values
 
     return shown
 

@@ -72,6 +72,7 @@ def card_facts(bench: Workbench, plan: Plan, known: Mapping[str, Any], command: 
         command: the command that makes the export again.
     """
     calibration, statistics = bench.calibration, bench.statistics
+    fewer = "" if calibration.gradient_samples is None else f", gradients of {calibration.gradient_samples} of them"
     figures = []
     if "perplexity" in known:
         on = f"{known['dataset']}, {known['windows']} windows of {known['length']} tokens"
@@ -85,7 +86,7 @@ def card_facts(bench: Workbench, plan: Plan, known: Mapping[str, Any], command: 
     return CardFacts(
         source=Path(bench.run.identity.model).name,
         method=", ".join([plan.method, *plan.fits]),
-        calibration=f"{calibration.dataset}, {statistics.windows} windows of {statistics.length} tokens, seed {calibration.seed}",
+        calibration=f"{calibration.dataset}, {statistics.windows} windows of {statistics.length} tokens{fewer}, seed {calibration.seed}",
         command=command,
         figures=(active, *figures),
         licence=bench.source.facts.get("licence"),

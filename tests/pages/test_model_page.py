@@ -1,14 +1,17 @@
 """The handlers of the first page, without a browser."""
 
+import shutil
 from pathlib import Path
 
 import gradio as gr
 import pytest
 from runs.run_helpers import new_run
 
+from moesvd_core.architectures.inspect import inspect
 from moesvd_core.errors import InputError
 from moesvd_core.runs.client import Client
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.source import prepare
 from pages import model
 from pages.components.context import Context
 from pages.components.session import ViewState
@@ -86,6 +89,20 @@ def test_a_model_that_nobody_can_tell_of_leaves_no_run(context: Context) -> None
     with pytest.raises(InputError, match="'no/such' is no model folder, and the hub cannot be asked for it"):
         model._analyse(context)(ViewState(), "no/such", ["auto"], *VALUES)
     assert not list(context.settings.runs.iterdir())
+
+
+def test_an_analysis_goes_on_with_the_run_that_is_shown_whatever_it_was_calibrated_with(context: Context) -> None:
+    made = model.calibration_of(context, VALUES, {"drawn_labels": 0, "gradient_samples": 1})
+    run = prepare(str(ASSETS / "demo-moe"), made, root=context.settings.runs)
+    shown = ViewState(run.name)
+    state, _ = model._analyse(context)(shown, "demo-moe", ["auto"], *VALUES)
+    assert state.run == run.name
+    others, _ = model._analyse(context)(ViewState(), "demo-moe", ["auto"], *VALUES)
+    assert others.run != run.name, "where no run is shown, everything is as usual"
+    facts = inspect(ASSETS / "demo-moe").as_dict()
+    assert model._needs(context)(shown, "demo-moe", facts, *VALUES) != model._needs(context)(ViewState(), "demo-moe", facts, *VALUES)
+    shutil.rmtree(run.path)
+    assert model._needs(context)(shown, "demo-moe", facts, *VALUES) == model._needs(context)(ViewState(), "demo-moe", facts, *VALUES)
 
 
 def test_half_a_window_is_refused_and_not_rounded(context: Context) -> None:

@@ -39,6 +39,12 @@ def test_compress_ends_in_a_model_that_transformers_loads(compressed: Path) -> N
     assert "`moesvd compress tiny`" in (compressed / "README.md").read_text()
 
 
+def test_the_card_tells_of_fewer_gradients(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", calibration=replace(CALIBRATION, gradient_samples=2))
+    assert do(run, "compress", recipe=RECIPE, output=str(tmp_path / "out"), text=TEXT).state == "finished"
+    assert "6 windows of 24 tokens, gradients of 2 of them, seed 0" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_record_counts_what_the_files_hold(run: RunFolder, compressed: Path) -> None:
     job = do(run, "compress", recipe=RECIPE, output=str(compressed), text=TEXT)
     files = ModelFiles.open(compressed)
