@@ -58,9 +58,9 @@ def build(context: Context) -> None:
         page.view(lambda state: next_steps.html(context, state, context.status(state)), [steps])
         page.ticks(lambda state, status: runs_html(context, state), [runs])
         name.input(page.changes(_probe(context)), [page.state, name, *calibration], [facts, card, needs], show_progress_on=card, **_PROBE)
+        asked = [page.state, name, facts, *calibration]
         for field in calibration:
-            shown = [page.state, name, facts, *calibration]
-            field.input(page.changes(_needs(context)), shown, needs, show_progress="hidden", **_PRIVATE)
+            field.input(page.changes(_needs(context)), asked, needs, show_progress="hidden", **_PRIVATE)
         started = [page.state, page.wake]
         analyse.click(page.changes(_analyse(context)), [page.state, name, methods, *calibration], started, show_progress="hidden", **_PROBE)
 

@@ -61,8 +61,8 @@ class LayerMoments:
 
         self._gathering = Gathering(layer, device, (0, 0, 0))
         self._rows = [0] * layer.experts  # of each expert so far, which the host knows without asking
+        self._device = device
         self.tokens = 0
-        self.count_E = zeros().long()
         self.weight_square_E = zeros()
         self.input_gram_EDD = zeros(layer.hidden, layer.hidden)
         self.output_gram_EDD = zeros(layer.hidden, layer.hidden)
@@ -73,6 +73,11 @@ class LayerMoments:
         self.intermediate_bins_EB = zeros(BINS).long()
         self.saliency_E = zeros()
         self.slope_EN = zeros(layer.input_rows)
+
+    @property
+    def count_E(self) -> Tensor:  # noqa: N802 - a tensor, named by its shape
+        """Tokens of each expert that were worked on, int64."""
+        return torch.tensor(self._rows, device=self._device)
 
     def add(self, args: Sequence[Tensor], tokens: int) -> None:
         """Add one call of the experts module.
@@ -86,7 +91,9 @@ class LayerMoments:
 
     @torch.no_grad()
     def _work(self, args: Sequence[Tensor] | None) -> None:
-        for expert, _rows, x_nD, p_n in routed_tokens(self.layer, args) if args is not None else ():
+        if args is None:
+            return
+        for expert, _rows, x_nD, p_n in routed_tokens(self.layer, args):
             self._add_expert(expert, x_nD, p_n.float())
 
     def _add_expert(self, e: int, x_nD: Tensor, p_n: Tensor) -> None:
@@ -94,7 +101,6 @@ class LayerMoments:
         h_nM = self._add_neurons(e, pre_activations(self.weights, e, x_nD), p_n1)
         y_nD = (h_nM.to(x_nD.dtype) @ self.weights.output_EDM[e].T).float()
         x_nD = x_nD.float()
-        self.count_E[e] += len(p_n)
         self.weight_square_E[e] += p_n.square().sum()
         self._rows[e] += len(p_n)
         self._add_gram_(self.input_gram_EDD[e], x_nD, p_n1, rows=self._rows[e])
@@ -111,15 +117,15 @@ class LayerMoments:
         """Add what is measured of one expert's neurons alone, and give them, [n, m]: float32, or in the model's precision."""
         if self._fuses:
             h_nM, magnitude_M, slope_N = neuron_sums(pre_nN, p_n1[:, 0])
-            self.intermediate_sum_EM[e] += magnitude_M
-            self.slope_EN[e] += slope_N
-            _count_(self.intermediate_bins_EB[e], self.gate(_sampled(pre_nN, h_nM.numel()).float()).abs())
-            return h_nM
-        h_nM, slope_nN = slopes(self.gate, pre_nN.float())
-        magnitude_nM = h_nM.abs()
-        self.intermediate_sum_EM[e] += magnitude_nM.sum(0)
-        self.slope_EN[e] += (p_n1 * slope_nN).square().sum(0)
-        _count_(self.intermediate_bins_EB[e], _sampled(magnitude_nM, h_nM.numel()))
+            counted_nM = self.gate(_sampled(pre_nN, h_nM.numel()).float()).abs()
+        else:
+            h_nM, slope_nN = slopes(self.gate, pre_nN.float())
+            magnitude_nM = h_nM.abs()
+            magnitude_M, slope_N = magnitude_nM.sum(0), (p_n1 * slope_nN).square().sum(0)
+            counted_nM = _sampled(magnitude_nM, h_nM.numel())
+        self.intermediate_sum_EM[e] += magnitude_M
+        self.slope_EN[e] += slope_N
+        _count_(self.intermediate_bins_EB[e], counted_nM)
         return h_nM
 
     def finish(self) -> LayerStatistics:

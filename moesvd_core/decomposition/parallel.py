@@ -89,6 +89,7 @@ def _streamed(work: Callable[[int], Result], device: torch.device, own: threadin
     return done
 
 
+@cache
 def _load_decompositions(device: torch.device) -> None:
     """Have torch load its library of a card's decompositions, which it does at the first one, and cannot for two threads at once."""
     with _LOADING:
