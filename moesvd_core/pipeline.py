@@ -296,7 +296,8 @@ class Pipeline:
         made: LayerFactors | None = None
         for structure in sorted({side.structure for side in sides.values()} - {"dense"}):
             its = {name: side if side.structure == structure else dense for name, side in sides.items()}
-            part = self._decomposition(index, base.alone(structure)).materialise(replace(layer_plan, **its), refined=refined)  # type: ignore[arg-type]
+            decomposition = self._decomposition(index, base.alone(structure))  # type: ignore[arg-type]
+            part = decomposition.materialise(replace(layer_plan, **its), refined=refined).on_host()  # type: ignore[arg-type]
             names = [name for name, side in sides.items() if side.structure == structure]
             made = part if made is None else replace(made, **{name: getattr(part, name) for name in names})
         return made

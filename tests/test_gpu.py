@@ -15,6 +15,8 @@ from moesvd_core.calibration.products import add_gram_, counts_above, multiplies
 from moesvd_core.calibration.states import DeviceStates, MemoryStates
 from moesvd_core.checkpoint.apply import compressed
 from moesvd_core.decomposition.decompose import Decomposition, decompose
+from moesvd_core.decomposition.latent import LatentBasis
+from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.registry import method
 from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark, planned
@@ -23,7 +25,7 @@ from moesvd_core.evaluation.benchmarks.layer import LayerBenchmark
 from moesvd_core.evaluation.benchmarks.synthetic import ModelSize, RandomLayer, random_layer
 from moesvd_core.evaluation.speed import SpeedTest, measure_speed
 from moesvd_core.pipeline import Pipeline
-from moesvd_core.planning import Recipe
+from moesvd_core.planning import SIDES, Metric, Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
 CARD = torch.device("cuda")
@@ -161,10 +163,21 @@ class TestDecomposition:
         plan = planned(host, layers[0].layer, method(name), 0.4)
         theirs, ours = host.materialise(plan), card.materialise(plan)
         for side in ("input", "output"):
-            close(getattr(ours, side).reconstruct(), getattr(theirs, side).reconstruct(), 2e-2)
+            made, moved = (getattr(each, side).reconstruct() for each in (ours, ours.on_host()))
+            assert (made.device.type, moved.device.type) == ("cuda", "cpu")
+            close(moved, getattr(theirs, side).reconstruct(), 2e-2)
+            close(made.cpu(), moved, 1e-3)
         card.release()
         again = card.materialise(plan)
         close(again.input.reconstruct(), ours.input.reconstruct(), 1e-4)
+
+    @pytest.mark.parametrize("kind", ["plain", "scaled", "input", "output"])
+    def test_experts_worked_on_together_are_those_of_the_host(self, kind: Metric, layers: tuple[RandomLayer, RandomLayer]) -> None:
+        host, card = (
+            LatentBasis.both(LayerMetric(each.weights, each.layer, each.statistics, each.weights.input_END.device), kind) for each in layers
+        )
+        for side in SIDES:
+            close(torch.from_numpy(card[side].curve.loss_SR), torch.from_numpy(host[side].curve.loss_SR), 1e-4)
 
     def test_random_layers_are_made_where_they_are_asked_for(self) -> None:
         sample = random_layer(64, 48, 2, tokens=100, device="cuda")

@@ -63,7 +63,7 @@ class BaseDeltaBasis(PerExpertBasis):
     def factors(self, ranks: Sequence[int]) -> SideFactors:
         """The base, and deltas at one rank an expert; DENSE keeps the original matrix."""
         own = super().factors(ranks)
-        return BaseDeltaFactors(self._base_NM, own) if isinstance(own, PerExpertFactors) else own
+        return BaseDeltaFactors(self._base_NM.to(self._metric.device), own) if isinstance(own, PerExpertFactors) else own
 
     def _weight(self, expert: int) -> torch.Tensor:
         return super()._weight(expert) - self._base_NM.to(self._metric.device)

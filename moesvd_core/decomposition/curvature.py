@@ -12,7 +12,7 @@ Measured, after a backward pass:
     at 22 % of the experts' parameters). Wide experts keep the diagonal of L_e only.
 Estimated, without one: L = Γ of the layer (from a probe: a multiple of the identity), and ρ, with C_e for G_e.
 
-Shapes: E experts, D hidden size, M width, N input rows.
+Shapes: E experts, D hidden size, M width, N input rows. An expert may be several, a slice: then what is told of it has a leading dimension.
 """
 
 from abc import ABC, abstractmethod
@@ -34,20 +34,23 @@ GRAM_RIDGE = 1e-6
 PSEUDO_SHARE = 0.02
 """Pooled tokens lent to every expert, as a share of an average expert's tokens, so that a rare expert is never measured by noise."""
 
+Which = int | slice
+"""One expert, or several that follow one another and are worked on at once."""
+
 
 class Curvature(ABC):
     """Left weights of both sides, and the input side's right one where it is another than the Gram of the tokens."""
 
     @abstractmethod
-    def of_output(self, expert: int) -> RootedGram:
+    def of_output(self, expert: Which) -> RootedGram:
         """L_e of the output matrix, [D, D], a mean over tokens."""
 
     @abstractmethod
-    def of_rows(self, expert: int) -> RootedGram:
+    def of_rows(self, expert: Which) -> RootedGram:
         """L_e of the input matrix, [N, N], a mean over tokens."""
 
     @abstractmethod
-    def input_gram(self, expert: int) -> torch.Tensor | None:
+    def input_gram(self, expert: Which) -> torch.Tensor | None:
         """G_e of the input matrix, [D, D], a sum over calibration tokens, ridged; None: the Gram of the tokens."""
 
 
@@ -76,24 +79,24 @@ class MeasuredCurvature(Curvature):
         self._row_gram_ENN = statistics.row_gram_ENN
         self._weighted_input_gram_EDD = _present(statistics.weighted_input_gram_EDD)
 
-    def of_output(self, expert: int) -> RootedGram:
+    def of_output(self, expert: Which) -> RootedGram:
         own_DD = self._own(self._gradient_gram_EDD, expert).add_(self._mean_gradient_gram, alpha=self._lent)
-        weight_square = self._weight_square_E[expert] + self._lent * self._weight_square_E.mean()
-        return FullGram(ridged_(own_DD.div_(_positive(weight_square)), GRADIENT_RIDGE))
+        weight_square = self._own(self._weight_square_E, expert) + self._lent * float(self._weight_square_E.double().mean())
+        return FullGram(ridged_(own_DD.div_(_positive(weight_square)[..., None, None]), GRADIENT_RIDGE))
 
-    def of_rows(self, expert: int) -> RootedGram:
+    def of_rows(self, expert: Which) -> RootedGram:
         lent_N = self._lent * self._mean_row_square
         square_N = self._own(self._row_square_EN, expert) + lent_N
-        total = _positive(square_N.sum())
+        total_1 = _positive(square_N.sum(-1, keepdim=True))
         if self._row_gram_ENN is None:
-            return DiagonalGram(square_N / total + ROW_RIDGE / len(square_N))
-        return FullGram(ridged((self._own(self._row_gram_ENN, expert) + lent_N.diag()) / total, ROW_RIDGE))
+            return DiagonalGram(square_N / total_1 + ROW_RIDGE / square_N.shape[-1])
+        return FullGram(ridged((self._own(self._row_gram_ENN, expert) + lent_N.diag()) / total_1[..., None], ROW_RIDGE))
 
-    def input_gram(self, expert: int) -> torch.Tensor:
+    def input_gram(self, expert: Which) -> torch.Tensor:
         own_DD = self._own(self._weighted_input_gram_EDD, expert).add_(self._mean_input_gram, alpha=self._lent)
         return settled_(own_DD.mul_(self._to_all_tokens), GRAM_RIDGE, self._weighted_input_gram_EDD.dtype)
 
-    def _own(self, sum_E: torch.Tensor, expert: int) -> torch.Tensor:
+    def _own(self, sum_E: torch.Tensor, expert: Which) -> torch.Tensor:
         """The expert's own sum, a copy in double precision."""
         return to_device(sum_E[expert], self._device).to(torch.float64, copy=True)
 
@@ -119,13 +122,13 @@ class EstimatedCurvature(Curvature):
     ) -> None:
         self._weights, self._layer, self._statistics, self._device, self._lent = weights, layer, statistics, device, lent
 
-    def of_output(self, expert: int) -> RootedGram:
+    def of_output(self, expert: Which) -> RootedGram:
         return self._gradient_gram
 
-    def of_rows(self, expert: int) -> RootedGram:
+    def of_rows(self, expert: Which) -> RootedGram:
         return DiagonalGram(self._row_weight[expert])
 
-    def input_gram(self, expert: int) -> None:
+    def input_gram(self, expert: Which) -> None:
         return None
 
     @MadeOnce

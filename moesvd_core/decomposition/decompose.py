@@ -68,7 +68,7 @@ class Decomposition:
         return [basis.curve for basis in self._bases.values()]
 
     def materialise(self, plan: LayerPlan, *, refined: bool = False) -> LayerFactors:
-        """The factors that a plan asks for: slices, refitted where the structure says so.
+        """The factors that a plan asks for: slices, refitted where the structure says so. They lie where the work is done.
 
         Args:
             refined: take shared bases that are the better for being of the plan's rank alone, where the structure has them.
@@ -133,8 +133,8 @@ def decompose(
         layer: their layout.
         statistics: what calibration collected for it.
         method: from `registry.method`, possibly customised.
-        device: where the work is done; the results are on the host. Where a card finds losses that are no numbers, the host does it again,
-            and a warning says so.
+        device: where the work is done; what is kept of it is on the host. Where a card finds losses that are no numbers, the host does it
+            again, and a warning says so.
 
     Raises:
         CheckpointError: a weight is not finite.

@@ -2,13 +2,13 @@
 
 Shapes: E experts, N rows and M columns of a side's matrices (input: n × d, output: d × m), R rank, K stored left factors.
 
-All tensors are on the host. Slots that stay dense keep the original tensor, bit for bit; factors are float32 (float64 when the weights
-are). The rank R of a matrix is always the length of a tensor's dimension: nothing is padded.
+Tensors lie where they were made, until `on` moves them. Slots that stay dense keep the original tensor, bit for bit; factors are float32
+(float64 when the weights are). The rank R of a matrix is always the length of a tensor's dimension: nothing is padded.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod, sqrt
 
@@ -33,6 +33,10 @@ class SideFactors(ABC):
     def reconstruct(self) -> torch.Tensor:
         """The dense matrices that the factors stand for, [E, N, M]."""
 
+    @abstractmethod
+    def on_host(self) -> "SideFactors":
+        """The same without a tensor on a card, but for original ones."""
+
 
 @dataclass(frozen=True)
 class DenseFactors(SideFactors):
@@ -50,6 +54,9 @@ class DenseFactors(SideFactors):
 
     def reconstruct(self) -> torch.Tensor:
         return self.weight_ENM
+
+    def on_host(self) -> "DenseFactors":
+        return self
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,9 @@ class PerExpertFactors(SideFactors):
                 for expert, (left_NR, right_RM) in enumerate(zip(self.left, self.right, strict=True))
             ]
         )
+
+    def on_host(self) -> "PerExpertFactors":
+        return replace(self, left=tuple(map(to_host, self.left)), right=tuple(map(to_host, self.right)))
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,10 @@ class SharedRightFactors(SideFactors):
                 weights[expert] = group.left_KNR[list(used)].sum(0) @ group.right_RM
         return torch.stack([weights[expert] for expert in range(len(weights))])
 
+    def on_host(self) -> "SharedRightFactors":
+        moved = (replace(each, right_RM=to_host(each.right_RM), left_KNR=to_host(each.left_KNR)) for each in self.groups)
+        return SharedRightFactors(tuple(moved))
+
 
 @dataclass(frozen=True)
 class SharedLeftFactors(SideFactors):
@@ -161,6 +175,9 @@ class SharedLeftFactors(SideFactors):
     def reconstruct(self) -> torch.Tensor:
         return self.left_NR @ self.right_ERM
 
+    def on_host(self) -> "SharedLeftFactors":
+        return SharedLeftFactors(to_host(self.left_NR), to_host(self.right_ERM))
+
 
 @dataclass(frozen=True)
 class BaseDeltaFactors(SideFactors):
@@ -184,6 +201,9 @@ class BaseDeltaFactors(SideFactors):
         full_ENM[based] += self.base_NM
         return full_ENM
 
+    def on_host(self) -> "BaseDeltaFactors":
+        return BaseDeltaFactors(to_host(self.base_NM), self.own.on_host())
+
 
 @dataclass(frozen=True)
 class PivotedFactors(SideFactors):
@@ -192,7 +212,7 @@ class PivotedFactors(SideFactors):
 
     Attributes:
         own: the factors in any such form, each of its own rank.
-        device: where the stored form is made; it is on the host like all factors.
+        device: where the stored form is made, which takes long, wherever the factors lie.
     """
 
     own: PerExpertFactors
@@ -210,12 +230,17 @@ class PivotedFactors(SideFactors):
         def made(expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             left_NR, right_RM = (to_device(each[expert], self.device) for each in (self.own.left, self.own.right))
             at_pivots_NR, others_RS, pivot_R = pivoted(left_NR, right_RM)
-            return to_host(at_pivots_NR), to_host(others_RS), pivot_R
+            if self.own.left[expert].device.type == "cpu":
+                at_pivots_NR, others_RS = to_host(at_pivots_NR), to_host(others_RS)
+            return at_pivots_NR, others_RS, pivot_R
 
         return tuple(in_parallel(made, len(self.own.left), self.device))
 
     def reconstruct(self) -> torch.Tensor:
         return self.own.reconstruct()
+
+    def on_host(self) -> "PivotedFactors":
+        return PivotedFactors(self.own.on_host(), self.device)
 
 
 @dataclass(frozen=True)
@@ -241,6 +266,9 @@ class NarrowFactors(SideFactors):
     def reconstruct(self) -> torch.Tensor:
         return filled(self.weight_ENM, self.dim, self.blocks, self.full)
 
+    def on_host(self) -> "NarrowFactors":
+        return replace(self, weight_ENM=to_host(self.weight_ENM))
+
 
 @dataclass(frozen=True)
 class MergedFactors(SideFactors):
@@ -264,6 +292,9 @@ class MergedFactors(SideFactors):
 
     def reconstruct(self) -> torch.Tensor:
         return self.weight_GNM[list(self.groups)]
+
+    def on_host(self) -> "MergedFactors":
+        return MergedFactors(to_host(self.weight_GNM), self.groups)
 
 
 @dataclass(frozen=True)
@@ -299,6 +330,10 @@ class LayerFactors:
         """Stored parameters, biases included."""
         biases = sum(bias.numel() for bias in (self.input_bias_EN, self.output_bias_ED) if bias is not None)
         return self.input.parameters + self.output.parameters + biases
+
+    def on_host(self) -> "LayerFactors":
+        """The same without a tensor on a card, but for original ones: what is kept for later must not fill it."""
+        return replace(self, input=self.input.on_host(), output=self.output.on_host())
 
     def multiplied_out(self) -> ExpertWeights:
         """The experts that the factors stand for, in the shapes of the original ones."""

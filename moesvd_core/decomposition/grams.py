@@ -1,6 +1,7 @@
 """Inner products: what a Gram matrix measures, a root of it, and what to do when it is singular.
 
-Shapes: S size of the space, R vectors, always as rows. Grams are float64: they square the condition of what they came from.
+Shapes: S size of the space, R vectors, always as rows. Grams are float64: they square the condition of what they came from. All of it works
+for several matrices at once as well, in leading dimensions that are not named.
 
 Gram matrices of activations are semi-definite and often singular (fewer tokens than channels, dead channels). Each gets a relative ridge;
 where rounding leaves it indefinite all the same, Algorithm 5 shifts it. Any root R with R Rᵀ = G serves a truncated SVD as well as the
@@ -62,22 +63,22 @@ class DiagonalGram(RootedGram):
         self.diagonal_S = diagonal_S
 
     def full(self) -> torch.Tensor:
-        return self.diagonal_S.diag()
+        return self.diagonal_S.diag_embed()
 
     def diagonal(self) -> torch.Tensor:
         return self.diagonal_S
 
     def times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        return x_RS * self.diagonal_S.to(x_RS.dtype)
+        return x_RS * self.diagonal_S.to(x_RS.dtype).unsqueeze(-2)
 
     def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        return x_RS * self.diagonal_S.sqrt()
+        return x_RS * self.diagonal_S.sqrt().unsqueeze(-2)
 
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        return x_RS * self.diagonal_S.rsqrt()
+        return x_RS * self.diagonal_S.rsqrt().unsqueeze(-2)
 
     def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
-        return symmetric(self.root_times(self.root_times(outer_SS).T))
+        return symmetric(self.root_times(self.root_times(outer_SS).mT))
 
 
 class FullGram(RootedGram):
@@ -90,7 +91,7 @@ class FullGram(RootedGram):
         return self.gram_SS
 
     def diagonal(self) -> torch.Tensor:
-        return self.gram_SS.diagonal()
+        return diagonal_of(self.gram_SS)
 
     def times(self, x_RS: torch.Tensor) -> torch.Tensor:
         return x_RS @ self.gram_SS.to(x_RS.dtype)
@@ -103,7 +104,7 @@ class FullGram(RootedGram):
         return solved_RS
 
     def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
-        return symmetric_product(self.root_times(outer_SS).T, self._lower)
+        return symmetric_product(self.root_times(outer_SS).mT, self._lower)
 
     @MadeOnce
     def _lower(self) -> torch.Tensor:
@@ -141,9 +142,26 @@ def _block(matrix: torch.Tensor) -> int:
     return CARD_BLOCK if on_card(matrix.device) else BLOCK
 
 
+def diagonal_of(matrix_SS: torch.Tensor) -> torch.Tensor:
+    """The diagonal, [S], a view."""
+    return matrix_SS.diagonal(dim1=-2, dim2=-1)
+
+
+def trace_of(matrix_SS: torch.Tensor) -> torch.Tensor:
+    """The sum of the diagonal, of every matrix."""
+    return diagonal_of(matrix_SS).sum(-1)
+
+
+def trace_product(one_SS: torch.Tensor, other_SS: torch.Tensor) -> torch.Tensor:
+    """tr A Bᵀ, of every pair of matrices."""
+    if one_SS.ndim == 2 and other_SS.ndim == 2:
+        return torch.dot(one_SS.flatten(), other_SS.flatten())
+    return (one_SS * other_SS).sum((-2, -1))
+
+
 def symmetric(matrix_SS: torch.Tensor) -> torch.Tensor:
     """The symmetric part: rounding alone makes a product of symmetric matrices slightly skew."""
-    return (matrix_SS + matrix_SS.T) / 2
+    return (matrix_SS + matrix_SS.mT) / 2
 
 
 def symmetric_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
@@ -153,44 +171,48 @@ def symmetric_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Te
 
 def mirrored_(matrix_SS: torch.Tensor) -> torch.Tensor:
     """The lower triangle put in the place of the upper one: rounding alone makes sums of symmetric matrices slightly skew."""
-    step = _block(matrix_SS)
-    for start in range(0, len(matrix_SS), step):
+    size, step = matrix_SS.shape[-1], _block(matrix_SS)
+    for start in range(0, size, step):
         end = start + step
-        block_SS = matrix_SS[start:end, start:end].tril_()
-        block_SS += block_SS.tril(-1).T
-        matrix_SS[start:end, end:] = matrix_SS[end:, start:end].T
+        block_SS = matrix_SS[..., start:end, start:end].tril_()
+        block_SS += block_SS.tril(-1).mT
+        matrix_SS[..., start:end, end:] = matrix_SS[..., end:, start:end].mT
     return matrix_SS
 
 
 def quadratic(x_RS: torch.Tensor, matrix_SS: torch.Tensor) -> torch.Tensor:
     """diag(x M xᵀ) [R] of a symmetric M: what is above its diagonal counts twice below, and is not multiplied."""
-    total_R = x_RS.new_zeros(len(x_RS))
+    total_R = x_RS.new_zeros(x_RS.shape[-2])
     step = _block(matrix_SS)
-    for start in range(0, len(matrix_SS), step):
+    for start in range(0, matrix_SS.shape[-1], step):
         end = start + step
-        below_SB = matrix_SS[start:, start:end].clone()
-        below_SB[step:] *= 2
-        total_R += ((x_RS[:, start:] @ below_SB) * x_RS[:, start:end]).sum(1)
+        below_SB = matrix_SS[..., start:, start:end].clone()
+        below_SB[..., step:, :] *= 2
+        total_R = total_R + ((x_RS[..., start:] @ below_SB) * x_RS[..., start:end]).sum(-1)
     return total_R
 
 
 def lower_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
     """The lower triangle of left @ right, [S, S]; above the diagonal it holds some of the product and some zeros."""
-    size, step = len(left_SN), _block(left_SN)
-    product_SS = left_SN.new_zeros(size, size)
+    size, step = left_SN.shape[-2], _block(left_SN)
+    if size <= step:
+        return left_SN @ right_NS
+    product_SS = left_SN.new_zeros(*torch.broadcast_shapes(left_SN.shape[:-2], right_NS.shape[:-2]), size, size)
     for start in range(0, size, step):
         end = min(start + step, size)
-        torch.matmul(left_SN[start:end], right_NS[:, :end], out=product_SS[start:end, :end])
+        torch.matmul(left_SN[..., start:end, :], right_NS[..., :end], out=product_SS[..., start:end, :end])
     return product_SS
 
 
 def upper_times(upper_SS: torch.Tensor, right_SN: torch.Tensor) -> torch.Tensor:
     """upper @ right [S, N] of an upper triangular matrix, sparing the products with zeros: faster than solving with its inverse."""
-    product_SN = right_SN.new_empty(len(upper_SS), right_SN.shape[1])
-    step = _block(upper_SS)
-    for start in range(0, len(upper_SS), step):
+    size, step = upper_SS.shape[-1], _block(upper_SS)
+    if size <= step:
+        return upper_SS @ right_SN
+    product_SN = right_SN.new_empty(*torch.broadcast_shapes(upper_SS.shape[:-2], right_SN.shape[:-2]), size, right_SN.shape[-1])
+    for start in range(0, size, step):
         end = start + step
-        torch.matmul(upper_SS[start:end, start:], right_SN[start:], out=product_SN[start:end])
+        torch.matmul(upper_SS[..., start:end, start:], right_SN[..., start:, :], out=product_SN[..., start:end, :])
     return product_SN
 
 
@@ -199,10 +221,10 @@ def ridged(gram_SS: torch.Tensor, share: float) -> torch.Tensor:
     return ridged_(gram_SS.clone(), share)
 
 
-def ridged_(gram_SS: torch.Tensor, share: float) -> torch.Tensor:
-    """`ridged`, in place."""
-    mean = float(gram_SS.diagonal().mean())
-    gram_SS.diagonal().add_(share * mean if mean > 0 else 1.0)
+def ridged_(gram_SS: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
+    """`ridged`, in place; each of several matrices may have a share of its own."""
+    mean = diagonal_of(gram_SS).mean(-1)
+    diagonal_of(gram_SS).add_(torch.where(mean > 0, share * mean, 1.0).unsqueeze(-1))
     return gram_SS
 
 
@@ -212,14 +234,15 @@ def settled_(gram_SS: torch.Tensor, share: float, summed: torch.dtype) -> torch.
     Rounding moves every entry by up to ε/2 of itself, which changes eigenvalues by about ε/2 ‖G‖_F / √S. Where one direction outweighs all
     others that is more than the smallest eigenvalues, and a multiple of their mean does not cover it.
     """
-    norm = sqrt(float(torch.dot(gram_SS.flatten(), gram_SS.flatten())))
-    mean = float(gram_SS.diagonal().mean())
-    return ridged_(gram_SS, max(share, 2 * torch.finfo(summed).eps * norm / sqrt(len(gram_SS)) / mean) if mean > 0 else share)
+    norm = trace_product(gram_SS, gram_SS).sqrt()
+    mean = diagonal_of(gram_SS).mean(-1)
+    uncertain = 2 * torch.finfo(summed).eps * norm / sqrt(gram_SS.shape[-1]) / mean
+    return ridged_(gram_SS, torch.where(mean > 0, uncertain.clamp(min=share), share))
 
 
 def least_squares(weight_NM: torch.Tensor) -> torch.Tensor:
     """(W Wᵀ)^{-1} W [N, M], the transposed pseudo-inverse of a W with N <= M."""
-    solved_NM: torch.Tensor = torch.cholesky_solve(weight_NM, cholesky(ridged(weight_NM @ weight_NM.T, EPSILON)))
+    solved_NM: torch.Tensor = torch.cholesky_solve(weight_NM, cholesky(ridged(weight_NM @ weight_NM.mT, EPSILON)))
     return solved_NM
 
 
@@ -227,8 +250,8 @@ def cholesky(gram_SS: torch.Tensor) -> torch.Tensor:
     """Lower triangular L with L Lᵀ = gram, shifting the gram by Algorithm 5 where rounding has made it indefinite."""
     factor_SS: torch.Tensor
     factor_SS, failed = torch.linalg.cholesky_ex(gram_SS)
-    if int(failed):
-        factor_SS = torch.linalg.cholesky(make_positive_definite(gram_SS))
+    for place in failed.nonzero().tolist():  # of one matrix, an empty list names it
+        factor_SS[tuple(place)] = torch.linalg.cholesky(make_positive_definite(gram_SS[tuple(place)]))
     return factor_SS
 
 

@@ -65,9 +65,9 @@ class KeptNeuronsBasis:
         experts = range(layer.experts)
         if side == "output":
             weight_EDR = torch.stack([self._refitted(expert, rank) for expert in experts])
-            return NarrowFactors(weight_EDR.cpu(), 2, 1, layer.width)
+            return NarrowFactors(weight_EDR, 2, 1, layer.width)
         weight_ERD = torch.stack([metric.weight(side, expert)[self.rows(expert, rank).to(metric.device)] for expert in experts])
-        return NarrowFactors(weight_ERD.cpu(), 1, 2 if layer.rows == "concatenated" else 1, layer.input_rows)
+        return NarrowFactors(weight_ERD, 1, 2 if layer.rows == "concatenated" else 1, layer.input_rows)
 
     def neurons(self, expert: int, rank: int) -> torch.Tensor:
         """Neurons that an expert keeps, ascending: they stay in the order of the family's layout."""

@@ -3,7 +3,8 @@
 Gate and up of all experts read the same input, and down writes the same output space, so these two spaces can be shared; the neurons
 between them have no common order across experts, so nothing there is. At run time an ordinary, narrower mixture is left.
 
-Shapes: E experts, D hidden size, N rows of an input matrix, M width, R rank.
+Shapes: E experts, D hidden size, N rows of an input matrix, M width, R rank. Experts that are worked on at once (`LayerMetric.together`)
+are a leading dimension that is not named.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from moesvd_core.decomposition.alternating import refined
-from moesvd_core.decomposition.curvature import GRAM_RIDGE
+from moesvd_core.decomposition.curvature import GRAM_RIDGE, Which
 from moesvd_core.decomposition.curves import break_even, latent_curve
 from moesvd_core.decomposition.factors import DenseFactors, RightGroup, SharedLeftFactors, SharedRightFactors, SideFactors, balanced_
-from moesvd_core.decomposition.grams import FullGram, RootedGram, ridged
+from moesvd_core.decomposition.grams import FullGram, RootedGram, ridged, trace_of
 from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.parallel import in_parallel
@@ -84,32 +85,34 @@ class LatentBasis:
 
     def _input_factors(self, basis_RD: torch.Tensor) -> SideFactors:
         """V and A_e = W_e G_e Vᵀ (V G_e Vᵀ)^{-1}: the shared basis, refitted to each expert's own tokens."""
-        metric, experts = self._metric, range(self._metric.layer.experts)
+        metric, experts, parts = self._metric, range(self._metric.layer.experts), self._metric.together()
         left_ENR = basis_RD.new_empty(len(experts), metric.shape("input")[0], len(basis_RD))
 
-        def fit(expert: int) -> None:
-            torch.matmul(metric.weight("input", expert), self._reader(expert, basis_RD).T, out=left_ENR[expert])
+        def fit(part: int) -> None:
+            which = parts[part]
+            torch.matmul(metric.weight("input", which), self._reader(which, basis_RD).mT, out=left_ENR[which])
 
-        list(in_parallel(fit, len(experts), metric.device))
+        list(in_parallel(fit, len(parts), metric.device))
         left_ENR, right_RD = balanced_(left_ENR, basis_RD.clone())
         alone = tuple((expert,) for expert in experts)
-        return SharedRightFactors((RightGroup(tuple(experts), to_host(right_RD), to_host(left_ENR), alone),))
+        return SharedRightFactors((RightGroup(tuple(experts), right_RD, left_ENR, alone),))
 
     def _output_factors(self, basis_RD: torch.Tensor) -> SideFactors:
         """P and B_e = (Pᵀ L_e P)^{-1} Pᵀ L_e D_e: the shared basis, refitted to what each expert's own tokens do to the loss."""
-        metric = self._metric
+        metric, parts = self._metric, self._metric.together()
         right_ERM = basis_RD.new_empty(metric.layer.experts, len(basis_RD), metric.layer.width)
 
-        def fit(expert: int) -> None:
-            torch.matmul(self._reader(expert, basis_RD), metric.weight("output", expert), out=right_ERM[expert])
+        def fit(part: int) -> None:
+            which = parts[part]
+            torch.matmul(self._reader(which, basis_RD), metric.weight("output", which), out=right_ERM[which])
 
-        list(in_parallel(fit, metric.layer.experts, metric.device))
+        list(in_parallel(fit, len(parts), metric.device))
         left_DR, right_ERM = balanced_(basis_RD.T.clone(memory_format=torch.contiguous_format), right_ERM)
-        return SharedLeftFactors(to_host(left_DR), to_host(right_ERM))
+        return SharedLeftFactors(left_DR, right_ERM)
 
-    def _reader(self, expert: int, basis_RD: torch.Tensor) -> torch.Tensor:
-        """What reads the expert's coefficients of the basis, [R, D]."""
-        return reader(_inner(self._metric, self._side, self._kind, expert), basis_RD).to(basis_RD.dtype)
+    def _reader(self, which: Which, basis_RD: torch.Tensor) -> torch.Tensor:
+        """What reads the experts' coefficients of the basis, [R, D]."""
+        return reader(_inner(self._metric, self._side, self._kind, which), basis_RD).to(basis_RD.dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file has to keep so that `loaded` can slice again."""
@@ -121,12 +124,12 @@ class LatentBasis:
         return cls(metric, side, kind, tensors["basis"], latent_curve(metric, side, tensors["loss"][0], tensors["gain"][0]))
 
 
-def _inner(metric: LayerMetric, side: Side, kind: Metric, expert: int) -> RootedGram:
+def _inner(metric: LayerMetric, side: Side, kind: Metric, expert: Which) -> RootedGram:
     """The expert's inner product of hidden size: of what its input matrix reads (G_e), of what its output matrix writes (L_e)."""
     return metric.right_of_input(kind, expert) if side == "input" else metric.left(side, kind, expert)
 
 
-def _outer(metric: LayerMetric, side: Side, kind: Metric, expert: int) -> torch.Tensor:
+def _outer(metric: LayerMetric, side: Side, kind: Metric, expert: Which) -> torch.Tensor:
     """What the expert's matrix carries into the hidden size: Wᵀ L W of the input side, W G Wᵀ of the output side."""
     return metric.read_by(side, kind, expert) if side == "input" else metric.written_by(side, kind, expert)
 
@@ -139,7 +142,7 @@ class _Shared:
         basis_DD: rows of V, or columns of P, in the precision of factors.
         dual_DD: its inverse, transposed.
         gain_R: squared singular values of what all experts carry, in the one inner product that they share.
-        inners: the experts' own inner products, where all of them together are small.
+        inners: the experts' own inner products by part, where all of them together are small.
     """
 
     basis_DD: torch.Tensor
@@ -154,28 +157,35 @@ def _shared_bases(metric: LayerMetric, kind: Metric) -> dict[Side, _Shared]:
     Expert e would have its own from the inner product I_e and from what it carries, O_e. One basis needs one pair, so Σ_e I_e ⊗ O_e is
     taken as the product of its two marginals, which it is where all I_e or all O_e are alike; the refit puts right what that leaves out.
     """
-    experts, hidden = metric.layer.experts, metric.layer.hidden
+    parts, hidden = metric.together(), metric.layer.hidden
     pooled_SDD = torch.zeros(len(SIDES), hidden, hidden, dtype=torch.float64, device=metric.device)
     summed_SDD = torch.zeros_like(pooled_SDD)
     inners: dict[Side, dict[int, RootedGram]] = {side: {} for side in SIDES}
 
-    def pair(part: int) -> tuple[RootedGram, torch.Tensor]:
-        where = (metric, SIDES[part // experts], kind, part % experts)
+    def pair(number: int) -> tuple[RootedGram, torch.Tensor]:
+        where = (metric, SIDES[number // len(parts)], kind, parts[number % len(parts)])
         return _inner(*where), _outer(*where)
 
     def found(place: int) -> _Shared:
-        total = summed_SDD[place].trace().clamp(min=torch.finfo(torch.float64).tiny)
+        total = trace_of(summed_SDD[place]).clamp(min=torch.finfo(torch.float64).tiny)
         pooled = FullGram(ridged(pooled_SDD[place] / total, GRAM_RIDGE))
         best = best_projection(pooled, summed_SDD[place], hidden, metric.dtype)
         return _Shared(best.basis_RS.to(metric.dtype), pooled.times(best.basis_RS).to(metric.dtype), best.gain_R, inners[SIDES[place]])
 
-    for part, (inner, outer_DD) in enumerate(in_parallel(pair, len(SIDES) * experts, metric.device)):
-        place, expert = divmod(part, experts)
-        pooled_SDD[place].add_(inner.full(), alpha=float(outer_DD.trace()))
-        summed_SDD[place].add_(outer_DD, alpha=float(inner.full().trace()))
-        if experts * hidden**2 <= SMALL:
-            inners[SIDES[place]][expert] = inner
+    for number, (inner, outer_DD) in enumerate(in_parallel(pair, len(SIDES) * len(parts), metric.device)):
+        place, part = divmod(number, len(parts))
+        inner_DD = inner.full().expand_as(outer_DD)
+        _add_weighted_(pooled_SDD[place], inner_DD, trace_of(outer_DD))
+        _add_weighted_(summed_SDD[place], outer_DD, trace_of(inner_DD))
+        if metric.layer.experts * hidden**2 <= SMALL:
+            inners[SIDES[place]][part] = inner
     return dict(zip(SIDES, in_parallel(found, len(SIDES), metric.device), strict=True))
+
+
+def _add_weighted_(sum_DD: torch.Tensor, matrix_DD: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add one matrix, or several, each times its weight."""
+    for each_DD, times in zip(matrix_DD.reshape(-1, *sum_DD.shape), weight.reshape(-1).tolist(), strict=True):
+        sum_DD.add_(each_DD, alpha=times)
 
 
 def _refitted_losses(metric: LayerMetric, kind: Metric, shared: Mapping[Side, _Shared]) -> dict[Side, torch.Tensor]:
@@ -184,18 +194,18 @@ def _refitted_losses(metric: LayerMetric, kind: Metric, shared: Mapping[Side, _S
     The basis is that of the whole space, so that in the output metric nothing is lost beyond it: every loss is a sum of gains, where
     total less gains would be a difference of large numbers.
     """
-    experts = metric.layer.experts
+    parts = metric.together()
 
-    def losses(part: int) -> torch.Tensor:
-        side, expert = SIDES[part // experts], part % experts
-        of = shared[side]
-        own, outer_DD = of.inners.get(expert) or _inner(metric, side, kind, expert), _outer(metric, side, "output", expert)
+    def losses(number: int) -> torch.Tensor:
+        side, part = SIDES[number // len(parts)], number % len(parts)
+        of, which = shared[side], parts[part]
+        own, outer_DD = of.inners.get(part) or _inner(metric, side, kind, which), _outer(metric, side, "output", which)
         if kind == "output":
             return tail_losses(fit_gains(of.basis_DD, of.dual_DD, own, outer_DD))
         read_DD, fitted_DD = orthonormal(own, of.basis_DD.double())
-        return projection_losses(read_DD, fitted_DD, _inner(metric, side, "output", expert), outer_DD.double())
+        return projection_losses(read_DD, fitted_DD, _inner(metric, side, "output", which), outer_DD.double())
 
     loss_SR = torch.zeros(len(SIDES), metric.layer.hidden + 1, dtype=torch.float64, device=metric.device)
-    for part, own_R in enumerate(in_parallel(losses, len(SIDES) * experts, metric.device)):
-        loss_SR[part // experts] += own_R
+    for number, own_R in enumerate(in_parallel(losses, len(SIDES) * len(parts), metric.device)):
+        loss_SR[number // len(parts)] += own_R.reshape(-1, own_R.shape[-1]).sum(0)
     return dict(zip(SIDES, loss_SR, strict=True))

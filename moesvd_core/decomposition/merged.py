@@ -94,7 +94,7 @@ class MergedBasis:
         clusters = self.clusters(rank)
         weight_GNM = torch.stack([_mean(self._metric, self._side, members) for members in clusters.values()])
         group_of = {expert: group for group, members in enumerate(clusters.values()) for expert in members}
-        return MergedFactors(weight_GNM.cpu(), tuple(group_of[expert] for expert in range(len(group_of))))
+        return MergedFactors(weight_GNM, tuple(group_of[expert] for expert in range(len(group_of))))
 
     def biases(self, ranks: Sequence[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Every expert's biases are those of its group."""

@@ -9,17 +9,19 @@ p² in it, but for the output metric's input side, where tokens count by their g
 The optimum never needs both Grams at their size: with rows >= columns everything happens in the space of the columns, through
 Wᵀ L W ("right": W ≈ W X V), otherwise in the space of the rows, through W G Wᵀ ("left": W ≈ U K W), which for the output side is the
 collected O_e itself, so that no Gram of a wide expert's neurons is needed.
+
+Where `expert` may be a slice (`Which`), what is told of several experts has a leading dimension.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.decomposition.curvature import GRAM_RIDGE, PSEUDO_SHARE, curvature_of
+from moesvd_core.decomposition.curvature import GRAM_RIDGE, PSEUDO_SHARE, Which, curvature_of
 from moesvd_core.decomposition.grams import (
     EPSILON,
     DiagonalGram,
@@ -33,6 +35,7 @@ from moesvd_core.decomposition.grams import (
     settled_,
     symmetric,
     symmetric_product,
+    trace_product,
 )
 from moesvd_core.decomposition.parallel import MadeOnce
 from moesvd_core.devices import on_card, to_device
@@ -44,8 +47,8 @@ BACKWARD_SUMS = ("gradient_gram_EDD", "gradient_weight_square_E", "row_square_EN
 """What a backward pass collects for every expert: all of it or nothing."""
 MOST_KEPT = 1 << 28
 """Entries of Wᵀ L W, and of W G Wᵀ, kept for all experts of a layer; several structures and passes ask for the same ones."""
-
-Key = TypeVar("Key")
+TOGETHER = 1 << 26
+"""Entries in double precision that the inner products of experts that a card works on at once may have."""
 
 
 class LayerMetric:
@@ -73,7 +76,7 @@ class LayerMetric:
         self._stored = statistics
         self.statistics = statistics.on(self.device)
         _check(weights, layer, self.statistics)
-        self._read: dict[tuple[Metric, int], torch.Tensor] = {}
+        self._read: defaultdict[Metric, dict[int, torch.Tensor]] = defaultdict(dict)
         self._written: dict[int, torch.Tensor] = {}
         self._lent = PSEUDO_SHARE if shrink else 0.0
         self._curvature = curvature_of(weights, layer, self.statistics, self.device, self._lent)
@@ -99,7 +102,17 @@ class LayerMetric:
         rows, columns = self.shape(side)
         return columns <= rows if side == "input" else columns < rows
 
-    def weight(self, side: Side, expert: int) -> torch.Tensor:
+    def together(self) -> list[int] | list[slice]:
+        """The layer's experts in the parts that are best worked on at once: small matrices leave most of a card to others, and each asks it
+        for as much as all of them.
+        """
+        experts = self.layer.experts
+        if not on_card(self.device):
+            return list(range(experts))
+        most = max(1, TOGETHER // (self.layer.hidden * max(self.layer.hidden, self.layer.input_rows, self.layer.width)))
+        return [slice(start, min(start + most, experts)) for start in range(0, experts, most)]
+
+    def weight(self, side: Side, expert: Which) -> torch.Tensor:
         """The expert's matrix for computing, [rows, columns]."""
         return self.stored(side)[expert].to(self.device, self.dtype)
 
@@ -124,7 +137,7 @@ class LayerMetric:
 
     # -- the two sides of the inner product ------------------------------------------------------------------------------------------
 
-    def left(self, side: Side, metric: Metric, expert: int) -> RootedGram:
+    def left(self, side: Side, metric: Metric, expert: Which) -> RootedGram:
         """L_e [rows, rows]."""
         rows, _ = self.shape(side)
         if metric != "output":
@@ -137,7 +150,7 @@ class LayerMetric:
         """G_e [columns, columns]."""
         return self.right_of_input(metric, expert) if side == "input" else self.right_of_output(metric, expert)
 
-    def right_of_input(self, metric: Metric, expert: int) -> RootedGram:
+    def right_of_input(self, metric: Metric, expert: Which) -> RootedGram:
         """G_e of the input matrix, [D, D]: C_e, or what a backward pass puts in its place; nothing but lengths in the simpler metrics."""
         if metric == "plain":
             return self._ones(self.layer.hidden)
@@ -166,42 +179,49 @@ class LayerMetric:
         """What W carries into the smaller space: Wᵀ L_e W [columns, columns] or W G_e Wᵀ [rows, rows]; float64."""
         return (self.read_by if self.works_right(side) else self.written_by)(side, metric, expert).double()
 
-    def written_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
+    def written_by(self, side: Side, metric: Metric, expert: Which) -> torch.Tensor:
         """W G_e Wᵀ [rows, rows], in the weights' computing precision."""
         if side == "output" and metric in ("input", "output"):
-            return self._kept(self._written, expert, lambda: self._output_gram(expert).to(self.dtype))
+            return self._kept(self._written, expert, lambda which: self._output_gram(which).to(self.dtype))
+        if isinstance(expert, slice):  # Grams of neurons are large
+            return torch.stack([self.written_by(side, metric, each) for each in self._each(expert)])
         weight_NM = self.weight(side, expert)
         return symmetric_product(self.right(side, metric, expert).times(weight_NM), weight_NM.T)
 
-    def read_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
+    def read_by(self, side: Side, metric: Metric, expert: Which) -> torch.Tensor:
         """Wᵀ L_e W [columns, columns], in the weights' computing precision."""
         if side == "output":
             return self._read_by(side, metric, expert)
         kind: Metric = "output" if metric == "output" else "plain"
-        return self._kept(self._read, (kind, expert), lambda: self._read_by("input", kind, expert))
+        return self._kept(self._read[kind], expert, lambda which: self._read_by("input", kind, which))
 
-    def _read_by(self, side: Side, metric: Metric, expert: int) -> torch.Tensor:
+    def _read_by(self, side: Side, metric: Metric, expert: Which) -> torch.Tensor:
         weight_NM = self.weight(side, expert)
-        return symmetric_product(self.left(side, metric, expert).times(weight_NM.T), weight_NM)
+        return symmetric_product(self.left(side, metric, expert).times(weight_NM.mT), weight_NM)
 
-    def _kept(self, among: dict[Key, torch.Tensor], key: Key, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What was made before, or else now; kept where that of all experts is not too much."""
-        if (found := among.get(key)) is None:
-            found = make()
-            if self.layer.experts * found.numel() <= MOST_KEPT:
-                among[key] = found
-        return found
+    def _kept(self, among: dict[int, torch.Tensor], expert: Which, make: Callable[[Which], torch.Tensor]) -> torch.Tensor:
+        """What was made of an expert before, or else now; kept where that of all experts is not too much."""
+        experts = self._each(expert)
+        if all(each in among for each in experts):
+            return torch.stack([among[each] for each in experts]) if isinstance(expert, slice) else among[expert]
+        made = make(expert)
+        if self.layer.experts * made.shape[-1] ** 2 <= MOST_KEPT:
+            among.update(zip(experts, made if isinstance(expert, slice) else [made], strict=True))
+        return made
+
+    def _each(self, expert: Which) -> range:
+        return range(self.layer.experts)[expert] if isinstance(expert, slice) else range(expert, expert + 1)
 
     def _ones(self, size: int) -> DiagonalGram:
         return DiagonalGram(torch.ones(size, dtype=torch.float64, device=self.device))
 
     def energy(self, side: Side, expert: int) -> float:
         """tr L_e W G_e Wᵀ in the output metric: what dropping the whole matrix loses."""
-        return float((self.inner(side, "output", expert).full() * self.outer(side, "output", expert)).sum())
+        return float(trace_product(self.inner(side, "output", expert).full(), self.outer(side, "output", expert)))
 
     # -- shrunken statistics -----------------------------------------------------------------------------------------------------------
 
-    def _input_gram(self, expert: int) -> torch.Tensor:
+    def _input_gram(self, expert: Which) -> torch.Tensor:
         """C_e + n0·C̄, ridged: an expert with few tokens leans on what an average token looks like."""
         summed_DD = self.statistics.input_gram_EDD[expert]
         own_DD = to_device(summed_DD, self.device).to(torch.float64, copy=True).add_(self._pooled_gram, alpha=self.pseudo_tokens)
@@ -212,11 +232,12 @@ class LayerMetric:
         """C̄, the layer's input Gram a routed token."""
         return to_device(self.statistics.input_gram_EDD, self.device).sum(0, dtype=torch.float64) / float(self.statistics.count_E.sum())
 
-    def _output_gram(self, expert: int) -> torch.Tensor:
+    def _output_gram(self, expert: Which) -> torch.Tensor:
         """O_e + h̄·n0·W Wᵀ: the same shrinkage as of H_e, seen through W."""
         weight_DM = self.weight("output", expert)
         own_DD = mirrored_(to_device(self.statistics.output_gram_EDD[expert], self.device).to(torch.float64, copy=True))
-        return own_DD.add_(symmetric_product(weight_DM, weight_DM.T), alpha=self._isotropic(expert))
+        isotropic = torch.tensor([self._isotropic(each) for each in self._each(expert)], dtype=torch.float64, device=self.device)
+        return own_DD.addcmul_(symmetric_product(weight_DM, weight_DM.mT), isotropic.reshape(*own_DD.shape[:-2], 1, 1))
 
     def _intermediate_gram(self, expert: int) -> Gram:
         """H_e + h̄·n0·1. Neurons have no common order across experts: the pooled Gram to lean on is isotropic.
@@ -246,12 +267,12 @@ class LayerMetric:
         energy = float(self.statistics.output_gram_EDD.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
         return energy / float((norms_E * self.statistics.count_E).sum().clamp(min=torch.finfo(torch.float64).tiny))
 
-    def _channel_mean(self, mean_ES: torch.Tensor, expert: int) -> torch.Tensor:
+    def _channel_mean(self, mean_ES: torch.Tensor, expert: Which) -> torch.Tensor:
         """mean |x| of every channel: ASVD's scaling squared, at its α = ½. Never zero; an expert without tokens leans on the others."""
-        own_S = mean_ES[expert] if int(self.statistics.count_E[expert]) else mean_ES.mean(0)
+        own_S = torch.where(self.statistics.count_E[expert].unsqueeze(-1) > 0, mean_ES[expert], mean_ES.mean(0))
         mean_S = own_S.to(self.device, torch.float64)
-        average = float(mean_S.mean())
-        return mean_S + (GRAM_RIDGE * average if average > 0 else 1.0)
+        average_1 = mean_S.mean(-1, keepdim=True)
+        return mean_S + torch.where(average_1 > 0, GRAM_RIDGE * average_1, 1.0)
 
 
 def _check(weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatistics) -> None:

@@ -14,7 +14,7 @@ from moesvd_core.decomposition.losses import projection_losses, tail_losses
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.projection import best_projection
-from moesvd_core.devices import copy_to_host_, to_device, to_host
+from moesvd_core.devices import copy_to_host_, to_device
 from moesvd_core.planning import DENSE, Metric, Side, SideCurve
 
 
@@ -57,8 +57,7 @@ class PerExpertBasis:
         read_RS = self._metric.inner(self._side, self._kind, expert).times(basis_RS)
         basis_RS, read_RS = basis_RS.to(weight_NM.dtype), read_RS.to(weight_NM.dtype)
         right = self._metric.works_right(self._side)
-        left_NR, right_RM = balanced(weight_NM @ read_RS.T, basis_RS) if right else balanced(basis_RS.T, read_RS @ weight_NM)
-        return to_host(left_NR), to_host(right_RM)
+        return balanced(weight_NM @ read_RS.T, basis_RS) if right else balanced(basis_RS.T, read_RS @ weight_NM)
 
     def _weight(self, expert: int) -> torch.Tensor:
         """What an expert's factors stand for, [rows, columns]."""

@@ -132,7 +132,7 @@ class SharedVBasis:
             fits = [metric.weight(side, each) @ fit.T.to(metric.dtype) for each, fit in zip(sharing.experts, readers, strict=True)]
             left_KNR = torch.stack(fits)
         left_KNR, right_RM = balanced(left_KNR, right_RM)
-        return RightGroup(sharing.experts, right_RM.cpu(), left_KNR.cpu(), sharing.sums)
+        return RightGroup(sharing.experts, right_RM, left_KNR, sharing.sums)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file has to keep so that `loaded` can slice again."""

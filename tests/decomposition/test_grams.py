@@ -1,5 +1,7 @@
 """Inner products: roots of singular matrices, what is assumed where nothing was measured, and Algorithm 5."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from moesvd_core.decomposition.grams import (
     ridged,
     settled_,
     symmetric_product,
+    trace_product,
     upper_times,
 )
 
@@ -77,6 +80,14 @@ def test_algorithm_5_rescues_cholesky_from_an_indefinite_matrix() -> None:
     torch.testing.assert_close(lower @ lower.T, matrix, atol=1e-8, rtol=0)
 
 
+def test_algorithm_5_leaves_alone_what_stands_beside_an_indefinite_matrix() -> None:
+    broken, whole = torch.diag(torch.tensor([1.0, -1e-9, 2.0], dtype=torch.float64)), ridged(random(3, 5) @ random(3, 5).T, 1e-6)
+    lower = cholesky(torch.stack([whole, broken, whole]))
+    assert torch.equal(lower[1], cholesky(broken))
+    for place in (0, 2):
+        assert torch.equal(lower[place], cholesky(whole))
+
+
 def test_algorithm_5_shifts_eigenvalues_above_zero_and_symmetrises() -> None:
     matrix = torch.tensor([[1.0, 4.0], [2.0, 1.0]], dtype=torch.float64)
     fixed = make_positive_definite(matrix)
@@ -111,3 +122,32 @@ def test_products_that_spare_a_half_are_those_that_do_not(size: int) -> None:
     torch.testing.assert_close(upper_times(whole.triu(), other), whole.triu() @ other)
     torch.testing.assert_close(quadratic(other.T, whole), (other.T @ whole @ other).diagonal())
     torch.testing.assert_close(mirrored_(skew.clone()), skew.tril() + skew.tril(-1).T)
+
+
+@pytest.mark.parametrize("size", [3, BLOCK + 1])
+def test_several_matrices_at_once_are_what_each_is(size: int) -> None:
+    left, skew, other = random(3, size, 40), random(3, size, size, seed=2), random(3, 30, size, seed=1)
+    whole = torch.stack([each @ each.T for each in left])
+    grams = whole.clone()
+    grams[1] = 0
+    calls: dict[str, Callable[..., torch.Tensor]] = {
+        "symmetric product": lambda at: symmetric_product(left[at], left[at].mT),
+        "lower product": lambda at: lower_product(left[at], left[at].mT).tril(),
+        "upper": lambda at: upper_times(whole[at].triu(), other[at].mT),
+        "quadratic": lambda at: quadratic(other[at], whole[at]),
+        "mirrored": lambda at: mirrored_(skew[at].clone()),
+        "ridged": lambda at: ridged(grams[at], 1e-3),
+        "settled": lambda at: settled_(grams[at].clone(), 1e-9, torch.float32),
+        "trace": lambda at: trace_product(whole[at], skew[at]),
+    }
+    for made in (lambda at: DiagonalGram(left[at, :, 0].abs()), lambda at: FullGram(settled_(grams[at].clone(), 1e-9, torch.float32))):
+        kind = type(made(0)).__name__
+        calls[f"{kind} full"] = lambda at, made=made: made(at).full()
+        calls[f"{kind} diagonal"] = lambda at, made=made: made(at).diagonal()
+        calls[f"{kind} times"] = lambda at, made=made: made(at).times(other[at])
+        calls[f"{kind} root"] = lambda at, made=made: made(at).root_times(other[at])
+        calls[f"{kind} inverse root"] = lambda at, made=made: made(at).inverse_root_times(other[at])
+        calls[f"{kind} whitened"] = lambda at, made=made: made(at).whitened(whole[at])
+    for name, call in calls.items():
+        each = torch.stack([call(at) for at in range(3)])
+        torch.testing.assert_close(call(slice(None)), each, rtol=1e-8, atol=1e-8, msg=name)

@@ -33,6 +33,21 @@ def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str, side: Side
         assert basis.curve.loss_SR[0, rank] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["plain", "scaled", "input", "output"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("measured", [True, False])
+def test_experts_worked_on_together_lose_what_they_lose_one_after_the_other(
+    kind: Metric, shape: str, measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = layer_metric(shape, measured=measured)
+    alone = LatentBasis.both(metric, kind)
+    wanted = {side: alone[side].factors([3]).reconstruct() for side in SIDES}
+    monkeypatch.setattr(LayerMetric, "together", lambda self: [slice(0, 1), slice(1, 4)])
+    for side, basis in LatentBasis.both(layer_metric(shape, measured=measured), kind).items():
+        torch.testing.assert_close(torch.tensor(basis.curve.loss_SR), torch.tensor(alone[side].curve.loss_SR), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(basis.factors([3]).reconstruct(), wanted[side], rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_experts_that_use_one_small_subspace_are_kept_exactly(side: Side) -> None:
     tiny = tiny_layer(4, 10, 14)

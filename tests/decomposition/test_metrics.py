@@ -11,7 +11,7 @@ from moesvd_core.calibration.statistics import LayerStatistics
 from moesvd_core.decomposition import curvature, metrics
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.errors import CheckpointError, StatisticsError
-from moesvd_core.planning import SIDES, Side
+from moesvd_core.planning import SIDES, Metric, Side
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_error_of_a_single_token_is_half_the_square_of_what_it_does_to_the_l
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("rows", ["gram", "squares"])
-def test_in_parallels_own_tokens_weigh_its_errors(rows: str) -> None:
+def test_an_experts_own_tokens_weigh_its_errors(rows: str) -> None:
     tiny = tiny_layer()
     if rows == "squares":
         tiny.statistics.row_gram_ENN = None
@@ -81,7 +81,7 @@ def test_a_backward_pass_over_a_part_of_the_text_stands_for_all_of_it(side: Side
 
 
 @pytest.mark.usefixtures("exact")
-def test_without_sums_of_in_parallel_output_errors_are_weighed_by_the_layers_gradients() -> None:
+def test_without_sums_of_each_expert_output_errors_are_weighed_by_the_layers_gradients() -> None:
     tiny = tiny_layer(measured=False)
     metric = made(tiny)
     delta_DM = torch.randn(10, 7, dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_without_sums_of_in_parallel_output_errors_are_weighed_by_the_layers_gra
 
 
 @pytest.mark.usefixtures("exact")
-def test_without_sums_of_in_parallel_input_errors_are_weighed_by_slopes_and_the_layers_gradients() -> None:
+def test_without_sums_of_each_expert_input_errors_are_weighed_by_slopes_and_the_layers_gradients() -> None:
     tiny = tiny_layer(gated=False, measured=False)
     metric = made(tiny)
     delta_ND = torch.zeros(7, 10, dtype=torch.float64)
@@ -225,6 +225,34 @@ def test_products_that_are_kept_are_those_that_are_made_anew(monkeypatch: pytest
     fresh = made(tiny_layer()).read_by("input", "output", 0)
     assert torch.equal(first, again)
     torch.testing.assert_close(first, fresh)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "scaled", "input", "output"])
+def test_several_experts_at_once_are_told_what_each_is_told(kind: Metric, measured: bool) -> None:
+    tiny = tiny_layer(4, starved=2, measured=measured)
+    metric, alone, some = made(tiny), made(tiny), slice(1, 4)
+    metric.read_by("input", kind, 1)  # kept, but of one expert only
+
+    def told(metric: LayerMetric, which: curvature.Which) -> list[torch.Tensor]:
+        grams = [metric.right_of_input(kind, which), *(metric.left(side, kind, which) for side in SIDES)]
+        products = [metric.read_by(side, kind, which) for side in SIDES] + [metric.written_by(side, kind, which) for side in SIDES]
+        return [gram.full() for gram in grams] + products + products[:1]
+
+    for _ in range(2):  # made, and kept
+        for together, *each in zip(told(metric, some), *(told(alone, expert) for expert in (1, 2, 3)), strict=True):
+            torch.testing.assert_close(together.expand(3, *together.shape[-2:]), torch.stack(each), rtol=1e-10, atol=1e-12)
+
+
+def test_a_card_gets_as_many_experts_at_once_as_take_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = made(tiny_layer(5))  # 10 × 14 numbers of an input matrix
+    assert metric.together() == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(metrics, "on_card", lambda device: True)
+    assert metric.together() == [slice(0, 5)]
+    for room, first in ((300, slice(0, 2)), (1, slice(0, 1))):
+        monkeypatch.setattr(metrics, "TOGETHER", room)
+        parts = metric.together()
+        assert parts[0] == first and [expert for part in parts for expert in range(5)[part]] == [0, 1, 2, 3, 4]
 
 
 def test_what_lies_on_a_card_is_let_go_and_taken_from_the_host_again(monkeypatch: pytest.MonkeyPatch) -> None:
