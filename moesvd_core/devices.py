@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-STAGED = 1 << 26
-"""Bytes of each of the two buffers."""
+STAGED = 1 << 23
+"""Bytes of each of the two buffers: few enough that tensors of a layer take several turns, in which host and bus work at the same time."""
 SMALL = 1 << 20
 """Bytes up to which a tensor is copied as it comes."""
 SPARED = 0.4
