@@ -27,9 +27,12 @@ def room(device: torch.device) -> int:
     """Bytes that may be kept on a device for later; none where nothing is known of its memory."""
     if not on_card(device):
         return 0
-    free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, and free for the next tensor
-    return max(0, free + unused - int(SPARED * total))
+    return max(0, unused(device) - int(SPARED * torch.cuda.mem_get_info(device)[1]))
+
+
+def unused(device: torch.device) -> int:
+    """Bytes of a card's memory that the next tensors can have: those free, and those that torch holds for them."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def finish(device: torch.device) -> None:

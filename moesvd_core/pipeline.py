@@ -168,11 +168,11 @@ class Pipeline:
         statistics = self.statistics.layers[index]
         file = None if self.folder is None else self._file("factors", single, index)
         if file is not None and file.exists():
-            made = load_decomposition(file, weights, layer, statistics, single)
+            made = load_decomposition(file, weights, layer, statistics, single, device=self.stream.device)
         else:
             made = decompose(weights, layer, statistics, single, device=self.stream.device)
-            made.release()  # those of all layers would not fit
         if file is None or self.resident:
+            made.release()  # those of all layers would not fit
             self.cache[key] = made
         if file is not None:
             if not file.exists():
@@ -297,7 +297,7 @@ class Pipeline:
         for structure in sorted({side.structure for side in sides.values()} - {"dense"}):
             its = {name: side if side.structure == structure else dense for name, side in sides.items()}
             decomposition = self._decomposition(index, base.alone(structure))  # type: ignore[arg-type]
-            part = decomposition.materialise(replace(layer_plan, **its), refined=refined).on_host()  # type: ignore[arg-type]
+            part = decomposition.materialise(replace(layer_plan, **its), refined=refined, on_host=True)  # type: ignore[arg-type]
             names = [name for name, side in sides.items() if side.structure == structure]
             made = part if made is None else replace(made, **{name: getattr(part, name) for name in names})
         return made

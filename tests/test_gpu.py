@@ -1,6 +1,7 @@
 """What a graphics card finds out, beside what the host does; nothing is run where there is no card."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,18 @@ class TestCalibration:
             assert card.predicted_loss == pytest.approx(host.predicted_loss, rel=0.02)
 
 
+    def test_a_pipeline_that_goes_on_from_its_files_works_on_the_card(self, both: tuple[Statistics, Statistics], tmp_path: Path) -> None:
+        card = both[1]
+        first = Pipeline(card.stream, card, folder=tmp_path)  # type: ignore[arg-type]
+        plan = first.plan(Recipe("latent", 0.15))
+        again = Pipeline(card.stream, card, folder=tmp_path)  # type: ignore[arg-type]
+        index = next(layer.layer for layer in plan.layers if layer.selected)
+        assert again._decomposition(index, method("latent"))._metric.device.type == "cuda"
+        theirs, ours = first.factors(plan, index), again.factors(plan, index)
+        assert theirs is not None and ours is not None
+        close(ours.input.reconstruct(), theirs.input.reconstruct(), 1e-5)
+
+
 @pytest.fixture(scope="module")
 def layers() -> Iterator[tuple[RandomLayer, RandomLayer]]:
     """One random layer, its weights on the host and on a card."""
@@ -155,15 +168,15 @@ def layers() -> Iterator[tuple[RandomLayer, RandomLayer]]:
 
 
 class TestDecomposition:
-    @pytest.mark.parametrize("name", ["latent", "svd", "svd-llm", "fisher", "d2-moe"])
+    @pytest.mark.parametrize("name", ["latent", "svd", "svd-llm", "fisher", "d2-moe", "moe-svd", "neuron-pruning", "expert-merging"])
     def test_curves_and_factors_are_those_of_the_host(self, name: str, layers: tuple[RandomLayer, RandomLayer]) -> None:
         host, card = (_decomposed(each, name) for each in layers)
         for known, found in zip(host.curves, card.curves, strict=True):
             close(torch.from_numpy(found.loss_SR), torch.from_numpy(known.loss_SR), 1e-4)
         plan = planned(host, layers[0].layer, method(name), 0.4)
-        theirs, ours = host.materialise(plan), card.materialise(plan)
+        theirs, ours, kept = host.materialise(plan), card.materialise(plan), card.materialise(plan, on_host=True)
         for side in ("input", "output"):
-            made, moved = (getattr(each, side).reconstruct() for each in (ours, ours.on_host()))
+            made, moved = (getattr(each, side).reconstruct() for each in (ours, kept))
             assert (made.device.type, moved.device.type) == ("cuda", "cpu")
             close(moved, getattr(theirs, side).reconstruct(), 2e-2)
             close(made.cpu(), moved, 1e-3)

@@ -12,7 +12,8 @@ Measured, after a backward pass:
     at 22 % of the experts' parameters). Wide experts keep the diagonal of L_e only.
 Estimated, without one: L = Γ of the layer (from a probe: a multiple of the identity), and ρ, with C_e for G_e.
 
-Shapes: E experts, D hidden size, M width, N input rows. An expert may be several, a slice: then what is told of it has a leading dimension.
+Shapes: E experts, D hidden size, M width, N input rows. An expert may be several, a slice: then what is told has a leading dimension,
+or none where it is the same for all experts.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +22,7 @@ import torch
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.decomposition.grams import DiagonalGram, FullGram, RootedGram, ridged, ridged_, settled_, symmetric
+from moesvd_core.decomposition.grams import DiagonalGram, FullGram, RootedGram, diagonal_of, ridged, ridged_, settled_, symmetric
 from moesvd_core.decomposition.parallel import MadeOnce
 from moesvd_core.devices import to_device
 
@@ -90,7 +91,9 @@ class MeasuredCurvature(Curvature):
         total_1 = _positive(square_N.sum(-1, keepdim=True))
         if self._row_gram_ENN is None:
             return DiagonalGram(square_N / total_1 + ROW_RIDGE / square_N.shape[-1])
-        return FullGram(ridged((self._own(self._row_gram_ENN, expert) + lent_N.diag()) / total_1[..., None], ROW_RIDGE))
+        own_NN = self._own(self._row_gram_ENN, expert)
+        diagonal_of(own_NN).add_(lent_N)
+        return FullGram(ridged_(own_NN.div_(total_1[..., None]), ROW_RIDGE))
 
     def input_gram(self, expert: Which) -> torch.Tensor:
         own_DD = self._own(self._weighted_input_gram_EDD, expert).add_(self._mean_input_gram, alpha=self._lent)

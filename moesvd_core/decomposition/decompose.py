@@ -67,11 +67,13 @@ class Decomposition:
         """Predicted losses and costs, input side first, one for each structure that the method has on offer."""
         return [basis.curve for basis in self._bases.values()]
 
-    def materialise(self, plan: LayerPlan, *, refined: bool = False) -> LayerFactors:
-        """The factors that a plan asks for: slices, refitted where the structure says so. They lie where the work is done.
+    def materialise(self, plan: LayerPlan, *, refined: bool = False, on_host: bool = False) -> LayerFactors:
+        """The factors that a plan asks for: slices, refitted where the structure says so.
 
         Args:
             refined: take shared bases that are the better for being of the plan's rank alone, where the structure has them.
+            on_host: bring factors to the host, each side as soon as it is made, and not leave them where the work is done. What stays
+                dense is the original, wherever that is.
 
         Raises:
             InputError: the plan is of another layer, asks for a structure that was not decomposed, for ranks that there are not, or for
@@ -80,7 +82,7 @@ class Decomposition:
         weights, layer = self._metric.weights, self._metric.layer.index
         if plan.layer != layer:
             raise InputError(f"plan must be of layer {layer}, which was decomposed, got that of layer {plan.layer}")
-        sides = self._side("input", plan.input, refined), self._side("output", plan.output, refined)
+        sides = self._side("input", plan.input, refined, on_host), self._side("output", plan.output, refined, on_host)
         coupled = next((each.structure for each in (plan.input, plan.output) if each.structure in COUPLED), None)
         if coupled is None:
             return LayerFactors(layer, *sides, weights.input_bias_EN, weights.output_bias_ED)
@@ -92,7 +94,7 @@ class Decomposition:
         kept = tuple(expert for expert, rank in enumerate(ranks) if rank == DENSE) if coupled == "kept-experts" else None
         return LayerFactors(layer, *sides, *basis.biases(ranks), kept)
 
-    def _side(self, side: Side, plan: SidePlan, refined: bool) -> SideFactors:
+    def _side(self, side: Side, plan: SidePlan, refined: bool, on_host: bool) -> SideFactors:
         if plan.structure == "dense":
             return DenseFactors(self._metric.stored(side))
         basis = self._bases.get((side, plan.structure))
@@ -102,7 +104,8 @@ class Decomposition:
         slots, most = basis.curve.gain_SR.shape
         if len(plan.ranks) != slots or not all(-1 <= rank <= most for rank in plan.ranks):
             raise InputError(f"{side} ranks of layer {self._metric.layer.index} must be {slots} numbers in [-1, {most}], got {plan.ranks}")
-        return basis.refined(plan.ranks) if refined and isinstance(basis, LatentBasis) else basis.factors(plan.ranks)
+        made = basis.refined(plan.ranks) if refined and isinstance(basis, LatentBasis) else basis.factors(plan.ranks)
+        return made.on_host() if on_host else made
 
     def release(self) -> None:
         """Let go of what lies on a card, before others are decomposed; factors can be asked for as before, a little later."""

@@ -2,8 +2,8 @@
 
 Shapes: E experts, N rows and M columns of a side's matrices (input: n × d, output: d × m), R rank, K stored left factors.
 
-Tensors lie where they were made, until `on` moves them. Slots that stay dense keep the original tensor, bit for bit; factors are float32
-(float64 when the weights are). The rank R of a matrix is always the length of a tensor's dimension: nothing is padded.
+Tensors lie where they were made, until `on_host` moves them. Slots that stay dense keep the original tensor, bit for bit; factors are
+float32 (float64 when the weights are). The rank R of a matrix is always the length of a tensor's dimension: nothing is padded.
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +35,7 @@ class SideFactors(ABC):
 
     @abstractmethod
     def on_host(self) -> "SideFactors":
-        """The same without a tensor on a card, but for original ones."""
+        """The same without a factor on a card, which what is kept for later must not fill; original matrices stay where they are."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class PerExpertFactors(SideFactors):
     def reconstruct(self) -> torch.Tensor:
         return torch.stack(
             [
-                self.dense[expert].to(left_NR.dtype) if expert in self.dense else left_NR @ right_RM
+                self.dense[expert].to(left_NR) if expert in self.dense else left_NR @ right_RM
                 for expert, (left_NR, right_RM) in enumerate(zip(self.left, self.right, strict=True))
             ]
         )
@@ -330,10 +330,6 @@ class LayerFactors:
         """Stored parameters, biases included."""
         biases = sum(bias.numel() for bias in (self.input_bias_EN, self.output_bias_ED) if bias is not None)
         return self.input.parameters + self.output.parameters + biases
-
-    def on_host(self) -> "LayerFactors":
-        """The same without a tensor on a card, but for original ones: what is kept for later must not fill it."""
-        return replace(self, input=self.input.on_host(), output=self.output.on_host())
 
     def multiplied_out(self) -> ExpertWeights:
         """The experts that the factors stand for, in the shapes of the original ones."""

@@ -46,7 +46,7 @@ class KeptExpertsBasis:
         if all(rank == DENSE for rank in ranks):
             return DenseFactors(stored)
         rows, columns = self._metric.shape(self._side)
-        nothing = torch.empty(0, dtype=self._metric.dtype)
+        nothing = torch.empty(0, dtype=self._metric.dtype, device=self._metric.device)
         return PerExpertFactors(
             tuple(ranks),
             tuple(nothing.reshape(rows, 0) for _ in ranks),

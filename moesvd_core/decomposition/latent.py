@@ -85,7 +85,7 @@ class LatentBasis:
 
     def _input_factors(self, basis_RD: torch.Tensor) -> SideFactors:
         """V and A_e = W_e G_e Vᵀ (V G_e Vᵀ)^{-1}: the shared basis, refitted to each expert's own tokens."""
-        metric, experts, parts = self._metric, range(self._metric.layer.experts), self._metric.together()
+        metric, experts, parts = self._metric, range(self._metric.layer.experts), self._metric.together
         left_ENR = basis_RD.new_empty(len(experts), metric.shape("input")[0], len(basis_RD))
 
         def fit(part: int) -> None:
@@ -99,7 +99,7 @@ class LatentBasis:
 
     def _output_factors(self, basis_RD: torch.Tensor) -> SideFactors:
         """P and B_e = (Pᵀ L_e P)^{-1} Pᵀ L_e D_e: the shared basis, refitted to what each expert's own tokens do to the loss."""
-        metric, parts = self._metric, self._metric.together()
+        metric, parts = self._metric, self._metric.together
         right_ERM = basis_RD.new_empty(metric.layer.experts, len(basis_RD), metric.layer.width)
 
         def fit(part: int) -> None:
@@ -157,7 +157,7 @@ def _shared_bases(metric: LayerMetric, kind: Metric) -> dict[Side, _Shared]:
     Expert e would have its own from the inner product I_e and from what it carries, O_e. One basis needs one pair, so Σ_e I_e ⊗ O_e is
     taken as the product of its two marginals, which it is where all I_e or all O_e are alike; the refit puts right what that leaves out.
     """
-    parts, hidden = metric.together(), metric.layer.hidden
+    parts, hidden = metric.together, metric.layer.hidden
     pooled_SDD = torch.zeros(len(SIDES), hidden, hidden, dtype=torch.float64, device=metric.device)
     summed_SDD = torch.zeros_like(pooled_SDD)
     inners: dict[Side, dict[int, RootedGram]] = {side: {} for side in SIDES}
@@ -194,7 +194,7 @@ def _refitted_losses(metric: LayerMetric, kind: Metric, shared: Mapping[Side, _S
     The basis is that of the whole space, so that in the output metric nothing is lost beyond it: every loss is a sum of gains, where
     total less gains would be a difference of large numbers.
     """
-    parts = metric.together()
+    parts = metric.together
 
     def losses(number: int) -> torch.Tensor:
         side, part = SIDES[number // len(parts)], number % len(parts)

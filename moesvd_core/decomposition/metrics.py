@@ -10,7 +10,7 @@ The optimum never needs both Grams at their size: with rows >= columns everythin
 Wᵀ L W ("right": W ≈ W X V), otherwise in the space of the rows, through W G Wᵀ ("left": W ≈ U K W), which for the output side is the
 collected O_e itself, so that no Gram of a wide expert's neurons is needed.
 
-Where `expert` may be a slice (`Which`), what is told of several experts has a leading dimension.
+Where `expert` may be a slice (`Which`), what is told of several experts has a leading dimension, or none where it is the same for all.
 """
 
 from collections import defaultdict
@@ -29,6 +29,7 @@ from moesvd_core.decomposition.grams import (
     Gram,
     ImpliedGram,
     RootedGram,
+    diagonal_of,
     least_squares,
     mirrored_,
     ridged,
@@ -37,8 +38,8 @@ from moesvd_core.decomposition.grams import (
     symmetric_product,
     trace_product,
 )
-from moesvd_core.decomposition.parallel import MadeOnce
-from moesvd_core.devices import on_card, to_device
+from moesvd_core.decomposition.parallel import STREAMS, MadeOnce
+from moesvd_core.devices import on_card, to_device, unused
 from moesvd_core.errors import CheckpointError, StatisticsError
 from moesvd_core.planning import Metric, Side
 
@@ -48,7 +49,9 @@ BACKWARD_SUMS = ("gradient_gram_EDD", "gradient_weight_square_E", "row_square_EN
 MOST_KEPT = 1 << 28
 """Entries of Wᵀ L W, and of W G Wᵀ, kept for all experts of a layer; several structures and passes ask for the same ones."""
 TOGETHER = 1 << 26
-"""Entries in double precision that the inner products of experts that a card works on at once may have."""
+"""Entries that the largest matrices of experts which a card works on at once may have."""
+WORKING = STREAMS * 12 * 8
+"""Bytes that a card needs for each of them: at most a part holds twelve times as many in double precision, and others do beside it."""
 
 
 class LayerMetric:
@@ -102,6 +105,7 @@ class LayerMetric:
         rows, columns = self.shape(side)
         return columns <= rows if side == "input" else columns < rows
 
+    @cached_property
     def together(self) -> list[int] | list[slice]:
         """The layer's experts in the parts that are best worked on at once: small matrices leave most of a card to others, and each asks it
         for as much as all of them.
@@ -109,7 +113,9 @@ class LayerMetric:
         experts = self.layer.experts
         if not on_card(self.device):
             return list(range(experts))
-        most = max(1, TOGETHER // (self.layer.hidden * max(self.layer.hidden, self.layer.input_rows, self.layer.width)))
+        hidden, rows = self.layer.hidden, self.layer.input_rows
+        largest = max(hidden * max(hidden, rows, self.layer.width), 0 if self.statistics.row_gram_ENN is None else rows**2)
+        most = max(1, min(TOGETHER, unused(self.device) // WORKING) // largest)
         return [slice(start, min(start + most, experts)) for start in range(0, experts, most)]
 
     def weight(self, side: Side, expert: Which) -> torch.Tensor:
@@ -146,7 +152,7 @@ class LayerMetric:
             return self._curvature.of_output(expert)
         return self._curvature.of_rows(expert)
 
-    def right(self, side: Side, metric: Metric, expert: int) -> Gram:
+    def right(self, side: Side, metric: Metric, expert: Which) -> Gram:
         """G_e [columns, columns]."""
         return self.right_of_input(metric, expert) if side == "input" else self.right_of_output(metric, expert)
 
@@ -159,12 +165,13 @@ class LayerMetric:
         weighted_DD = self._curvature.input_gram(expert) if metric == "output" else None
         return FullGram(self._input_gram(expert) if weighted_DD is None else weighted_DD)
 
-    def right_of_output(self, metric: Metric, expert: int) -> Gram:
-        """G_e of the output matrix, [M, M]: H_e, but for the metrics that look at no Gram."""
+    def right_of_output(self, metric: Metric, expert: Which) -> Gram:
+        """G_e of the output matrix, [M, M]: H_e, which is told of one expert at a time, but for the metrics that look at no Gram."""
         if metric == "plain":
             return self._ones(self.layer.width)
         if metric == "scaled":
             return DiagonalGram(self._channel_mean(self.statistics.intermediate_mean_EM, expert))
+        assert isinstance(expert, int)  # noqa: S101 - who asks for several wants what H_e makes of a matrix, which was collected
         return self._intermediate_gram(expert)
 
     def inner(self, side: Side, metric: Metric, expert: int) -> RootedGram:
@@ -183,10 +190,8 @@ class LayerMetric:
         """W G_e Wᵀ [rows, rows], in the weights' computing precision."""
         if side == "output" and metric in ("input", "output"):
             return self._kept(self._written, expert, lambda which: self._output_gram(which).to(self.dtype))
-        if isinstance(expert, slice):  # Grams of neurons are large
-            return torch.stack([self.written_by(side, metric, each) for each in self._each(expert)])
         weight_NM = self.weight(side, expert)
-        return symmetric_product(self.right(side, metric, expert).times(weight_NM), weight_NM.T)
+        return symmetric_product(self.right(side, metric, expert).times(weight_NM), weight_NM.mT)
 
     def read_by(self, side: Side, metric: Metric, expert: Which) -> torch.Tensor:
         """Wᵀ L_e W [columns, columns], in the weights' computing precision."""
@@ -264,7 +269,7 @@ class LayerMetric:
     def _mean_square(self) -> float:
         """h̄: mean p²·h² a routed token, as far as it shows in the outputs (so that it needs no H)."""
         norms_E = self.weights.output_EDM.float().square().sum((1, 2)).double().cpu()
-        energy = float(self.statistics.output_gram_EDD.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
+        energy = float(diagonal_of(self.statistics.output_gram_EDD).sum(dtype=torch.float64))
         return energy / float((norms_E * self.statistics.count_E).sum().clamp(min=torch.finfo(torch.float64).tiny))
 
     def _channel_mean(self, mean_ES: torch.Tensor, expert: Which) -> torch.Tensor:
@@ -304,7 +309,7 @@ def _first_broken(tensor_E: torch.Tensor) -> int | None:
     """
     precision = torch.promote_types(tensor_E.dtype, torch.float32)
     if on_card(tensor_E.device):
-        total_E = tensor_E.reshape(len(tensor_E), -1).sum(1, dtype=precision)
+        total_E = tensor_E.sum([*range(1, tensor_E.ndim)], dtype=precision) if tensor_E.ndim > 1 else tensor_E
     else:  # one after the other, which for 16 bits is several times as fast there
         total_E = torch.stack([tensor.sum(dtype=precision) for tensor in tensor_E])
     if total_E.isfinite().all():

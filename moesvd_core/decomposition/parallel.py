@@ -18,8 +18,8 @@ Result = TypeVar("Result")
 MOST = 4
 """Parts at a time, each with its matrices of hidden size in double precision."""
 STREAMS = 4
-"""Parts at a time on a card, each in a stream of its own, with its matrices as above: eigendecompositions of 1024 leave so much of an H100
-to others, and threads wait for each other's Python."""
+"""Parts at a time on a card, each in a stream of its own, with the matrices of its experts: eigendecompositions of 1024 leave so much of an
+H100 to others, and threads wait for each other's Python."""
 _LOADING = threading.Lock()
 
 

@@ -84,7 +84,7 @@ def fit_gains(basis_SS: torch.Tensor, dual_SS: torch.Tensor, inner: RootedGram, 
 
     With V̂ = C^{-1} V orthonormal in G from the top (C Cᵀ = V G Vᵀ, nested, so one factor serves every rank), the fit is W G V̂ᵀ V̂ and the
     gain of a row v̂ is v̂ G Wᵀ L W G v̂ᵀ. V spans the whole space, so V̂ G is Cᵀ V^{-T}, and all gains add up to tr L W G Wᵀ. That tells
-    whether the precision of V was enough; where it was not, all is done in double precision.
+    whether the precision of V was enough; where it was not, all is done in double precision, for all matrices that are given.
 
     Args:
         basis_SS: V; orthonormal in a Gram like this one, so that C is well-conditioned.
@@ -105,8 +105,9 @@ def fit_gains(basis_SS: torch.Tensor, dual_SS: torch.Tensor, inner: RootedGram, 
 def _seen(inner: Gram, basis_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """V G [R, S], and Cholesky's factor of V G Vᵀ [R, R].
 
-    In the precision of V where that is enough, else in double precision. A V that is orthonormal in a Gram like this one leaves V G Vᵀ
-    well-conditioned, but rounding of the products counts by ε/2 ‖v‖² ‖G‖ / √S beside v G vᵀ, and that grows with the spread of G.
+    In the precision of V where that is enough for all Grams that are given, else in double precision. A V that is orthonormal in a Gram
+    like this one leaves V G Vᵀ well-conditioned, but rounding of the products counts by ε/2 ‖v‖² ‖G‖ / √S beside v G vᵀ, and that grows
+    with the spread of G.
     """
     seen_RS = inner.times(basis_RS)
     if basis_RS.dtype == torch.float64 or not len(basis_RS):

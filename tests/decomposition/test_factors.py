@@ -3,13 +3,19 @@
 import pytest
 import torch
 
+from moesvd_core.decomposition import factors as forms
 from moesvd_core.decomposition.factors import (
+    BaseDeltaFactors,
     DenseFactors,
     LayerFactors,
+    MergedFactors,
+    NarrowFactors,
     PerExpertFactors,
+    PivotedFactors,
     RightGroup,
     SharedLeftFactors,
     SharedRightFactors,
+    SideFactors,
     balanced,
 )
 
@@ -40,6 +46,36 @@ def test_rank_zero_stores_nothing_and_makes_zero() -> None:
 def test_ranks_that_do_not_fit_the_factors_are_refused() -> None:
     with pytest.raises(ValueError, match="expert 1: rank 2 does not fit"):
         PerExpertFactors((1, 2), (torch.ones(4, 1),) * 2, (torch.ones(1, 3),) * 2, {})
+
+
+def every_form() -> dict[str, SideFactors]:
+    alone = RightGroup((0, 1), torch.ones(1, 3), torch.ones(2, 4, 1), ((0,), (1,)))
+    return {
+        "per-expert": per_expert(),
+        "dense": DenseFactors(W),
+        "shared right": SharedRightFactors((alone,)),
+        "shared left": SharedLeftFactors(torch.ones(4, 2), torch.ones(2, 2, 3)),
+        "base and deltas": BaseDeltaFactors(torch.ones(4, 3), per_expert((1, 1))),
+        "pivoted": PivotedFactors(per_expert((1, 1))),
+        "narrow": NarrowFactors(torch.ones(2, 2, 3), 1, 2, 4),
+        "merged": MergedFactors(torch.ones(1, 4, 3), (0, 0)),
+    }
+
+
+@pytest.mark.parametrize("form", every_form())
+def test_what_is_brought_to_the_host_is_the_same(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    brought: list[torch.Tensor] = []
+
+    def to_host(tensor: torch.Tensor) -> torch.Tensor:
+        brought.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(forms, "to_host", to_host)
+    made = every_form()[form]
+    moved = made.on_host()
+    assert type(moved) is type(made) and moved.parameters == made.parameters
+    assert torch.equal(moved.reconstruct(), made.reconstruct())
+    assert all(tensor is not W for tensor in brought) and (brought or form == "dense")
 
 
 def test_shared_right_sums_the_named_left_factors() -> None:

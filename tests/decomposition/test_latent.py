@@ -42,10 +42,30 @@ def test_experts_worked_on_together_lose_what_they_lose_one_after_the_other(
     metric = layer_metric(shape, measured=measured)
     alone = LatentBasis.both(metric, kind)
     wanted = {side: alone[side].factors([3]).reconstruct() for side in SIDES}
-    monkeypatch.setattr(LayerMetric, "together", lambda self: [slice(0, 1), slice(1, 4)])
+    monkeypatch.setattr(LayerMetric, "together", [slice(0, 1), slice(1, 4)])
     for side, basis in LatentBasis.both(layer_metric(shape, measured=measured), kind).items():
         torch.testing.assert_close(torch.tensor(basis.curve.loss_SR), torch.tensor(alone[side].curve.loss_SR), rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(basis.factors([3]).reconstruct(), wanted[side], rtol=1e-6, atol=1e-8)
+        assert not basis.factors([0]).reconstruct().any()
+
+
+@pytest.mark.parametrize("outlier", [False, True])
+def test_experts_worked_on_together_use_double_precision_where_one_needs_it(outlier: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def metric() -> LayerMetric:
+        tiny = tiny_layer(4, 128, 40, tokens=150, starved=2)
+        if outlier:
+            generator = torch.Generator().manual_seed(2)
+            x_TD = torch.randn(30, 128, generator=generator, dtype=torch.float64) + 1e3 * torch.randn(128, generator=generator)
+            tiny.statistics.weighted_input_gram_EDD[1] = x_TD.T @ x_TD
+        tiny.weights.input_END, tiny.weights.output_EDM = tiny.weights.input_END.float(), tiny.weights.output_EDM.float()
+        return of(tiny)
+
+    alone = LatentBasis.both(metric(), "output")
+    wanted = {side: alone[side].factors([20]).reconstruct() for side in SIDES}
+    monkeypatch.setattr(LayerMetric, "together", [slice(0, 3), slice(3, 4)])
+    for side, basis in LatentBasis.both(metric(), "output").items():
+        torch.testing.assert_close(torch.tensor(basis.curve.loss_SR), torch.tensor(alone[side].curve.loss_SR), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(basis.factors([20]).reconstruct(), wanted[side], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", SIDES)

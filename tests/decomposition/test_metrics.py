@@ -237,7 +237,7 @@ def test_several_experts_at_once_are_told_what_each_is_told(kind: Metric, measur
     def told(metric: LayerMetric, which: curvature.Which) -> list[torch.Tensor]:
         grams = [metric.right_of_input(kind, which), *(metric.left(side, kind, which) for side in SIDES)]
         products = [metric.read_by(side, kind, which) for side in SIDES] + [metric.written_by(side, kind, which) for side in SIDES]
-        return [gram.full() for gram in grams] + products + products[:1]
+        return [gram.full() for gram in grams] + products
 
     for _ in range(2):  # made, and kept
         for together, *each in zip(told(metric, some), *(told(alone, expert) for expert in (1, 2, 3)), strict=True):
@@ -246,12 +246,20 @@ def test_several_experts_at_once_are_told_what_each_is_told(kind: Metric, measur
 
 def test_a_card_gets_as_many_experts_at_once_as_take_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = made(tiny_layer(5))  # 10 × 14 numbers of an input matrix
-    assert metric.together() == [0, 1, 2, 3, 4]
+    assert metric.together == [0, 1, 2, 3, 4]
     monkeypatch.setattr(metrics, "on_card", lambda device: True)
-    assert metric.together() == [slice(0, 5)]
-    for room, first in ((300, slice(0, 2)), (1, slice(0, 1))):
-        monkeypatch.setattr(metrics, "TOGETHER", room)
-        parts = metric.together()
+    for rows, most, free, first in (
+        (False, 1000, 10**9, slice(0, 5)), (False, 300, 10**9, slice(0, 2)), (False, 1, 10**9, slice(0, 1)),
+        (False, 1000, 300 * metrics.WORKING, slice(0, 2)), (False, 1000, 0, slice(0, 1)), (True, 600, 10**9, slice(0, 3)),
+    ):
+        monkeypatch.setattr(metrics, "TOGETHER", most)
+        monkeypatch.setattr(metrics, "unused", lambda device, free=free: free)
+        tiny = tiny_layer(5)
+        if not rows:
+            tiny.statistics.row_gram_ENN = None  # with them the largest are 14 × 14
+        vars(metric).pop("together")
+        metric.statistics = tiny.statistics
+        parts = metric.together
         assert parts[0] == first and [expert for part in parts for expert in range(5)[part]] == [0, 1, 2, 3, 4]
 
 
