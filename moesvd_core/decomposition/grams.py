@@ -154,10 +154,9 @@ def trace_of(matrix_SS: torch.Tensor) -> torch.Tensor:
 
 def trace_product(one_SS: torch.Tensor, other_SS: torch.Tensor) -> torch.Tensor:
     """tr A Bᵀ, of every pair of matrices, or of several and one."""
-    if one_SS.ndim == 2 and other_SS.ndim == 2:
+    if one_SS.ndim == 2 and other_SS.ndim == 2:  # nothing is put into memory for one
         return torch.dot(one_SS.flatten(), other_SS.flatten())
-    pairs = zip(*torch.broadcast_tensors(one_SS, other_SS), strict=True)
-    return torch.stack([trace_product(*pair) for pair in pairs])  # so that no matrix is made for a number
+    return (one_SS * other_SS).sum((-2, -1))
 
 
 def symmetric(matrix_SS: torch.Tensor) -> torch.Tensor:
