@@ -142,7 +142,7 @@ class _Shared:
         basis_DD: rows of V, or columns of P, in the precision of factors.
         dual_DD: its inverse, transposed.
         gain_R: squared singular values of what all experts carry, in the one inner product that they share.
-        inners: the experts' own inner products by part, where all of them together are small.
+        inners: the experts' own inner products by the number of their part (`_parts`), where all of them together are small.
     """
 
     basis_DD: torch.Tensor
@@ -151,34 +151,38 @@ class _Shared:
     inners: Mapping[int, RootedGram]
 
 
+def _parts(metric: LayerMetric) -> list[tuple[Side, Which]]:
+    """The experts of either side, as many at once as are worked on together."""
+    return [(side, which) for side in SIDES for which in metric.together]
+
+
 def _shared_bases(metric: LayerMetric, kind: Metric) -> dict[Side, _Shared]:
     """The bases of both sides, each orthonormal in its pooled Gram.
 
     Expert e would have its own from the inner product I_e and from what it carries, O_e. One basis needs one pair, so Σ_e I_e ⊗ O_e is
     taken as the product of its two marginals, which it is where all I_e or all O_e are alike; the refit puts right what that leaves out.
     """
-    parts, hidden = metric.together, metric.layer.hidden
-    pooled_SDD = torch.zeros(len(SIDES), hidden, hidden, dtype=torch.float64, device=metric.device)
-    summed_SDD = torch.zeros_like(pooled_SDD)
-    inners: dict[Side, dict[int, RootedGram]] = {side: {} for side in SIDES}
+    parts, hidden = _parts(metric), metric.layer.hidden
+    pooled, summed = ({side: torch.zeros(hidden, hidden, dtype=torch.float64, device=metric.device) for side in SIDES} for _ in range(2))
+    inners: dict[int, RootedGram] = {}
 
     def pair(number: int) -> tuple[RootedGram, torch.Tensor]:
-        where = (metric, SIDES[number // len(parts)], kind, parts[number % len(parts)])
-        return _inner(*where), _outer(*where)
+        side, which = parts[number]
+        return _inner(metric, side, kind, which), _outer(metric, side, kind, which)
 
     def found(place: int) -> _Shared:
-        total = trace_of(summed_SDD[place]).clamp(min=torch.finfo(torch.float64).tiny)
-        pooled = FullGram(ridged(pooled_SDD[place] / total, GRAM_RIDGE))
-        best = best_projection(pooled, summed_SDD[place], hidden, metric.dtype)
-        return _Shared(best.basis_RS.to(metric.dtype), pooled.times(best.basis_RS).to(metric.dtype), best.gain_R, inners[SIDES[place]])
+        pooled_DD, summed_DD = pooled[SIDES[place]], summed[SIDES[place]]
+        total = trace_of(summed_DD).clamp(min=torch.finfo(torch.float64).tiny)
+        gram = FullGram(ridged(pooled_DD / total, GRAM_RIDGE))
+        best = best_projection(gram, summed_DD, hidden, metric.dtype)
+        return _Shared(best.basis_RS.to(metric.dtype), gram.times(best.basis_RS).to(metric.dtype), best.gain_R, inners)
 
-    for number, (inner, outer_DD) in enumerate(in_parallel(pair, len(SIDES) * len(parts), metric.device)):
-        place, part = divmod(number, len(parts))
-        inner_DD = inner.full().expand_as(outer_DD)
-        _add_weighted_(pooled_SDD[place], inner_DD, trace_of(outer_DD))
-        _add_weighted_(summed_SDD[place], outer_DD, trace_of(inner_DD))
+    for number, (inner, outer_DD) in enumerate(in_parallel(pair, len(parts), metric.device)):
+        side, inner_DD = parts[number][0], inner.full().expand_as(outer_DD)
+        _add_weighted_(pooled[side], inner_DD, trace_of(outer_DD))
+        _add_weighted_(summed[side], outer_DD, trace_of(inner_DD))
         if metric.layer.experts * hidden**2 <= SMALL:
-            inners[SIDES[place]][part] = inner
+            inners[number] = inner
     return dict(zip(SIDES, in_parallel(found, len(SIDES), metric.device), strict=True))
 
 
@@ -194,18 +198,18 @@ def _refitted_losses(metric: LayerMetric, kind: Metric, shared: Mapping[Side, _S
     The basis is that of the whole space, so that in the output metric nothing is lost beyond it: every loss is a sum of gains, where
     total less gains would be a difference of large numbers.
     """
-    parts = metric.together
+    parts = _parts(metric)
 
     def losses(number: int) -> torch.Tensor:
-        side, part = SIDES[number // len(parts)], number % len(parts)
-        of, which = shared[side], parts[part]
-        own, outer_DD = of.inners.get(part) or _inner(metric, side, kind, which), _outer(metric, side, "output", which)
+        side, which = parts[number]
+        of = shared[side]
+        own, outer_DD = of.inners.get(number) or _inner(metric, side, kind, which), _outer(metric, side, "output", which)
         if kind == "output":
             return tail_losses(fit_gains(of.basis_DD, of.dual_DD, own, outer_DD))
         read_DD, fitted_DD = orthonormal(own, of.basis_DD.double())
         return projection_losses(read_DD, fitted_DD, _inner(metric, side, "output", which), outer_DD.double())
 
-    loss_SR = torch.zeros(len(SIDES), metric.layer.hidden + 1, dtype=torch.float64, device=metric.device)
-    for number, own_R in enumerate(in_parallel(losses, len(SIDES) * len(parts), metric.device)):
-        loss_SR[number // len(parts)] += own_R.reshape(-1, own_R.shape[-1]).sum(0)
-    return dict(zip(SIDES, loss_SR, strict=True))
+    loss = {side: torch.zeros(metric.layer.hidden + 1, dtype=torch.float64, device=metric.device) for side in SIDES}
+    for (side, _), own_R in zip(parts, in_parallel(losses, len(parts), metric.device), strict=True):
+        loss[side] += own_R.reshape(-1, own_R.shape[-1]).sum(0)
+    return loss
