@@ -22,6 +22,7 @@ STATIONS = {
         "moesvd_core.experts.gate_of", "moesvd_core.kept_router.router_groups", "moesvd_core.kept_router.router_of",
     ),
     "moesvd_core.devices": (),
+    "moesvd_core.matmul": (),
     "moesvd_core.calibration": (
         "moesvd_core.architectures", "moesvd_core.devices", "moesvd_core.tensor_files",
         "moesvd_core.experts.swiglu", "moesvd_core.kernels",  # what a GPU does in the time of one pass over memory
@@ -31,8 +32,8 @@ STATIONS = {
     "moesvd_core.planning": (),
     "moesvd_core.tensor_files": (),
     "moesvd_core.decomposition": (
-        "moesvd_core.architectures.layout", "moesvd_core.calibration.statistics", "moesvd_core.devices", "moesvd_core.planning",
-        "moesvd_core.tensor_files",
+        "moesvd_core.architectures.layout", "moesvd_core.calibration.statistics", "moesvd_core.devices", "moesvd_core.matmul",
+        "moesvd_core.planning", "moesvd_core.tensor_files",
         "moesvd_core.kept_router.enough_left",  # one rule for planning and running
     ),
     "moesvd_core.kernels": (),

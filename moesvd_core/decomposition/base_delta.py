@@ -21,7 +21,6 @@ import torch
 
 from moesvd_core.decomposition.curves import base_curve
 from moesvd_core.decomposition.factors import BaseDeltaFactors, PerExpertFactors, SideFactors
-from moesvd_core.decomposition.grams import symmetric_product
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.per_expert import PerExpertBasis, best_directions, worth_storing
 from moesvd_core.planning import Metric, Side, SideCurve
@@ -102,5 +101,5 @@ def _carried(metric: LayerMetric, side: Side, kind: Metric, expert: int, delta_N
     """What a delta carries into the smaller space: Δᵀ L Δ or Δ G Δᵀ, float64."""
     delta_NM = delta_NM.double()
     if metric.works_right(side):
-        return symmetric_product(metric.left(side, kind, expert).times(delta_NM.T), delta_NM)
-    return symmetric_product(metric.right(side, kind, expert).times(delta_NM), delta_NM.T)
+        return metric.left(side, kind, expert).carried(delta_NM)
+    return metric.right(side, kind, expert).carried(delta_NM.T)

@@ -32,7 +32,7 @@ from moesvd_core.decomposition.factors import (
     SideFactors,
     balanced,
 )
-from moesvd_core.decomposition.grams import FullGram, ridged, symmetric_product
+from moesvd_core.decomposition.grams import FullGram, ridged
 from moesvd_core.decomposition.least_squares import RIDGE, FitSums
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.projection import best_projection, reader
@@ -182,9 +182,9 @@ class OutputFit:
         right = FullGram(ridged(sums.gram_FF, RIDGE))
         left = self._metric.left("output", self._kind, expert)
         if target_DM.shape[1] < target_DM.shape[0]:  # either space gives the same product
-            found = best_projection(right, symmetric_product(left.times(target_DM.T), target_DM), rank)
+            found = best_projection(right, left.carried(target_DM), rank)
             return target_DM @ right.times(found.basis_RS).T, found.basis_RS
-        found = best_projection(left, symmetric_product(right.times(target_DM), target_DM.T), rank)
+        found = best_projection(left, right.carried(target_DM.T), rank)
         return found.basis_RS.T, left.times(found.basis_RS) @ target_DM
 
     def _shared_left(self, output: SharedLeftFactors) -> SharedLeftFactors:

@@ -22,7 +22,7 @@ import torch
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.decomposition.grams import DiagonalGram, FullGram, RootedGram, diagonal_of, ridged, ridged_, settled_, symmetric
+from moesvd_core.decomposition.grams import DiagonalGram, FullGram, RootedGram, diagonal_of, ridged, ridged_, settled_, summed, symmetric
 from moesvd_core.decomposition.parallel import MadeOnce
 from moesvd_core.devices import to_device
 
@@ -105,11 +105,11 @@ class MeasuredCurvature(Curvature):
 
     @MadeOnce
     def _mean_gradient_gram(self) -> torch.Tensor:
-        return to_device(self._gradient_gram_EDD, self._device).mean(0, dtype=torch.float64)
+        return summed(to_device(self._gradient_gram_EDD, self._device)) / self._layer.experts
 
     @MadeOnce
     def _mean_input_gram(self) -> torch.Tensor:
-        return to_device(self._weighted_input_gram_EDD, self._device).mean(0, dtype=torch.float64)
+        return summed(to_device(self._weighted_input_gram_EDD, self._device)) / self._layer.experts
 
     @MadeOnce
     def _mean_row_square(self) -> torch.Tensor:

@@ -22,6 +22,7 @@ from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.projection import best_projection, fit_gains, orthonormal, reader
 from moesvd_core.devices import to_device, to_host
+from moesvd_core.matmul import matmul
 from moesvd_core.planning import DENSE, SIDES, Metric, Side, SideCurve
 
 SMALL = 1 << 24
@@ -90,7 +91,7 @@ class LatentBasis:
 
         def fit(part: int) -> None:
             which = parts[part]
-            torch.matmul(metric.weight("input", which), self._reader(which, basis_RD).mT, out=left_ENR[which])
+            left_ENR[which] = matmul(metric.weight("input", which), self._reader(which, basis_RD).mT)
 
         list(in_parallel(fit, len(parts), metric.device))
         left_ENR, right_RD = balanced_(left_ENR, basis_RD.clone())
@@ -104,7 +105,7 @@ class LatentBasis:
 
         def fit(part: int) -> None:
             which = parts[part]
-            torch.matmul(self._reader(which, basis_RD), metric.weight("output", which), out=right_ERM[which])
+            right_ERM[which] = matmul(self._reader(which, basis_RD), metric.weight("output", which))
 
         list(in_parallel(fit, len(parts), metric.device))
         left_DR, right_ERM = balanced_(basis_RD.T.clone(memory_format=torch.contiguous_format), right_ERM)

@@ -34,6 +34,7 @@ from moesvd_core.decomposition.grams import (
     mirrored_,
     ridged,
     settled_,
+    summed,
     symmetric,
     symmetric_product,
     trace_product,
@@ -190,8 +191,7 @@ class LayerMetric:
         """W G_e Wᵀ [rows, rows], in the weights' computing precision."""
         if side == "output" and metric in ("input", "output"):
             return self._kept(self._written, expert, lambda which: self._output_gram(which).to(self.dtype))
-        weight_NM = self.weight(side, expert)
-        return symmetric_product(self.right(side, metric, expert).times(weight_NM), weight_NM.mT)
+        return self.right(side, metric, expert).carried(self.weight(side, expert).mT)
 
     def read_by(self, side: Side, metric: Metric, expert: Which) -> torch.Tensor:
         """Wᵀ L_e W [columns, columns], in the weights' computing precision."""
@@ -201,8 +201,7 @@ class LayerMetric:
         return self._kept(self._read[kind], expert, lambda which: self._read_by("input", kind, which))
 
     def _read_by(self, side: Side, metric: Metric, expert: Which) -> torch.Tensor:
-        weight_NM = self.weight(side, expert)
-        return symmetric_product(self.left(side, metric, expert).times(weight_NM.mT), weight_NM)
+        return self.left(side, metric, expert).carried(self.weight(side, expert))
 
     def _kept(self, among: dict[int, torch.Tensor], expert: Which, make: Callable[[Which], torch.Tensor]) -> torch.Tensor:
         """What was made of an expert before, or else now; kept where that of all experts is not too much."""
@@ -235,7 +234,7 @@ class LayerMetric:
     @MadeOnce
     def _pooled_gram(self) -> torch.Tensor:
         """C̄, the layer's input Gram a routed token."""
-        return to_device(self.statistics.input_gram_EDD, self.device).sum(0, dtype=torch.float64) / float(self.statistics.count_E.sum())
+        return summed(to_device(self.statistics.input_gram_EDD, self.device)) / float(self.statistics.count_E.sum())
 
     def _output_gram(self, expert: Which) -> torch.Tensor:
         """O_e + h̄·n0·W Wᵀ: the same shrinkage as of H_e, seen through W."""
@@ -268,7 +267,7 @@ class LayerMetric:
     @MadeOnce
     def _mean_square(self) -> float:
         """h̄: mean p²·h² a routed token, as far as it shows in the outputs (so that it needs no H)."""
-        norms_E = self.weights.output_EDM.float().square().sum((1, 2)).double().cpu()
+        norms_E = torch.linalg.vector_norm(self.weights.output_EDM, dim=(1, 2), dtype=self.dtype).square().double().cpu()
         energy = float(diagonal_of(self.statistics.output_gram_EDD).sum(dtype=torch.float64))
         return energy / float((norms_E * self.statistics.count_E).sum().clamp(min=torch.finfo(torch.float64).tiny))
 

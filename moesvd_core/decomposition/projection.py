@@ -12,12 +12,14 @@ from moesvd_core.decomposition.grams import (
     Gram,
     RootedGram,
     cholesky,
+    diagonal_of,
     lower_product,
     quadratic,
     symmetric_product,
     trace_product,
     upper_times,
 )
+from moesvd_core.decomposition.lapack import cholesky_ex, eigh
 
 UNCERTAIN = 1e-4
 """Largest share of a row of V G Vᵀ that rounding may be in single precision: fits then lose less than a millionth more."""
@@ -53,7 +55,7 @@ def best_projection(inner: RootedGram, outer_SS: torch.Tensor, ranks: int, dtype
         ranks: how many directions.
         dtype: precision of the eigendecomposition. Single is twice as fast and enough where gains are not what losses are summed from.
     """
-    value_S, vector_SS = torch.linalg.eigh(inner.whitened(outer_SS).to(dtype))
+    value_S, vector_SS = eigh(inner.whitened(outer_SS.to(dtype)))
     gain_S = value_S.double().flip(0).clamp(min=0)
     peak_1S = vector_SS.gather(0, vector_SS.abs().argmax(0, keepdim=True))
     vector_RS = torch.where(peak_1S < 0, -vector_SS, vector_SS).T.flip(0)[:ranks].double()
@@ -112,9 +114,11 @@ def _seen(inner: Gram, basis_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     seen_RS = inner.times(basis_RS)
     if basis_RS.dtype == torch.float64 or not len(basis_RS):
         return seen_RS, cholesky(symmetric_product(seen_RS, basis_RS.T))
-    stretch = (basis_RS.square().sum(-1) / (seen_RS * basis_RS).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).amax(-1)
+    own_RR = lower_product(seen_RS, basis_RS.T)
+    norm_R = torch.linalg.vector_norm(basis_RS, dim=-1)
+    stretch = (norm_R.square() / diagonal_of(own_RR).clamp(min=torch.finfo(torch.float32).tiny)).amax(-1)
     uncertain = torch.finfo(torch.float32).eps / 2 * stretch * inner.diagonal().sum(-1) / sqrt(basis_RS.shape[1])
-    lower_RR, failed = torch.linalg.cholesky_ex(lower_product(seen_RS, basis_RS.T))
+    lower_RR, failed = cholesky_ex(own_RR)
     if bool(((failed > 0) | (uncertain > UNCERTAIN)).any()):
         return _seen(inner, basis_RS.double())
     return seen_RS, lower_RR
