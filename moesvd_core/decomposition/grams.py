@@ -53,7 +53,7 @@ class RootedGram(Gram):
 
     @abstractmethod
     def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        """x R."""
+        """x R, in the precision of x."""
 
     @abstractmethod
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
@@ -80,17 +80,17 @@ class DiagonalGram(RootedGram):
         return x_RS * self.diagonal_S.to(x_RS.dtype).unsqueeze(-2)
 
     def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        return x_RS * self.diagonal_S.sqrt().unsqueeze(-2)
+        return x_RS * self.diagonal_S.sqrt().to(x_RS.dtype).unsqueeze(-2)
 
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
         return x_RS * self.diagonal_S.rsqrt().unsqueeze(-2)
 
     def carried(self, x_SN: torch.Tensor) -> torch.Tensor:
-        root_S1 = self.diagonal_S.sqrt().to(x_SN.dtype).unsqueeze(-1)
         if on_card(x_SN.device):
-            scaled_SN = x_SN * root_S1
-            return symmetric_product(scaled_SN.mT, scaled_SN)
+            scaled_NS = self.root_times(x_SN.mT)
+            return symmetric_product(scaled_NS, scaled_NS.mT)
         # In parts, so that no second matrix of this size is made, each in the order in which it multiplies fastest.
+        root_S1 = self.diagonal_S.sqrt().to(x_SN.dtype).unsqueeze(-1)
         total_NN, rows = x_SN.new_zeros(()), max(1, PART // x_SN.shape[-1])
         for x_RN, root_R1 in zip(x_SN.split(rows, -2), root_S1.split(rows, -2), strict=True):
             scaled_NR = (x_RN * root_R1).mT.contiguous()
@@ -98,8 +98,7 @@ class DiagonalGram(RootedGram):
         return mirrored_(total_NN)
 
     def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
-        root_S = self.diagonal_S.sqrt().to(outer_SS.dtype)
-        return symmetric(outer_SS * root_S.unsqueeze(-2) * root_S.unsqueeze(-1))
+        return symmetric(self.root_times(self.root_times(outer_SS).mT))
 
 
 class FullGram(RootedGram):
@@ -118,15 +117,14 @@ class FullGram(RootedGram):
         return matmul(x_RS, self.gram_SS.to(x_RS.dtype))
 
     def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
-        return x_RS @ self._lower
+        return upper_times(self._lower.to(x_RS.dtype).mT, x_RS.mT).mT
 
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
         solved_RS: torch.Tensor = torch.linalg.solve_triangular(self._lower, x_RS, upper=False, left=False)
         return solved_RS
 
     def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
-        lower_SS = self._lower.to(outer_SS.dtype)
-        return symmetric_product(upper_times(lower_SS.mT, outer_SS), lower_SS)
+        return symmetric_product(self.root_times(outer_SS).mT, self._lower.to(outer_SS.dtype))
 
     @MadeOnce
     def _lower(self) -> torch.Tensor:
