@@ -21,6 +21,7 @@ STREAMS = 4
 """Parts at a time on a card, each in a stream of its own, with the matrices of its experts: eigendecompositions of 1024 leave so much of an
 H100 to others, and threads wait for each other's Python."""
 _LOADING = threading.Lock()
+_SETTING = threading.Lock()
 
 
 def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device) -> Iterator[Result]:
@@ -44,11 +45,11 @@ def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device)
         yield from map(work, range(parts))
         return
     threads, grad = max(1, torch.get_num_threads() // workers), torch.is_grad_enabled()
-
     own, place = threading.local(), count()
 
     def prepare() -> None:  # all are a thread's own
-        torch.set_num_threads(threads)
+        if device.type == "cpu":
+            set_own_threads(threads)
         torch.set_grad_enabled(grad)
         own.place = next(place)
 
@@ -61,6 +62,18 @@ def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device)
                 pending.append(pool.submit(done, part))
             yield result
             finish(device)
+
+
+def set_own_threads(number: int) -> None:
+    """Have the calling thread's operations share so many threads, and nobody else's.
+
+    `torch.set_num_threads` says it to all threads that are yet to start as well, which would use a part of the processor ever after.
+    """
+    with _SETTING, ThreadPoolExecutor(1) as new:
+        everyone = new.submit(torch.get_num_threads).result()
+        torch.get_num_threads()  # a thread that asks for the first time is given everyone's number
+        torch.set_num_threads(number)
+        new.submit(torch.set_num_threads, everyone).result()
 
 
 def _most(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -26,6 +27,19 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_results_come_in_the_order_of_the_experts(threads: int, experts: int) -> None:
     assert list(in_parallel(lambda expert: expert**2, experts, CPU)) == [expert**2 for expert in range(experts)]
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("threads", [2, 8], indirect=True)
+def test_only_those_who_work_share_threads(threads: int) -> None:
+    with ThreadPoolExecutor(1) as others:
+        later = others.submit  # whose thread starts in the middle of the work, as one of a server may
+        at_work, elsewhere = zip(*((each, later(torch.get_num_threads).result()) for each in in_parallel(_threads, 9, CPU)), strict=True)
+    assert set(at_work) == {threads // min(threads, MOST)}
+    assert set(elsewhere) == {threads} and torch.get_num_threads() == threads
+
+
+def _threads(part: int) -> int:
+    return torch.get_num_threads()
 
 
 def test_no_more_wait_than_work(threads: int) -> None:
