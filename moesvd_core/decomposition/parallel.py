@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from itertools import count
 from typing import Any, Generic, TypeVar
@@ -28,7 +29,8 @@ def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device)
     """`work` of every part (expert, side), in their order, so that what is summed up does not depend on which was done first.
 
     On CPUs several at a time, which share the threads that torch may use; on a card several, each in a stream of its own; elsewhere one
-    after the other. Parts of parts share what is left.
+    after the other. Parts of parts share what is left, and what the caller does with a result it does in one thread: more would take
+    turns with the parts, and wait for each other for longer than they compute.
 
     A card's memory goes back to the stream that asked for it, whoever else may still be reading it there. So a part is finished on the card
     before its result is handed over, whatever the caller does with the result is finished before the next one is, and a part starts behind
@@ -49,12 +51,12 @@ def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device)
 
     def prepare() -> None:  # all are a thread's own
         if device.type == "cpu":
-            set_own_threads(threads)
+            _set_own_threads(threads)
         torch.set_grad_enabled(grad)
         own.place = next(place)
 
     done = _streamed(work, device, own) if on_card(device) else work
-    with ThreadPoolExecutor(workers, initializer=prepare) as pool:
+    with _one_thread(device), ThreadPoolExecutor(workers, initializer=prepare) as pool:
         pending = deque(pool.submit(done, part) for part in range(workers))
         for part in range(workers, parts + workers):
             result = pending.popleft().result()
@@ -64,10 +66,24 @@ def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device)
             finish(device)
 
 
-def set_own_threads(number: int) -> None:
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Leave a CPU's threads to others meanwhile, but for one."""
+    before, caller = torch.get_num_threads(), threading.get_ident()
+    if device.type == "cpu":
+        _set_own_threads(1)
+    try:
+        yield
+    finally:
+        if device.type == "cpu" and threading.get_ident() == caller:  # a generator that nobody exhausts may end in another one
+            _set_own_threads(before)
+
+
+def _set_own_threads(number: int) -> None:
     """Have the calling thread's operations share so many threads, and nobody else's.
 
-    `torch.set_num_threads` says it to all threads that are yet to start as well, which would use a part of the processor ever after.
+    `torch.set_num_threads` says it to all threads that are yet to start as well, which would use a part of the processor ever after. So
+    they are told at once that all is as before.
     """
     with _SETTING, ThreadPoolExecutor(1) as new:
         everyone = new.submit(torch.get_num_threads).result()

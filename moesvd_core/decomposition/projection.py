@@ -19,7 +19,7 @@ from moesvd_core.decomposition.grams import (
     trace_product,
     upper_times,
 )
-from moesvd_core.decomposition.lapack import cholesky_ex, eigh
+from moesvd_core.decomposition.lapack import cholesky_ex, cholesky_solve, eigh
 
 UNCERTAIN = 1e-4
 """Largest share of a row of V G Vᵀ that rounding may be in single precision: fits then lose less than a millionth more."""
@@ -74,7 +74,7 @@ def reader(inner: Gram, basis_RS: torch.Tensor) -> torch.Tensor:
     """(V G Vᵀ)^{-1} V G [R, S]: reads the coefficients of the rows of V off a vector, by least squares in G; its transpose fits W to V."""
     seen_RS, lower_RR = _seen(inner, basis_RS)
     if lower_RR.ndim == 2:
-        return torch.cholesky_solve(seen_RS, lower_RR)
+        return cholesky_solve(seen_RS, lower_RR)
     # Cards solve for many right-hand sides at a tenth of the speed of their products; the factor is well-conditioned (see `_seen`).
     one_RR = torch.eye(lower_RR.shape[-1], dtype=lower_RR.dtype, device=lower_RR.device).expand_as(lower_RR)
     inverse_RR: torch.Tensor = torch.linalg.solve_triangular(lower_RR, one_RR, upper=False)

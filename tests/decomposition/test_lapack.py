@@ -1,9 +1,9 @@
-"""Decompositions of sizes that crowd into the caches: appended rows leave no trace."""
+"""Decompositions of sizes that crowd into the caches, where appended rows leave no trace, and solving by blocks."""
 
 import pytest
 import torch
 
-from moesvd_core.decomposition.lapack import APPENDED, cholesky_ex, eigh
+from moesvd_core.decomposition.lapack import APPENDED, SOLVED, cholesky_ex, cholesky_solve, eigh
 
 SIZES = {torch.float32: 512, torch.float64: 512}
 
@@ -48,3 +48,16 @@ def test_nothing_is_appended_to_zeros_that_could_be_taken_for_them() -> None:
     value, vector = eigh(torch.zeros(512, 512))
     assert torch.equal(value, torch.zeros(512)) and APPENDED > 0
     torch.testing.assert_close(vector.mT @ vector, torch.eye(512))
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize("size", [1, SOLVED, SOLVED + 1, 3 * SOLVED, 300])
+def test_solved_by_blocks_is_as_near_as_solved_at_once(dtype: torch.dtype, size: int) -> None:
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * size, size, generator=noise, dtype=torch.float64)
+    lower = torch.linalg.cholesky(x.T @ x / size).to(dtype)
+    right = torch.randn(size, 70, generator=noise, dtype=torch.float64).to(dtype)
+    before = right.clone()
+    solved, exact = cholesky_solve(right, lower), torch.cholesky_solve(right.double(), lower.double())
+    assert solved.dtype == dtype and torch.equal(right, before)
+    assert float((solved - exact).norm() / exact.norm()) <= 4 * float((torch.cholesky_solve(right, lower) - exact).norm() / exact.norm())
