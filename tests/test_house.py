@@ -22,9 +22,9 @@ STATIONS = {
         "moesvd_core.experts.gate_of", "moesvd_core.kept_router.router_groups", "moesvd_core.kept_router.router_of",
     ),
     "moesvd_core.devices": (),
-    "moesvd_core.matmul": (),
+    "moesvd_core.linalg": ("moesvd_core.devices",),
     "moesvd_core.calibration": (
-        "moesvd_core.architectures", "moesvd_core.devices", "moesvd_core.tensor_files",
+        "moesvd_core.architectures", "moesvd_core.devices", "moesvd_core.linalg", "moesvd_core.tensor_files",
         "moesvd_core.experts.swiglu", "moesvd_core.kernels",  # what a GPU does in the time of one pass over memory
     ),
     "moesvd_core.sensitivity": ("moesvd_core.calibration",),
@@ -32,7 +32,7 @@ STATIONS = {
     "moesvd_core.planning": (),
     "moesvd_core.tensor_files": (),
     "moesvd_core.decomposition": (
-        "moesvd_core.architectures.layout", "moesvd_core.calibration.statistics", "moesvd_core.devices", "moesvd_core.matmul",
+        "moesvd_core.architectures.layout", "moesvd_core.calibration.statistics", "moesvd_core.devices", "moesvd_core.linalg",
         "moesvd_core.planning", "moesvd_core.tensor_files",
         "moesvd_core.kept_router.enough_left",  # one rule for planning and running
     ),

@@ -6,7 +6,7 @@ them, and stays untouched. Products are made a batch at a time, mostly in float3
 Shapes: E experts, d hidden size (D), m expert width (M), n input rows (N); lower-case n in a name: the tokens of one expert in one batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -28,6 +28,8 @@ OWL_MULTIPLE = 5.0
 BIN_SHIFT = 16
 """Bits dropped from a float32 to get its bin: bins of 2^-7 relative width, whose order is that of the absolute values."""
 BINS = 1 << (31 - BIN_SHIFT)
+SCORED = 128
+"""Rows of a matrix whose scores a CPU makes at a time."""
 SAMPLED = 1 << 22
 """Neurons of a call whose bins a card looks up, those of evenly spread tokens: few bins that many processors add to at once take longer
 than all else that is measured."""
@@ -174,10 +176,16 @@ class LayerMoments:
         pooled_D = self.input_square_ED.sum(0) / self.count_E.sum().clamp(min=1)
         square_ED = self.input_square_ED / self.count_E.clamp(min=1).unsqueeze(1)
         scale_ED = torch.where(self.count_E.unsqueeze(1) > 0, square_ED, pooled_D).sqrt().float()
-        total = sum((w_ND.float().abs() * s_D).sum(dtype=torch.float64) for w_ND, s_D in zip(self.weights.input_END, scale_ED, strict=True))
+        total = sum(score.sum(dtype=torch.float64) for score in self._scores(scale_ED))
         bound = OWL_MULTIPLE * float(total) / self.weights.input_END.numel()
-        above = sum((w_ND.float().abs() * s_D > bound).sum() for w_ND, s_D in zip(self.weights.input_END, scale_ED, strict=True))
+        above = sum((score > bound).sum() for score in self._scores(scale_ED))
         return int(above) / self.weights.input_END.numel()
+
+    def _scores(self, scale_ED: Tensor) -> Iterator[Tensor]:
+        """|W_ij|·‖x_j‖ of all input matrices, a few rows at a time where a CPU has caches for them."""
+        for w_ND, s_D in zip(self.weights.input_END, scale_ED, strict=True):
+            for w_nD in w_ND.split(len(w_ND) if on_card(w_ND.device) else SCORED):
+                yield w_nD.float().abs() * s_D
 
     def _refuse_non_finite_sums(self) -> None:
         for what, sum_ED in (("input", self.input_sum_ED), ("intermediate", self.intermediate_sum_EM), ("output", self.saliency_E)):

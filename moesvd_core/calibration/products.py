@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moesvd_core.devices import on_card, to_host
+from moesvd_core.linalg import eigvalsh, symmetric_product
 
 LEAST = 1e-30
 """What that is divided by at least: rows of zeros stay zeros, whatever they weigh."""
@@ -52,7 +53,9 @@ def _summed(x_nS: Tensor, rows: int) -> Tensor:
     that no ridge for the rounding of what is kept covers them: until there are as many, it is made in float64."""
     if rows < x_nS.shape[1]:
         x_nS = x_nS.double()
-    return _summed_halves(x_nS) if x_nS.dtype == torch.float16 else x_nS.T @ x_nS
+    if on_card(x_nS.device):
+        return _summed_halves(x_nS) if x_nS.dtype == torch.float16 else x_nS.T @ x_nS
+    return symmetric_product(x_nS.T, x_nS)
 
 
 def _summed_halves(x_nS: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ def counts_above(gram_ESS: Tensor, share: float) -> list[int]:
 
 
 def _counted(gram_SS: Tensor, share: float) -> int:
-    value_S = torch.linalg.eigvalsh(gram_SS)
+    value_S = eigvalsh(gram_SS)
     return int((value_S > share * value_S[-1]).sum())
 
 

@@ -13,15 +13,10 @@ from math import sqrt
 
 import torch
 
-from moesvd_core.decomposition.lapack import cholesky_ex
 from moesvd_core.decomposition.parallel import MadeOnce
 from moesvd_core.devices import on_card
-from moesvd_core.matmul import matmul
+from moesvd_core.linalg import cholesky_ex, lower_product, matmul, mirrored_, symmetric_product, upper_times
 
-BLOCK = 128
-"""Rows of a symmetric or triangular product made at a time: enough for full speed, few enough to spare most of the needless half."""
-CARD_BLOCK = 2048
-"""The same on a graphics card, whose full speed takes more rows."""
 PART = 1 << 22
 """Numbers of a matrix that a CPU scales and turns at a time."""
 EPSILON = 1e-10
@@ -158,10 +153,6 @@ class ImpliedGram(Gram):
         return known_M + self._floor * (1 - (self._pseudo_inverse_NM * self._weight_NM).sum(0))
 
 
-def _block(matrix: torch.Tensor) -> int:
-    return CARD_BLOCK if on_card(matrix.device) else BLOCK
-
-
 def diagonal_of(matrix_SS: torch.Tensor) -> torch.Tensor:
     """The diagonal, [S], a view."""
     return matrix_SS.diagonal(dim1=-2, dim2=-1)
@@ -192,58 +183,6 @@ def summed(matrix_ESS: torch.Tensor) -> torch.Tensor:
 def symmetric(matrix_SS: torch.Tensor) -> torch.Tensor:
     """The symmetric part: rounding alone makes a product of symmetric matrices slightly skew."""
     return (matrix_SS + matrix_SS.mT) / 2
-
-
-def symmetric_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
-    """left @ right [S, S], which the caller knows to be symmetric: what is above the diagonal is mirrored, not multiplied."""
-    return mirrored_(lower_product(left_SN, right_NS))
-
-
-def mirrored_(matrix_SS: torch.Tensor) -> torch.Tensor:
-    """The lower triangle put in the place of the upper one: rounding alone makes sums of symmetric matrices slightly skew."""
-    size, step = matrix_SS.shape[-1], _block(matrix_SS)
-    for start in range(0, size, step):
-        end = start + step
-        block_SS = matrix_SS[..., start:end, start:end].tril_()
-        block_SS += block_SS.tril(-1).mT
-        matrix_SS[..., start:end, end:] = matrix_SS[..., end:, start:end].mT
-    return matrix_SS
-
-
-def quadratic(x_RS: torch.Tensor, matrix_SS: torch.Tensor) -> torch.Tensor:
-    """diag(x M xᵀ) [R] of a symmetric M: what is above its diagonal counts twice below, and is not multiplied."""
-    total_R = x_RS.new_zeros(x_RS.shape[-2])
-    step = _block(matrix_SS)
-    for start in range(0, matrix_SS.shape[-1], step):
-        end = start + step
-        below_SB = matrix_SS[..., start:, start:end].clone()
-        below_SB[..., step:, :] *= 2
-        total_R = total_R + (matmul(x_RS[..., start:], below_SB) * x_RS[..., start:end]).sum(-1)
-    return total_R
-
-
-def lower_product(left_SN: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
-    """The lower triangle of left @ right, [S, S]; above the diagonal it holds some of the product and some zeros."""
-    size, step = left_SN.shape[-2], _block(left_SN)
-    if size <= step:
-        return matmul(left_SN, right_NS)
-    product_SS = left_SN.new_zeros(*torch.broadcast_shapes(left_SN.shape[:-2], right_NS.shape[:-2]), size, size)
-    for start in range(0, size, step):
-        end = start + step
-        product_SS[..., start:, start:end] = matmul(left_SN[..., start:, :], right_NS[..., start:end])
-    return product_SS
-
-
-def upper_times(upper_SS: torch.Tensor, right_SN: torch.Tensor) -> torch.Tensor:
-    """upper @ right [S, N] of an upper triangular matrix, sparing the products with zeros: faster than solving with its inverse."""
-    size, step = upper_SS.shape[-1], _block(upper_SS)
-    if size <= step:
-        return upper_SS @ right_SN
-    product_SN = right_SN.new_empty(*torch.broadcast_shapes(upper_SS.shape[:-2], right_SN.shape[:-2]), size, right_SN.shape[-1])
-    for start in range(0, size, step):
-        end = start + step
-        torch.matmul(upper_SS[..., start:end, start:], right_SN[..., start:, :], out=product_SN[..., start:end, :])
-    return product_SN
 
 
 def ridged(gram_SS: torch.Tensor, share: float) -> torch.Tensor:

@@ -22,7 +22,7 @@ from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.parallel import in_parallel
 from moesvd_core.decomposition.projection import best_projection, fit_gains, orthonormal, reader
 from moesvd_core.devices import to_device, to_host
-from moesvd_core.matmul import matmul
+from moesvd_core.linalg import matmul
 from moesvd_core.planning import DENSE, SIDES, Metric, Side, SideCurve
 
 SMALL = 1 << 24

@@ -8,7 +8,8 @@ dimensions that are not named.
 import torch
 from torch.nn import functional
 
-from moesvd_core.decomposition.grams import RootedGram, diagonal_of, symmetric_product, trace_product
+from moesvd_core.decomposition.grams import RootedGram, diagonal_of, trace_product
+from moesvd_core.linalg import symmetric_product
 
 
 def tail_losses(gain_R: torch.Tensor, rest: float = 0.0) -> torch.Tensor:

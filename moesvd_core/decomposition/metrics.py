@@ -31,17 +31,16 @@ from moesvd_core.decomposition.grams import (
     RootedGram,
     diagonal_of,
     least_squares,
-    mirrored_,
     ridged,
     settled_,
     summed,
     symmetric,
-    symmetric_product,
     trace_product,
 )
 from moesvd_core.decomposition.parallel import STREAMS, MadeOnce
 from moesvd_core.devices import on_card, to_device, unused
 from moesvd_core.errors import CheckpointError, StatisticsError
+from moesvd_core.linalg import mirrored_, symmetric_product
 from moesvd_core.planning import Metric, Side
 
 EXPERT_SUMS = ("input_gram_EDD", "output_gram_EDD", "intermediate_gram_EMM", "slope_EN", "weight_square_E")

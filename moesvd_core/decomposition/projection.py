@@ -8,18 +8,8 @@ from math import sqrt
 
 import torch
 
-from moesvd_core.decomposition.grams import (
-    Gram,
-    RootedGram,
-    cholesky,
-    diagonal_of,
-    lower_product,
-    quadratic,
-    symmetric_product,
-    trace_product,
-    upper_times,
-)
-from moesvd_core.decomposition.lapack import cholesky_ex, cholesky_solve, eigh
+from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, diagonal_of, trace_product
+from moesvd_core.linalg import cholesky_ex, cholesky_solve, eigh, lower_product, quadratic, symmetric_product, upper_times
 
 UNCERTAIN = 1e-4
 """Largest share of a row of V G Vᵀ that rounding may be in single precision: fits then lose less than a millionth more."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesvd_core.decomposition.grams import FullGram, lower_product, symmetric_product, upper_times
+from moesvd_core.decomposition.grams import FullGram
 from moesvd_core.decomposition.projection import fit_gains, reader
 
 
@@ -53,13 +53,3 @@ def test_a_gram_that_single_precision_makes_indefinite_is_read_in_double_precisi
     read_RM = reader(FullGram(gram_MM), basis_RM)
     assert read_RM.dtype == torch.float64
     torch.testing.assert_close(read_RM @ basis_RM.double().T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1, 255, 256, 257, 600])
-def test_products_in_blocks_are_the_products(size: int) -> None:
-    left_SN = random(size, 20)
-    whole_SS = left_SN @ left_SN.T
-    torch.testing.assert_close(symmetric_product(left_SN, left_SN.T), whole_SS)
-    torch.testing.assert_close(lower_product(left_SN, left_SN.T).tril(), whole_SS.tril())
-    torch.testing.assert_close(upper_times(whole_SS.triu(), left_SN), whole_SS.triu() @ left_SN)
-    assert torch.equal(symmetric_product(left_SN, left_SN.T), symmetric_product(left_SN, left_SN.T).T)
