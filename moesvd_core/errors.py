@@ -45,11 +45,27 @@ class Cancelled(MoesvdError):  # noqa: N818 - it is not a fault
     """The person asked to stop; what was finished is kept."""
 
 
-def require_whole(name: str, value: object, least: int, unit: str = "") -> None:
-    """Refuse what is no whole number, or too small a one; rounding would do something else than was asked for.
+MOST_WINDOWS = 1_000_000
+"""Windows that anybody may ask for: more is a slip of the hand, and would be found out after minutes of reading text."""
+_MOST_SEED = 2**32 - 1
+
+
+def require_whole(name: str, value: object, least: int, unit: str = "", *, most: int | None = None) -> None:
+    """Refuse what is no whole number, or too small or too large a one; rounding would do something else than was asked for.
 
     Raises:
         InputError: it is.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} must be a whole number of at least {least} {unit}".rstrip() + f", got {value!r}")
+    if most is not None and value > most:
+        raise InputError(f"{name} must be at most {most:,} {unit}".rstrip() + f", got {value:,}")
+
+
+def require_seed(value: object) -> None:
+    """Refuse what not every generator of random numbers takes for a seed.
+
+    Raises:
+        InputError: it is none.
+    """
+    require_whole("seed", value, 0, most=_MOST_SEED)

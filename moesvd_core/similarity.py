@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moesvd_core.errors import InputError, StatisticsError
+from moesvd_core.errors import InputError, StatisticsError, require_seed, require_whole
 
 Axis = Literal["channels", "neurons"]
 AXES: tuple[Axis, Axis] = ("channels", "neurons")
@@ -38,6 +38,8 @@ Source = Literal["experts", "shuffled", "random"]
 
 RANK_SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
 """Ranks at which bases are compared, as shares of the largest."""
+MOST_EXPERTS = 4096
+"""Experts a layer that anybody may ask to compare."""
 SMALLEST = 1e-6
 """Singular values below this share of the largest carry no direction: they come from a Gram, which squares them."""
 DEFINED = 1e-6
@@ -49,8 +51,8 @@ class Sampling:
     """Which experts are compared; a layer of 128 has 8128 pairs, and a few of them tell its mean.
 
     Attributes:
-        experts: at most so many a layer, drawn once for all layers; every pair of them is compared; >= 2.
-        seed: of the draw and of the controls; >= 0.
+        experts: at most so many a layer, drawn once for all layers; every pair of them is compared; 2 to 4096.
+        seed: of the draw and of the controls.
 
     Raises:
         InputError: a value out of its bounds.
@@ -60,10 +62,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("experts", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{name} of a comparison must be a whole number, at least {least}, got {value!r}")
+        require_whole("experts", self.experts, 2, most=MOST_EXPERTS)
+        require_seed(self.seed)
 
     def draw(self, experts: int) -> tuple[int, ...]:
         """The experts to compare out of so many, ascending."""

@@ -158,7 +158,7 @@ def test_refuses_what_cannot_be_compared() -> None:
     broken[1, 2, 3] = torch.nan
     with pytest.raises(StatisticsError, match="expert 1, input side"):
         compare(broken, "input")
-    with pytest.raises(InputError, match="experts of a comparison must be a whole number, at least 2, got 1"):
+    with pytest.raises(InputError, match="experts must be a whole number of at least 2, got 1"):
         Sampling(experts=1)
-    with pytest.raises(InputError, match="seed of a comparison"):
+    with pytest.raises(InputError, match="seed must be a whole number of at least 0, got -1"):
         Sampling(seed=-1)

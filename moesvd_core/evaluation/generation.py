@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesvd_core.errors import EvaluationError, InputError, require_whole
+from moesvd_core.errors import EvaluationError, InputError, require_seed, require_whole
 from moesvd_core.evaluation.hidden import context_limit
 
 MAX_NEW_TOKENS = 4096
@@ -48,9 +48,7 @@ class Sampling:
             raise InputError(f"temperature must be in [0, 5], got {self.temperature}: 0 always takes the most probable token")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}: 1 keeps every token")
-        if self.seed < 0:
-            raise InputError(f"seed must be 0 or more, got {self.seed}")
-        require_whole("seed", self.seed, 0)
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from moesvd_core.architectures.tokenizer import load_tokenizer
 from moesvd_core.calibration import Calibration, Statistics, calibrate
 from moesvd_core.calibration.statistics import SUMMARY
 from moesvd_core.calibration.text import evaluation_windows, window_length
-from moesvd_core.errors import require_whole
+from moesvd_core.errors import MOST_WINDOWS, require_whole
 from moesvd_core.evaluation.hidden import FinalHidden, context_limit, final_hidden
 from moesvd_core.evaluation.perplexity import Evaluation, compare
 from moesvd_core.pipeline import Pipeline
@@ -49,7 +49,7 @@ class Text:
 
     def __post_init__(self) -> None:
         if self.windows is not None:
-            require_whole("windows", self.windows, 1)
+            require_whole("windows", self.windows, 1, most=MOST_WINDOWS)
 
     @property
     def key(self) -> str:

@@ -17,6 +17,8 @@ from moesvd_core.errors import InputError
         ("samples", True, "got True"),
         ("batch", 0, "batch must be"),
         ("seed", -1, "seed must be a whole number of at least 0, got -1"),
+        ("seed", 2**32, "seed must be at most 4,294,967,295, got 4,294,967,296"),
+        ("samples", 10**15, "samples must be at most 1,000,000 windows, got 1,000,000,000,000,000"),
         ("length", 1, "length must be a whole number of at least 2 tokens, got 1"),
         ("outlier_threshold", 0, "above 0"),
         ("outlier_threshold", float("nan"), "got nan"),

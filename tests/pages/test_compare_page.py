@@ -132,7 +132,8 @@ def test_a_round_that_was_stopped_carries_no_vote(context: Context) -> None:
         ("x", (5, -1, 0.95, 3, False), "“Temperature” must be in"),
         ("x", (5, float("nan"), 0.95, 3, False), "“Temperature” must be in"),
         ("x", (5, 0.9, 0, 3, False), "“Top p” must be in"),
-        ("x", (5, 0.9, 0.95, -1, False), "“Seed” must be 0 or more, got -1"),
+        ("x", (5, 0.9, 0.95, -1, False), "“Seed” must be a whole number of at least 0, got -1"),
+        ("x", (5, 0.9, 0.95, 10**20, False), "“Seed” must be at most 4,294,967,295, got 100,000,"),
         ("x", (5, 0.9, 0.95, 3, True), "no chat template"),
     ],
 )

@@ -108,7 +108,7 @@ def test_comparing_is_asked_for_once(context: Context) -> None:
         similarity._compare(context)(state, 16, 0)
     with pytest.raises(InputError, match="at least 2, got 1"):
         similarity._compare(context)(state, 1, 0)
-    for given, words in (((2.5, 0), "“Experts, at most” .* a whole number, at least 2, got 2.5"), ((4, 0.5), "“Seed” .* got 0.5")):
+    for given, words in (((2.5, 0), "“Experts, at most” must be a whole number of at least 2, got 2.5"), ((4, 0.5), "“Seed” .* got 0.5")):
         with pytest.raises(InputError, match=words):
             similarity._compare(context)(state, *given)
     with pytest.raises(RunError, match="no run is chosen"):

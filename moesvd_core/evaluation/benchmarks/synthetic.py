@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, P
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.calibration.statistics import LayerStatistics
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, require_seed
 
 WEIGHT_STD = 0.02
 Family = Literal["mixtral", "qwen3_moe"]
@@ -58,6 +58,7 @@ def random_layer(
             raise InputError(f"{name} must be at least 1, got {value}")
     if not 1 <= active <= experts:
         raise InputError(f"active must be in [1, {experts}] (experts), got {active}")
+    require_seed(seed)
     noise = torch.Generator(device).manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
