@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ class Measured:
     ratio: float
     bytes: int
     figures: dict[str, Any]
+
+    @property
+    def original_perplexity(self) -> float:
+        """The original's, on the very same tokens."""
+        return exp(self.figures["nll"] - (self.figures["delta_nll"] or 0.0))
 
 
 def analysed(run: RunFolder) -> list[str]:

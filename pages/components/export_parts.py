@@ -80,9 +80,10 @@ def _quality(run: RunFolder, recipe: Recipe, plan: Plan | None) -> tuple[str, st
     for wanted, when in ((recipe, ""), (recipe.unfitted(), ", before it is fitted")):
         measured = [row for row in measurements(run) if row.recipe == wanted]
         if measured:
-            figures = measured[-1].figures
-            words = f"KL {number(figures['kl_mean'])} nats a token, on {Path(figures['dataset']).name}{when}"
-            return "Perplexity", number(figures["perplexity"], 4), words
+            last = measured[-1]
+            figures, original = last.figures, number(last.original_perplexity, 4)
+            words = f"original {original} on the same {count(figures['windows'])} windows of {Path(figures['dataset']).name}{when}"
+            return "Perplexity", number(figures["perplexity"], 4), f"{words}; KL {number(figures['kl_mean'])} nats a token"
     if plan is not None:
         law = loss_laws(run, [recipe.method], Text().dataset).get(recipe.method)
         loss = plan.predicted_loss if law is None else law.loss(layer_losses(plan))

@@ -125,9 +125,8 @@ def measured_html(run: RunFolder, recipe: Recipe, text: Text, otherwise: str) ->
         return nothing_measured(otherwise)
     figures = found.figures
     error, paired = figures["perplexity_stderr"], figures["delta_nll_stderr"]
-    original = exp(figures["nll"] - figures["delta_nll"])
     pairs = [
-        ("Perplexity", number(figures["perplexity"], 4), f"original {number(original, 4)}{_within(error)}"),
+        ("Perplexity", number(figures["perplexity"], 4), f"original {number(found.original_perplexity, 4)}{_within(error)}"),
         ("Loss added", f"{figures['delta_nll']:+.4f}".replace("-", "−"), f"nats a token{_within(paired)}"),
         ("KL to the original", number(figures["kl_mean"]), f"nats a token; 95 % below {number(figures['kl_p95'])}"),
         ("Same first choice", share(figures["top1_agreement"]), "of all tokens predicted"),

@@ -4,10 +4,12 @@ import json
 import shlex
 import threading
 from collections.abc import Iterator
+from math import exp
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import planned_run
 import pytest
 import torch
 from run_exports import NAME, add_export
@@ -28,6 +30,7 @@ from pages.components import export_parts as parts
 from pages.components.context import Context
 from pages.components.session import ViewState
 from pages.components.settings import Settings
+from pages.components.text import number
 
 RUN = "run"
 EVIL = "<img src=x onerror=alert(1)>"
@@ -83,6 +86,16 @@ def test_the_preview_is_the_plan_s_size_before_anything_is_written(context: Cont
     assert "ratio: 0.2" in twin
     assert "compensate: true" in twin
     assert button.interactive
+
+
+def test_a_measured_perplexity_stands_beside_the_original_s_of_the_same_text(tmp_path: Path) -> None:
+    run = planned_run.planned_run(tmp_path)
+    recipe = Recipe(ratio=0.2)
+    planned_run.measured(run, recipe, 0.1)
+    name, perplexity, words = parts._quality(run, recipe, known_plan(run, recipe))
+    assert (name, perplexity) == ("Perplexity", number(exp(planned_run.NLL + 0.1), 4))
+    assert words == f"original {number(exp(planned_run.NLL), 4)} on the same 64 windows of sotu; KL 0.1 nats a token"
+    assert parts._quality(run, Recipe(ratio=0.2, compensate=True), None)[2].startswith(words.partition(";")[0] + ", before it is fitted; KL")
 
 
 def test_fewer_operations_go_into_size_name_and_commands(context: Context) -> None:
