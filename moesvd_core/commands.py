@@ -2,17 +2,16 @@
 
 import os
 import shlex
-import subprocess
 import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moesvd_core import errors
-from moesvd_core.console import ProgressBars, plain, ranks, show_facts, show_json, show_rows
+from moesvd_core.console import LABELS, ProgressBars, plain, ranks, show_facts, show_json, show_rows
 from moesvd_core.errors import Cancelled, InputError, MoesvdError
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.runs.client import Client, enqueue
@@ -148,8 +147,8 @@ def resume(given: Namespace) -> None:
         _followed(run, job.id)
 
 
-def serve(given: Namespace) -> int:
-    """`moesvd serve`: the explorer, in a process of its own with the same words (`moesvd serve --help` lists them).
+def serve(given: Namespace) -> NoReturn:
+    """`moesvd serve`: the explorer with the same words (`moesvd serve --help` lists them), in this process from here on.
 
     Raises:
         InputError: only the package is installed; the pages are in the repository.
@@ -158,7 +157,7 @@ def serve(given: Namespace) -> int:
     if not app.is_file():
         raise InputError("the explorer is not part of the installed package: run `python app.py` in the repository")
     environment = {**os.environ, COMMAND_VARIABLE: "moesvd serve"}
-    return subprocess.call([sys.executable, str(app), *given.rest], env=environment)  # noqa: S603 - our own app, no shell
+    os.execve(sys.executable, [sys.executable, str(app), *given.rest], environment)  # noqa: S606 - our own app, no shell
 
 
 def worker(given: Namespace) -> int:
@@ -288,13 +287,17 @@ def _show_plan(run: RunFolder, record: Mapping[str, Any], as_json: bool) -> None
     if as_json:
         show_json(facts)
         return
-    show_facts(f"{facts['method']} at {facts['ratio']:.1%}", {name: facts[name] for name in _PLAN_FACTS if facts.get(name) is not None})
+    if dense := facts.get("format") == "dense":
+        facts["ratio"] = known["ratio"]  # that of the files says nothing of the plan
+    title = f"{facts['method']} at {facts['ratio']:.1%}{', stored as whole matrices' if dense else ''}"
+    shown = {name: facts[name] for name in _PLAN_FACTS if facts.get(name) is not None}
+    show_facts(title, shown, LABELS["dense" if dense else "plan"])
     rows = [
         (layer.layer, layer.input.structure, ranks(layer.input.ranks), layer.output.structure, ranks(layer.output.ranks),
          f"{layer.parameters / layer.original_parameters:.0%}", layer.predicted_loss, layer.reason)
         for layer in Plan.from_dict({name: facts[name] for name in Plan.__dataclass_fields__}).layers
     ]
-    show_rows("layers", ["layer", "gate and up", "ranks", "down", "ranks", "kept", "predicted loss, nats", "why"], rows)
+    show_rows("layers", ["layer", "gate and up", "ranks", "down", "ranks", "kept", "truncation loss, nats", "why"], rows)
 
 
 # -- looking at models ---------------------------------------------------------------------------------------------------------------
@@ -308,7 +311,8 @@ def inspect(given: Namespace) -> None:
     if given.json:
         show_json(facts)
         return
-    show_facts(given.model, {name: value for name, value in facts.items() if name not in ("warnings", "expert_layers")})
+    told = {name: value for name, value in facts.items() if name not in ("warnings", "expert_layers")}
+    show_facts(given.model, told, LABELS["factored"] if facts["factored"] else {})
     for warning in facts["warnings"]:
         print(plain(f"- {warning}"))
 
@@ -365,7 +369,7 @@ def compare(given: Namespace) -> None:
         show_json(rows)
         return
     names = [name for name in rows[0] if name not in ("model", "answer")]
-    table = [[name, *(row[name] for row in rows)] for name in names]
+    table = [[LABELS["speed"].get(name, name), *(row[name] for row in rows)] for name in names]
     show_rows("compared on the same text and prompt", ["", *(str(row["model"]) for row in rows)], table)
     for row in rows if given.prompt is not None else []:
         print(plain(f"\n{row['model']}: {given.prompt}{row['answer']}"))

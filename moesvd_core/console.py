@@ -6,6 +6,7 @@ Names and answers come from strangers: they are shown as text, neither as markup
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from moesvd_core.planning import Ranks
 from moesvd_core.progress import Progress
+
+_LOSS = {"predicted_loss": "truncation loss, nats a token (second-order)"}
+LABELS: Mapping[str, Mapping[str, str]] = MappingProxyType({
+    "plan": {"active_parameters": "active_parameters (experts by use)", **_LOSS},
+    "dense": {"ratio": "ratio (of the factors)", "expert_ratio": "expert_ratio (of the factors)", **_LOSS},
+    "factored": {"active_parameters": "active_parameters (all experts alike)"},
+    "speed": {"flops_per_token": "flops_per_token (as run on a prompt)"},
+})
+"""What figures are called in print where their names in JSON could be taken for other figures.
+
+Of a plan, each expert counts as often as the calibration text used it, and the loss is not brought to the size of measured ones, as the
+explorer's predicted loss is; then of a plan that was written as whole matrices; of a factored checkpoint, whose files do not tell which
+experts are used; and of what was timed, where a plan's operations are those of matrices with logits for every token and no scores.
+"""
 
 
 class ProgressBars:
@@ -53,13 +69,13 @@ def show_json(data: Any) -> None:
     print(json.dumps(data, ensure_ascii=False, indent=1))
 
 
-def show_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """Print names and values, one a line."""
+def show_facts(title: str, facts: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> None:
+    """Print names and values, one a line; `labels` has what some names are called in print."""
     table = Table(title=plain(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     for name, value in facts.items():
-        table.add_row(plain(name), cell(value))
+        table.add_row(plain((labels or {}).get(name, name)), cell(value))
     _out().print(table)
 
 
@@ -91,13 +107,11 @@ def plain(text: str) -> str:
 
 def ranks(values: Sequence[int]) -> str:
     """Ranks of a side: minimum · median · maximum of those that are factored, and how many stay dense."""
-    factored = sorted(value for value in values if value >= 0)
-    dense = len(values) - len(factored)
-    if not factored:
+    found = Ranks.of(values)
+    if found.dense == len(values):
         return "dense"
-    middle = factored[len(factored) // 2]
-    text = f"{factored[0]}" if factored[0] == factored[-1] else f"{factored[0]} · {middle} · {factored[-1]}"
-    return text + (f" (+{dense} dense)" if dense else "")
+    text = f"{found.least}" if found.least == found.most else f"{found.least} · {found.median} · {found.most}"
+    return text + (f", {found.dense} dense" if found.dense else "")
 
 
 def _out() -> Console:

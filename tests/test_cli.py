@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import huggingface_hub
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moesvd_core import commands
 from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.architectures.inspect import inspect
 from moesvd_core.cli import main, parser
 from moesvd_core.runs.client import enqueue
 from moesvd_core.runs.folder import RunFolder
@@ -69,7 +72,11 @@ def test_compress_prints_figures_of_what_it_wrote(model: str, tmp_path: Path, ca
     assert figures["bytes"] == ModelFiles.open(output).bytes
     assert "calibrate" in printed.err
     assert main(["compress", model, "--ratio", "0.2", "--output", str(output), *FAST]) == 0
-    assert "predicted loss, nats" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "truncation loss, nats" in printed and "predicted" not in printed
+    assert "active_parameters (experts by use)" in printed
+    assert main(["inspect", str(output)]) == 0
+    assert "active_parameters (all experts alike)" in capsys.readouterr().out
 
 
 def test_one_run_serves_plans_exports_and_lists(model: str, tmp_path: Path, runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +94,12 @@ def test_one_run_serves_plans_exports_and_lists(model: str, tmp_path: Path, runs
     (tmp_path / "recipe.yaml").write_text("method: fisher\nratio: 0.1\n")
     output = str(tmp_path / "dense")
     assert main(["export", str(runs_root / run), "--recipe", str(tmp_path / "recipe.yaml"), "--output", output, "--format", "dense"]) == 0
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert re.search(r"fisher at 1\d\.\d%, stored as whole matrices", printed)
+    assert re.search(r"ratio \(of the factors\) +│ 0\.1", printed)
+    original = inspect(model)
+    for name in ("parameters", "active_parameters", "bytes"):
+        assert re.search(rf"│ {name} +│ {getattr(original, name):,} ", printed), name
     assert main(["runs", "--json"]) == 0
     [status] = json.loads(capsys.readouterr().out)
     assert (status["id"], status["state"]) == (run, "finished")
@@ -101,13 +113,19 @@ def test_evaluate_and_inspect(model: str, capsys: pytest.CaptureFixture[str]) ->
     assert figures["kl_mean"] == pytest.approx(0, abs=1e-6)
     assert main(["inspect", model, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["experts"] == 4
+    assert main(["inspect", model]) == 0
+    assert "experts alike" not in capsys.readouterr().out, "there all are of one size"
 
 
-def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # for the names of both folders
     assert main(["compare", model, model, "--windows", "2", "--prompt", "we the people", "--json"]) == 0
     original, compressed = json.loads(capsys.readouterr().out)
     assert original["answer"] == compressed["answer"]
     assert compressed["top1_agreement"] == 1
+    assert {"flops_per_token"} <= set(compressed)
+    assert main(["compare", model, model, "--windows", "1"]) == 0
+    assert "flops_per_token (as run on a prompt)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -138,6 +156,7 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
         (["compress", "MODEL", "--recipe", "nowhere.yaml", "--output", "OUT"], "nowhere.yaml cannot be read"),
         (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--dataset", "EMPTY"], "empty.txt holds no text"),
         (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
+        (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--seed", "9" * 20], "seed must be at most 4,294,967,295, got 99,999,"),
         (["compress", "MODEL", "--ratio", "0.3", "--output", "OUT", "--length", "1"], "length must be a whole number of at least 2"),
         (["compress", "MODEL", "--ratio", "0.3", "--output", "EMPTY"], "output must be a folder, got the file"),
         (["compress", "MODEL", "--ratio", "0.3", "--output", "MODEL"], "holds files that are no export"),
@@ -202,15 +221,31 @@ def test_the_options_of_benchmarks_are_known(capsys: pytest.CaptureFixture[str])
 
 def test_serve_hands_its_options_to_the_app(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
-    monkeypatch.setattr("subprocess.call", lambda words, **_: called.append(words) or 3)
+
+    def replaced(program: str, words: list[str], environment: dict[str, str]) -> NoReturn:
+        called.append(words)
+        raise SystemExit(3)
+
+    monkeypatch.setattr("os.execve", replaced)
     assert main(["serve", "--port", "1"]) == 3
     assert [Path(word).name for word in called[0][1:]] == ["app.py", "--port", "1"]
     assert Path(called[0][1]).is_file()
 
 
-def test_the_help_of_serve_calls_it_by_what_was_typed(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--help"]) == 0
-    assert capfd.readouterr().out.startswith("usage: moesvd serve [-h] [--host HOST]")
+def test_the_help_of_serve_calls_it_by_what_was_typed() -> None:
+    words = [sys.executable, "-m", "moesvd_core", "serve", "--help"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.startswith("usage: moesvd serve [-h] [--host HOST]")
+
+
+def test_whoever_stops_serve_stops_the_explorer(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "moesvd_core", "serve", "--port", "0", "--no-demo", "--runs", str(tmp_path)]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=quiet) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline(), "it says where it can be seen"
+        process.terminate()
+        process.communicate(timeout=30)  # until nobody is left who would write: not while a process goes on
+    assert process.returncode != 0
 
 
 def test_stopping_by_signal_ends_within_seconds_and_the_run_goes_on(model: str, tmp_path: Path) -> None:

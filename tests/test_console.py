@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from moesvd_core.console import ProgressBars, cell, plain, ranks, show_facts, show_rows
+from moesvd_core.console import LABELS, ProgressBars, cell, plain, ranks, show_facts, show_rows
 from moesvd_core.progress import Progress
 
 
@@ -18,10 +18,21 @@ def test_values_as_people_read_them(value: object, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "text"), [([-1, -1], "dense"), ([8, 8], "8"), ([0, 24, 8, -1], "0 · 8 · 24 (+1 dense)")]
+    ("values", "text"),
+    [
+        ([-1, -1], "dense"), ([8, 8], "8"), ([0, 24, 8, -1], "0 · 8 · 24, 1 dense"),
+        ([0, 24, 8, 32], "0 · 8 · 32"), ([0, -1, -1, -1], "0, 3 dense"),
+    ],
 )
 def test_ranks_of_a_side(values: list[int], text: str) -> None:
     assert ranks(values) == text
+
+
+def test_a_figure_can_be_called_otherwise_in_print(capsys: pytest.CaptureFixture[str]) -> None:
+    show_facts("title", {"predicted_loss": 0.5, "ratio": 0.25}, LABELS["plan"])
+    printed = capsys.readouterr().out
+    assert "truncation loss, nats a token (second-order)" in printed and "predicted" not in printed
+    assert "ratio" in printed
 
 
 def test_a_table_in_a_pipe_is_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:

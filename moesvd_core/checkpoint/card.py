@@ -39,6 +39,7 @@ class Counts:
         factored_layers: layers whose experts are factored.
         layers: decoder layers.
         refitted_routers: layers whose routers were refitted.
+        active_parameters: of a dense export, those that a token meets; None of a factored one, whose experts differ in size.
     """
 
     parameters: int
@@ -48,10 +49,11 @@ class Counts:
     factored_layers: int
     layers: int
     refitted_routers: int = 0
+    active_parameters: int | None = None
 
     @property
     def ratio(self) -> float:
-        """1 - stored / original parameters of the whole model (0 for a dense export)."""
+        """1 - stored / original parameters of the whole model (0 for a dense export that holds all experts)."""
         return 1 - self.parameters / self.original_parameters
 
 
@@ -63,7 +65,7 @@ model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 ```
 
 Without either, loading stops with an error about shapes of `experts` tensors."""
-_DENSE = "It has the tensor names and shapes of the original and loads wherever the original does; it saves no memory."
+_DENSE = "It has the tensor names{shapes} of the original and loads wherever the original does; {saves}."
 
 
 def model_card(facts: CardFacts, counts: Counts, format_name: str) -> str:
@@ -75,6 +77,7 @@ def model_card(facts: CardFacts, counts: Counts, format_name: str) -> str:
     rows = [
         ("parameters", f"{counts.original_parameters:,}", f"{counts.parameters:,}"),
         ("bytes of tensors", f"{counts.original_bytes:,}", f"{counts.bytes:,}"),
+        *_active(facts, counts),
         *facts.figures,
     ]
     table = "\n".join(f"| {_cell(what)} | {_cell(original)} | {_cell(here)} |" for what, original, here in rows)
@@ -83,17 +86,52 @@ def model_card(facts: CardFacts, counts: Counts, format_name: str) -> str:
     routers = "1 router was" if counts.refitted_routers == 1 else f"{counts.refitted_routers} routers were"
     refitted = f"{routers} refitted to what the layers before them have changed; all other "
     kept = f"{refitted if counts.refitted_routers else ''}routers"
+    title, experts, loading = _dense(facts, counts) if format_name == "dense" else _factored(counts)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {_cell(facts.source)}, compressed by {100 * counts.ratio:.1f} %",
-        f"Low-rank factors stand in for the routed experts of {counts.factored_layers} of {counts.layers} layers ({format_name} format); "
-        f"{kept}, shared experts, attention and everything else are those of the original, bit for bit.",
-        _DENSE if format_name == "dense" else _FACTORED,
+        f"# {_cell(facts.source)}, {title}",
+        f"{experts}; {kept}, shared experts, attention and everything else are those of the original, bit for bit.",
+        loading,
         f"| | original | this model |\n|---|---|---|\n{table}",
         lines,
         "Made with moesvd. `SHA256SUMS` lists every file (`sha256sum -c SHA256SUMS`); `moesvd.json` holds the figures and the plan.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _factored(counts: Counts) -> tuple[str, str, str]:
+    """What stands in the title, what became of the experts, and how the model is loaded."""
+    experts = f"Low-rank factors stand in for the routed experts of {counts.factored_layers} of {counts.layers} layers (factored format)"
+    return f"compressed by {_percent(counts.ratio)}", experts, _FACTORED
+
+
+def _dense(facts: CardFacts, counts: Counts) -> tuple[str, str, str]:
+    """The same of a dense export, of which the plan tells what its factors would have come to."""
+    ratio = None if facts.plan is None else facts.plan.get("ratio")
+    fewer = counts.parameters < counts.original_parameters
+    planned = "" if ratio is None else f" by {_percent(ratio)}"
+    as_factors = "" if ratio is None else f" As factors the model would store {_percent(ratio)} fewer parameters than the original."
+    experts = (
+        f"The routed experts of {counts.factored_layers} of {counts.layers} layers are stored as whole matrices (dense format), "
+        "multiplied out from what compression left of them"
+    )
+    stored = f"there are fewer experts, so it stores {_percent(counts.ratio)} fewer parameters" if fewer else "it saves no memory"
+    loading = _DENSE.format(shapes="" if fewer else " and shapes", saves=stored) + as_factors
+    return f"compressed{planned}, then multiplied out", experts, loading
+
+
+def _active(facts: CardFacts, counts: Counts) -> list[tuple[str, str, str]]:
+    """The row of active parameters, where a plan tells the original's; a plan counts each expert as often as it is used."""
+    original, factored = ((facts.plan or {}).get(name) for name in ("original_active_parameters", "active_parameters"))
+    if original is None or factored is None:
+        return []
+    if counts.active_parameters is not None:
+        return [("active parameters a token", f"{original:,}", f"{counts.active_parameters:,}")]
+    return [("active parameters a token (experts by use)", f"{original:,}", f"{factored:,}")]
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.1f} %"
 
 
 def _cell(text: str) -> str:

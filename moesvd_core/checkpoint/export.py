@@ -20,6 +20,7 @@ from moesvd_core.architectures.disk_names import expert_tensor, to_disk
 from moesvd_core.architectures.experts_io import write_experts
 from moesvd_core.architectures.families import Family, family_of
 from moesvd_core.architectures.files import CONFIG, ModelFiles, file_inside
+from moesvd_core.architectures.inspect import inspect
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.architectures.router import rerouted, router_step
 from moesvd_core.architectures.streaming import LayerStream
@@ -114,7 +115,7 @@ def export_streamed(
         settings = MoesvdConfig(layers=work.specs, refitted_routers=work.refitted)
         _write_config(folder, config, settings, type(stream.model).__name__, format, dtype)
         sizes = writer.parameters, _parameters(files), writer.bytes, files.bytes
-        counts = Counts(*sizes, work.factored, len(stream.layers), len(work.refitted))
+        counts = Counts(*sizes, work.factored, len(stream.layers), len(work.refitted), _active(folder, format))
         _describe(folder, card or CardFacts(files.folder.name), counts, format)
         verification = verify(folder, expected=expected, dtype=stream.dtype, device=stream.device, report=report)
     return Export(Path(destination), format, counts, verification)
@@ -276,7 +277,7 @@ def export(
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         settings = MoesvdConfig(layers=[module.spec for module in modules.values()], refitted_routers=refitted)
         _write_config(folder, config, settings, type(model).__name__, format, None)
-        counts = _counts(model, modules, ModelFiles.open(folder), len(refitted))
+        counts = _counts(model, modules, ModelFiles.open(folder), len(refitted), _active(folder, format))
         _describe(folder, card or CardFacts(), counts, format)
         verification = verify(folder, expected=expected, dtype=model.dtype, report=report)
     return Export(Path(destination), format, counts, verification)
@@ -337,7 +338,14 @@ def _parameters(files: ModelFiles) -> int:
     return sum(torch.Size(files.header(key)[1]).numel() for key in files.weight_map)
 
 
-def _counts(model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles, refitted: int) -> Counts:
+def _active(folder: Path, format_name: Format) -> int | None:
+    """Parameters of a written model that a token meets, where that is one number: in whole matrices, all experts are of one size."""
+    return inspect(folder).active_parameters if format_name == "dense" else None
+
+
+def _counts(
+    model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles, refitted: int, active: int | None
+) -> Counts:
     """Counts of a written model, and of the same with its experts unfactored."""
     parameters, layers = _parameters(files), model.config.get_text_config().num_hidden_layers
     held = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.numel()}.values()  # tied ones once
@@ -345,4 +353,4 @@ def _counts(model: PreTrainedModel, modules: dict[str, FactoredExperts], files: 
     native = sum(ExpertLayer(**module.expert_layer).parameters for module in modules.values())
     original = sum(tensor.numel() for tensor in held) - sum(tensor.numel() for tensor in factored) + native
     original_bytes = sum(tensor.nbytes for tensor in held) - sum(tensor.nbytes for tensor in factored) + native * model.dtype.itemsize
-    return Counts(parameters, original, files.bytes, original_bytes, len(modules), layers, refitted)
+    return Counts(parameters, original, files.bytes, original_bytes, len(modules), layers, refitted, active)

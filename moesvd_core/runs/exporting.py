@@ -25,6 +25,8 @@ TOLERANCE = 1e-3
 def write_export(bench: Workbench, plan: Plan, output: Path, form: Format, card: CardFacts, *, overwrite: bool = False) -> dict[str, Any]:
     """Write the model; returns what was stored: ratio, parameters and bytes, counted from the files.
 
+    Of a dense export also active_parameters: the plan's are those of factors.
+
     Nothing is written when this very export is already there: then an earlier worker was killed just after it had finished.
 
     Raises:
@@ -39,7 +41,7 @@ def write_export(bench: Workbench, plan: Plan, output: Path, form: Format, card:
     if form == "factored" and abs(facts["parameters"] - plan.parameters) > TOLERANCE * plan.parameters:
         stored, planned = f"{facts['parameters']:,}", f"{plan.parameters:,}"
         raise CheckpointError(f"{output}: stores {stored} parameters, planned were {planned}; plan and export again")
-    return {name: facts[name] for name in ("ratio", "parameters", "bytes")}
+    return {name: facts[name] for name in ("ratio", "parameters", "bytes", *(["active_parameters"] if form == "dense" else []))}
 
 
 def _write(bench: Workbench, plan: Plan, output: Path, form: Format, card: CardFacts, overwrite: bool) -> None:
@@ -82,13 +84,12 @@ def card_facts(bench: Workbench, plan: Plan, known: Mapping[str, Any], command: 
             (f"KL to the original, nats a token ({on})", "0", f"{after.kl_mean:.4f}"),
             (f"same most likely token ({on})", "100 %", f"{100 * (after.top1_agreement or 0):.1f} %"),
         ]
-    active = ("active parameters a token", f"{plan.original_active_parameters:,}", f"{plan.active_parameters:,}")
     return CardFacts(
         source=Path(bench.run.identity.model).name,
         method=", ".join([plan.method, *plan.fits]),
         calibration=f"{calibration.dataset}, {statistics.windows} windows of {statistics.length} tokens{fewer}, seed {calibration.seed}",
         command=command,
-        figures=(active, *figures),
+        figures=tuple(figures),
         licence=bench.source.facts.get("licence"),
         plan=plan.as_dict(),
     )

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -14,35 +13,13 @@ from moesvd_core.curve_files import load_curves
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import RunError
 from moesvd_core.pipeline import decomposition_key, single_structures
-from moesvd_core.planning import DENSE, SideCurve
+from moesvd_core.planning import Ranks, SideCurve
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import plans_file
 from pages.components.text import share
 
 _KEPT = 12
 """Tables of plans that stay in memory; one of 60 layers has some megabytes once its ranks are summed up."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """What is left of the ranks of one side of a layer's plan: a large model has hundreds, at each of 81 ratios.
-
-    Attributes:
-        least, median, most: of the slots that are factored; 0 when none is.
-        dense: slots that stay as they are.
-    """
-
-    least: int
-    median: float
-    most: int
-    dense: int
-
-    @classmethod
-    def of(cls, ranks: Sequence[int]) -> "Ranks":
-        """Sum up the ranks of a plan."""
-        factored = [rank for rank in ranks if rank != DENSE]
-        spread = (min(factored), float(median(factored)), max(factored)) if factored else (0, 0.0, 0)
-        return cls(*spread, len(ranks) - len(factored))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from moesvd_core.marks import mark
-from moesvd_core.planning import SideCurve
+from moesvd_core.planning import Ranks, SideCurve
 from moesvd_core.planning.curves import Side
 from pages.components import figure, tables
-from pages.components.analysis import Ranks, Sensitivity, layer_of, plan_at
+from pages.components.analysis import Sensitivity, layer_of, plan_at
 from pages.components.layers import CHOSEN
 from pages.components.sensitivity_figures import METRICS
 from pages.components.text import number, share

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.planning import DENSE, SIDES, Structure
+from moesvd_core.planning import DENSE, SIDES, Ranks, Structure
 from moesvd_core.runs.bounded import bounded_table
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import plans_file
@@ -168,9 +168,12 @@ def cells(row: _Row, layer: ExpertLayer) -> NDArray[np.uint8]:
 
 
 def _spread(ranks: Sequence[int]) -> tuple[int, int, int]:
-    """Smallest, middle and largest rank; a slot that stays dense counts as the largest."""
-    ordered = sorted(DENSE_RANK if rank == DENSE else min(rank, DENSE_RANK - 1) for rank in ranks)
-    return ordered[0], ordered[(len(ordered) - 1) // 2], ordered[-1]
+    """Smallest, middle and largest rank of the slots that are decomposed; those that stay dense, if any, take the place of the largest."""
+    found = Ranks.of(ranks)
+    if found.dense == len(ranks):
+        return DENSE_RANK, DENSE_RANK, DENSE_RANK
+    least, middle, most = (min(rank, DENSE_RANK - 1) for rank in (found.least, found.median, found.most))
+    return least, middle, DENSE_RANK if found.dense else most
 
 
 def _loads(layers: Sequence[ExpertLayer], scores: Sequence[_Row]) -> NDArray[Any]:

@@ -16,10 +16,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from moesvd_core import experts
 from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.architectures.inspect import inspect
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import LayerStream
 from moesvd_core.checkpoint.apply import compressed, factored_modules
-from moesvd_core.checkpoint.card import CardFacts
+from moesvd_core.checkpoint.card import CardFacts, Counts, model_card
 from moesvd_core.checkpoint.export import export, export_streamed
 from moesvd_core.checkpoint.verify import verify
 from moesvd_core.checkpoint.writer import ShardWriter
@@ -316,6 +317,39 @@ def test_the_card_says_what_was_made_and_quotes_what_comes_from_outside(source: 
     assert "`moesvd compress m --ratio 0.4`" in card
     assert f"{made.counts.parameters:,}" in card
     assert json.loads((made.path / "moesvd.json").read_text())["plan"] == {"ratio": 0.4}
+
+
+def test_the_card_of_a_dense_export_tells_the_plan_s_ratio_and_counts_whole_matrices(source: Path, tmp_path: Path) -> None:
+    original = inspect(source)
+    facts = CardFacts("tiny", plan={"ratio": 0.4, "original_active_parameters": original.active_parameters, "active_parameters": 7})
+    made = export_streamed(ModelFiles.open(source), factors_of, tmp_path / "dense", format="dense", card=facts)
+    card = (made.path / "README.md").read_text()
+    assert "# tiny, compressed by 40.0 %, then multiplied out\n" in card
+    assert "2 of 3 layers are stored as whole matrices (dense format)" in card
+    assert "As factors the model would store 40.0 % fewer parameters" in card
+    assert "0.0 %" not in card.replace("40.0 %", "") and "Low-rank factors stand in" not in card
+    active = f"{original.active_parameters:,}"
+    assert f"| active parameters a token | {active} | {active} |" in card
+    assert json.loads((made.path / "moesvd.json").read_text())["active_parameters"] == inspect(made.path).active_parameters
+    unknown = export_streamed(ModelFiles.open(source), factors_of, tmp_path / "unknown", format="dense", card=CardFacts("tiny"))
+    assert "# tiny, compressed, then multiplied out\n" in (unknown.path / "README.md").read_text()
+
+
+def test_the_card_of_fewer_whole_experts_says_what_they_save() -> None:
+    counts = Counts(75, 100, 150, 200, 2, 3, active_parameters=39)
+    plan = {"ratio": 0.24, "original_active_parameters": 40, "active_parameters": 40}
+    card = model_card(CardFacts("tiny", plan=plan), counts, "dense")
+    assert "there are fewer experts, so it stores 25.0 % fewer parameters. As factors the model would store 24.0 % fewer" in card
+    assert "saves no memory" not in card and "and shapes" not in card
+    assert "| active parameters a token | 40 | 39 |" in card
+
+
+def test_the_card_of_factors_counts_experts_by_use(source: Path, tmp_path: Path) -> None:
+    facts = CardFacts(source="tiny", plan={"ratio": 0.4, "original_active_parameters": 1000, "active_parameters": 700})
+    made = export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out", card=facts)
+    card = (made.path / "README.md").read_text()
+    assert f"# tiny, compressed by {100 * made.counts.ratio:.1f} %\n" in card
+    assert "| active parameters a token (experts by use) | 1,000 | 700 |" in card
 
 
 def test_verification_tells_a_changed_file_from_a_wrong_answer(factored: Path, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 from planned_run import planned_run
 from runs.run_helpers import new_run
 
+from moesvd_core import console
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.errors import RunError
-from moesvd_core.planning import DENSE
+from moesvd_core.planning import DENSE, Ranks
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import analysed
 from pages.components import plan_table
@@ -97,10 +98,20 @@ def test_a_cell_is_empty_full_or_in_between() -> None:
     assert plan_table.cells(barely, LAYER).tolist() == [1] * 4
 
 
-def test_ranks_are_spread_with_dense_slots_at_the_top() -> None:
+def test_ranks_are_spread_with_dense_slots_at_the_top_alone() -> None:
     assert plan_table._spread([8, 0, 24, 16]) == (0, 8, 24)
-    assert plan_table._spread([DENSE, 8, DENSE]) == (8, DENSE_RANK, DENSE_RANK)
+    assert plan_table._spread([DENSE, 8, DENSE]) == (8, 8, DENSE_RANK)
+    assert plan_table._spread([DENSE, 24, 8, DENSE, DENSE, 16]) == (8, 16, DENSE_RANK)
+    assert plan_table._spread([DENSE, DENSE]) == (DENSE_RANK, DENSE_RANK, DENSE_RANK)
     assert plan_table._spread([40]) == (40, 40, 40)
+
+
+@pytest.mark.parametrize("ranks", [[80, 88, 96, 104], [0, DENSE, 24, 8, DENSE, 16]])
+def test_every_place_that_shows_a_plan_has_the_same_median(ranks: list[int]) -> None:
+    found = Ranks.of(ranks)
+    assert found.median in ranks
+    assert plan_table._spread(ranks)[1] == found.median
+    assert console.ranks(ranks).split(" · ")[1] == str(found.median)
 
 
 def test_what_was_not_planned_has_no_table(run: RunFolder, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tiny_runs import CALIBRATION, RECIPE, TEXT, do, tiny_run
 from transformers import AutoModelForCausalLM
 
 from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.architectures.inspect import inspect
 from moesvd_core.errors import InputError, RunError, UnreachableHubError
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress
@@ -73,10 +74,16 @@ def test_another_ratio_needs_no_calibration_and_no_decomposition(run: RunFolder,
     assert run.read_json("evaluations", job.result["file"].split("/")[1])["kl_mean"] > 0
 
 
+def run_active(run: RunFolder) -> int:
+    """Active parameters of the run's original model."""
+    return int(run.read_json("source.json")["facts"]["active_parameters"])
+
+
 def test_a_dense_export_is_as_large_as_the_original(run: RunFolder, compressed: Path) -> None:
     output = run.path.parent / "dense"
     job = do(run, "export", recipe=RECIPE, output=str(output), format="dense")
     assert job.result["ratio"] == 0
+    assert job.result["active_parameters"] == inspect(output).active_parameters == run_active(run)
     dense, factored = AutoModelForCausalLM.from_pretrained(output), AutoModelForCausalLM.from_pretrained(compressed)
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(dense(ids).logits, factored(ids).logits, rtol=1e-4, atol=1e-4)
