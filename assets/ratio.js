@@ -68,6 +68,7 @@
   const count = value => scaled(value, [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "K"]]);
   const share = (value, digits = 0) => `${(100 * value).toFixed(digits)} %`;
   const sentence = text => text[0].toUpperCase() + text.slice(1);
+  const saving = value => (Math.round(100 * value) < 0 ? `${share(-value)} more` : `${share(Math.abs(value))} saved`);
   const signed = (value, show) => `${value < 0 ? "−" : "+"}${show(Math.abs(value))}`;
 
   function nats(value) {
@@ -381,6 +382,7 @@
       }
       Object.assign(this, { method: data.method, saved: data.flops, bound: data, planning: false });
       this.empty = data.empty;
+      if (this.table) this.percent = this.table.asked[this.place]; // the view asks for no more than its method reaches either
       if (this.table && data.layer !== null) this.chosen = this.table.layers.indexOf(data.layer);
       this.glide();
       this.ask();
@@ -483,7 +485,7 @@
         write("size-remark", `of ${bytes(before("bytes"))}, as written to disk`);
         write("loss-remark", `nats a token, ${source}`);
         write("active-remark", `of ${count(before("active_parameters"))} parameters a token`);
-        write("operations-remark", `of ${count(before("flops"))} a token, ${share(1 - totals("flops") / before("flops"))} saved`);
+        write("operations-remark", `of ${count(before("flops"))} a token, ${saving(1 - totals("flops") / before("flops"))}`);
       }
       const unpin = this.part("control", "unpin");
       unpin.hidden = !this.pin;

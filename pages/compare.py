@@ -96,7 +96,8 @@ def build(context: Context) -> None:
         waiting = [told, *buttons]
         asked = gr.on([ask.click, prompt.submit], lambda: (notice("Waiting for the model."), *_closed()), None, waiting, **_PRIVATE)
         running = asked.then(page.changes(_ask(context)), [page.state, prompt, blind, *settings], shown, **_HEAVY)
-        stop.click(page.changes(_stopped), round_, shown, cancels=[running], **_PRIVATE)
+        stop.click(None, cancels=[running], **_PRIVATE)  # first: what would come behind the last word would take its place
+        stop.click(page.changes(_stopped), round_, shown, **_PRIVATE)
         for choice, button in zip(CHOICES, buttons, strict=True):
             button.click(page.changes(_cast(context, choice)), round_, [*shown, votes], **_PRIVATE)
         score.click(page.changes(_score(context)), [page.state, text], scored, **{**_HEAVY, "show_progress": "minimal"})

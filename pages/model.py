@@ -9,18 +9,19 @@ import gradio as gr
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.decomposition.registry import METHODS
-from moesvd_core.errors import InputError, RunError
+from moesvd_core.errors import InputError, MoesvdError, RunError
 from moesvd_core.runs.client import RunStatus
 from moesvd_core.runs.estimate import estimate
 from moesvd_core.runs.source import prepare
 from pages.components import jobs, machine, next_steps, tables
 from pages.components.context import Context
+from pages.components.handler import warn
 from pages.components.model_facts import facts_html, needs_html
 from pages.components.numbers import named
 from pages.components.page import Page
 from pages.components.run_deletion import RunDeletion
 from pages.components.session import ViewState
-from pages.components.text import empty, moment
+from pages.components.text import empty, moment, sentence
 from pages.components.visitor import visitor
 
 PLANNED = ("auto", "moe-svd", "svd-llm")
@@ -29,6 +30,8 @@ _NAMES = {"samples": "Windows", "length": "Tokens a window", "seed": "Seed", "ba
 """Of the calibration's numbers: setting -> field."""
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private"}
 _PROBE: Mapping[str, Any] = {**_PRIVATE, "concurrency_id": "probe", "concurrency_limit": 2}
+_LOOK: Mapping[str, Any] = {**_PROBE, "trigger_mode": "always_last"}
+"""A name that is written while the one before it is looked up counts too."""
 
 
 def build(context: Context) -> None:
@@ -57,7 +60,8 @@ def build(context: Context) -> None:
         page.view(_run_shown(context), [name, facts, card, needs, *calibration], fields=("run",))
         page.view(lambda state: next_steps.html(context, state, context.status(state)), [steps])
         page.ticks(lambda state, status: runs_html(context, state), [runs])
-        name.input(page.changes(_probe(context)), [page.state, name, *calibration], [facts, card, needs], show_progress_on=card, **_PROBE)
+        looked = [page.state, name, *calibration]
+        name.input(page.changes(_probe(context)), looked, [facts, card, needs], show_progress_on=card, **_LOOK)
         asked = [page.state, name, facts, *calibration]
         for field in calibration:
             field.input(page.changes(_needs(context)), asked, needs, show_progress="hidden", **_PRIVATE)
@@ -107,9 +111,14 @@ def _without_field(context: Context, state: ViewState, model: str) -> dict[str, 
 
 def _probe(context: Context) -> Callable[..., Any]:
     def probe(state: ViewState, text: str | None, *values: Any) -> tuple[Any, ...]:
-        """Look at a model without loading it."""
-        model = context.find_model(text or "")
-        found = inspect(model, trust_remote_code=context.settings.remote_code).as_dict()
+        """Look at a model without loading it; where that is refused, the card says why, and what is chosen still."""
+        try:
+            model = context.find_model(text or "")
+            found = inspect(model, trust_remote_code=context.settings.remote_code).as_dict()
+        except MoesvdError as error:
+            warn(str(error), "That did not work")
+            shown = f". Run {state.run} is still chosen." if state.run else "."
+            return None, empty("This model cannot be looked at", f"{sentence(str(error))}{shown}"), ""
         card = facts_html(context.model_name(model), _remark(context, state, model), found)
         return found, card, _needs(context)(state, model, found, *values)
 

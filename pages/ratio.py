@@ -11,13 +11,14 @@ from moesvd_core.live import fits, is_calibrated
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.bounded import has_curves
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import analysed, reach
+from moesvd_core.runs.known import analysed
 from moesvd_core.runs.workbench import Text
-from pages.components import figure, jobs, machine
+from pages.components import figure, jobs, machine, recipe_controls
 from pages.components import ratio_figures as figures
 from pages.components import ratio_stage as stage
 from pages.components.context import Context
 from pages.components.page import Page
+from pages.components.recipe_controls import keep_within_reach, reach_percent, within_reach
 from pages.components.session import ViewState
 from pages.components.text import escape, recipe_name
 
@@ -39,7 +40,7 @@ def build(context: Context) -> None:
             with gr.Column(scale=7, min_width=280):
                 about = gr.HTML("", elem_id="ratio-about", min_height=52)
         control = stage.control()
-        measured = gr.HTML("", elem_id="ratio-measured", min_height=116)
+        measured, newest = gr.HTML("", elem_id="ratio-measured", min_height=116), gr.State(None)  # and the plan measured last
         expert_map = stage.expert_map()
         with gr.Row(elem_classes="columns"):
             with gr.Column(min_width=300):
@@ -53,13 +54,15 @@ def build(context: Context) -> None:
         jobs.Panel(page)
 
         page.view(_method_shown(context), [method, about, plan], fields=("run", "method", "flops_ratio"))
-        page.view(lambda state: stage.drawing(context.open(state), state, TEXT.dataset), [control], fields=("run", "method", "flops_ratio"))
+        page.view(_plans(context), [control], fields=("run", "method", "flops_ratio"))
         page.view(_measured(context), [measured, measure], fields=("run", "method", "ratio", "flops_ratio"))
         page.view(_curve(context), [curve], fields=("run", "method", "flops_ratio"))
-        method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_QUIET)
+        keep_within_reach(page, method)
         control.release(page.changes(_released), page.state, page.state, **_QUIET)
         expert_map.select(page.changes(_layer_chosen), page.state, page.state, **_QUIET)
-        measured.change(page.changes(_measure_at_once(context)), page.state, [measured, curve], **_HEAVY)  # whenever it says “Measuring”
+        answered = [measured, curve, newest]
+        measured.change(page.changes(_measure_at_once(context)), page.state, answered, **_HEAVY)  # whenever it says “Measuring”
+        newest.change(page.changes(_plans(context)), page.state, control, **_QUIET)  # each point may change what all plans are predicted
         plan.click(page.changes(_plan(context)), page.state, page.wake, **_QUIET)
         measure.click(page.changes(_measure(context)), page.state, page.wake, **_QUIET)
 
@@ -95,6 +98,14 @@ def _method_shown(context: Context) -> Callable[[ViewState], Any]:
         return gr.Dropdown(choices=names, value=state.method), text, gr.Button(interactive=bool(planned) and missing)
 
     return shown
+
+
+def _plans(context: Context) -> Callable[[ViewState], str]:
+    def drawn(state: ViewState) -> str:
+        """The plans of the view's method, with what they are predicted to lose by all that was measured so far."""
+        return stage.drawing(context.open(state), state, TEXT.dataset)
+
+    return drawn
 
 
 def _measured(context: Context) -> Callable[[ViewState], Any]:
@@ -134,11 +145,11 @@ def _measure_at_once(context: Context) -> Callable[[ViewState], Any]:
         run = context.open(state)
         recipe = None if run is None else recipe_of(run, state)
         if run is None or recipe is None or figures.is_measured(run, recipe, TEXT):
-            return gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip()
         if not context.client.owns(run) or not answers_at_once(context, run):
-            return gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip()
         context.live.of(run).measure(recipe, TEXT)
-        return figures.measured_html(run, recipe, TEXT, ""), figures.curve(run, state.method, TEXT, recipe.flops_ratio)
+        return figures.measured_html(run, recipe, TEXT, ""), figures.curve(run, state.method, TEXT, recipe.flops_ratio), recipe
 
     return measure
 
@@ -167,11 +178,7 @@ def _measure(context: Context) -> Callable[[ViewState], Any]:
 
 def recipe_of(run: RunFolder, state: ViewState) -> Recipe | None:
     """What the view asks for, at most as far as its method reaches; None where the method was not planned."""
-    most = reach(run, state.method)
-    if most is None:
-        return None
-    ratio = min(round(state.ratio, 4), int(100 * most) / 100)
-    return Recipe(method=state.method, ratio=ratio, flops_ratio=stage.flops_within(run, state))
+    return None if reach_percent(run, state.method) is None else recipe_controls.recipe_of(within_reach(run, state))
 
 
 def answers_at_once(context: Context, run: RunFolder) -> bool:

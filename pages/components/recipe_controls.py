@@ -8,12 +8,15 @@ import gradio as gr
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.bounded import most_flops_ratio
+from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import analysed, reach
+from pages.components import ratio_stage as stage
 from pages.components.page import Page
 from pages.components.session import ViewState
 
 _HIGHEST = 80
 """Percent; of methods whose reach is not known yet."""
+_RECIPE = ("run", "method", "ratio", "flops_ratio")
 _EVENT: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -26,8 +29,8 @@ class RecipeControls:
             method = gr.Dropdown(list(METHODS), value=ViewState.method, label="Method", elem_id="recipe-method", min_width=160)
             ratio = gr.Slider(0, _HIGHEST, 40, step=1, label="Ratio, %", elem_id="recipe-ratio", min_width=220)
             fewer = gr.Slider(0, _HIGHEST, 0, step=1, label="Operations saved, %", elem_id="recipe-flops", min_width=220)
-        page.view(self._values, [method, ratio, fewer], fields=("run", "method", "ratio", "flops_ratio"))
-        method.input(page.changes(lambda state, name: state.but(method=name)), [page.state, method], page.state, **_EVENT)
+        page.view(self._values, [method, ratio, fewer], fields=_RECIPE)
+        keep_within_reach(page, method)
         dragged = page.changes(lambda state, percent: state.but(ratio=percent / 100))
         asked = ratio.input(dragged, [page.state, ratio], page.state, trigger_mode="always_last", **_EVENT)
         bounded = page.changes(lambda state, percent: state.but(flops_ratio=percent / 100 or None))
@@ -40,14 +43,44 @@ class RecipeControls:
         run = self._page.context.open(state)
         ready = [] if run is None else analysed(run)
         choices = [(name, name) for name in ready] + [(f"{name} (not analysed yet)", name) for name in METHODS if name not in ready]
-        most = None if run is None else reach(run, state.method)
-        percent = _HIGHEST if most is None else max(1, int(100 * most))
+        most = None if run is None else reach_percent(run, state.method)
+        percent = _HIGHEST if most is None else max(1, most)
         weighs = METHODS[state.method].bounds_flops
         bound = _HIGHEST if run is None or most is None or not weighs else max(1, int(100 * most_flops_ratio(run, state.method)))
         return (
             gr.Dropdown(choices=choices, value=state.method), gr.Slider(maximum=percent, value=min(percent, round(100 * state.ratio, 2))),
             gr.Slider(maximum=bound, value=min(bound, round(100 * (state.flops_ratio or 0.0), 2)), visible=weighs),
         )
+
+
+def keep_within_reach(page: Page, method: gr.Dropdown) -> None:
+    """Let the list of methods change the page's state, and bring it to what its method reaches whenever it asks for more.
+
+    Addresses may ask for more, and so may a view whose method was not analysed when it was chosen.
+    """
+
+    def within(state: ViewState) -> ViewState:
+        run = page.context.open(state)
+        return state if run is None else within_reach(run, state)
+
+    beyond = gr.State(None)  # the view that asks for too much, as long as there is one
+    page.view(lambda state: None if within(state) == state else state, [beyond], fields=_RECIPE)
+    beyond.change(page.changes(within), page.state, page.state, **_EVENT)
+    method.input(page.changes(lambda state, name: within(state.but(method=name))), [page.state, method], page.state, **_EVENT)
+
+
+def within_reach(run: RunFolder, state: ViewState) -> ViewState:
+    """The view with at most as much removed and saved as its method can on the run's model; as it is where that is not known yet."""
+    most = reach_percent(run, state.method)
+    if most is None:
+        return state
+    return state.but(ratio=min(round(state.ratio, 4), most / 100), flops_ratio=stage.flops_within(run, state))
+
+
+def reach_percent(run: RunFolder, method: str) -> int | None:
+    """The last whole percent that a method reaches, None when it was not analysed."""
+    most = reach(run, method)
+    return None if most is None else int(100 * most + 1e-9)
 
 
 def recipe_of(state: ViewState) -> Recipe:

@@ -106,6 +106,16 @@ def test_a_ratio_out_of_bounds_gives_way_to_the_one_that_counts(compare: Open) -
     expect(page.locator(".strip")).to_contain_text("40 %")
 
 
+def test_a_ratio_beyond_the_methods_reach_is_brought_within_it(visit: Open, run: RunFolder) -> None:
+    most = int(100 * run.read_json("plans", "all-auto.json")["max_ratio"])
+    for path in ("compare", "export"):
+        page = visit(f"/{path}?run={RUN}&ratio=0.9")
+        expect(page.get_by_label("number input for Ratio")).to_have_value(str(most), timeout=30_000)
+        expect(page.locator(".strip")).to_contain_text(f"{most} %")
+        page.wait_for_function(f"location.search.includes('ratio={most / 100:g}')")
+        expect(page.get_by_text("choose less")).to_have_count(0)
+
+
 def test_a_blind_vote_is_counted_once(compare: Open, run: RunFolder) -> None:
     page = compare()
     page.get_by_label("Blind").check()

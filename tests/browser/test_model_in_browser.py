@@ -54,7 +54,15 @@ def test_a_model_is_known_within_seconds_and_a_wrong_name_is_explained(visit: Op
     expect(page.locator("#model-needs")).to_contain_text("This machine")
     field.fill("/etc")
     field.press("Enter")
-    expect(page.get_by_text("'/etc' is neither a model folder")).to_be_visible()
+    refused = page.locator("#model-facts")
+    expect(page.locator(".toast-body").get_by_text("'/etc' is neither a model folder")).to_be_visible()
+    expect(refused).to_contain_text("'/etc' is neither a model folder")
+    expect(refused).to_contain_text("is still chosen")
+    expect(refused).not_to_contain_text("16.3 M")
+    expect(page.locator("#model-needs")).not_to_contain_text("This machine")
+    field.fill("   ")
+    field.press("Enter")
+    expect(refused).to_contain_text("No model is named")
 
 
 SAID = """() => {

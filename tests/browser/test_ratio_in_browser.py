@@ -19,6 +19,7 @@ from pages.components.text import size
 Open = Callable[..., Page]
 LIVE = "live-0000000d"
 LARGE = "large-0000000e"
+LAW, MORE = "law-0000000d", "more-0000000e"
 PERCENT, SLIDER = '[data-part="percent"]', '[data-part="slider"]'
 ROWS = '[data-part="rows"] tr:not([hidden])'
 FILLED = """(selector) => {
@@ -239,6 +240,53 @@ def test_letting_go_measures_a_small_model_and_puts_the_point_on_the_curve(ratio
     expect(page.locator("#ratio-measured")).to_contain_text(f"Measured at {percent} by auto", timeout=30_000)
     two_points = "trace => trace.mode === 'markers' && trace.x.length === 2"
     page.wait_for_function(f"document.querySelector('#ratio-curve .plot').data.some({two_points})")
+
+
+def test_one_law_tells_the_predicted_loss_and_the_curve(ratio: Open, runs: Path) -> None:
+    torch.set_num_threads(1)
+    made = tiny_run(runs / LAW)
+    job = do(made, "analyze", methods=["auto"], text=TEXT)
+    assert job.state == "finished", job.error
+    identity = json.loads((made.path / "run.json").read_text())
+    (made.path / "run.json").write_text(json.dumps({**identity, "id": LAW, "created": "2023-01-03T00:00:00+00:00"}))
+    for percent in (30, 40):
+        measured(made, Recipe(ratio=percent / 100), percent / 1000)
+    page = ratio(f"run={LAW}&ratio=0.15")
+    page.locator(SLIDER).press("ArrowLeft")
+    expect(page.locator("#ratio-measured")).to_contain_text("Measured at 14 % by auto", timeout=20_000)
+    expect(page.locator("#ratio-curve figcaption")).to_contain_text("fitted to")
+    told = page.locator("#ratio-curve figcaption").inner_text().partition("fitted to ")[2].split()[0]
+    expect(page.locator('[data-part="loss-remark"]')).to_contain_text(f"fitted to {told} measured plans")
+
+
+def test_a_ratio_beyond_the_methods_reach_is_nowhere(ratio: Open) -> None:
+    page = ratio(f"run={RUN}&method=auto&ratio=0.75")
+    page.locator("#ratio-method input").click()
+    page.get_by_role("option", name="svd", exact=True).click()
+    expect(page.locator('[data-part="layers-title"]')).to_contain_text("Layers, svd at", timeout=10_000)
+    most = int(page.locator(SLIDER).get_attribute("max") or "")
+    assert most < 75
+    expect(page.locator(PERCENT)).to_have_text(f"{most} %")
+    expect(page.locator(".strip")).to_contain_text(f"{most} %")
+    page.wait_for_function(f"location.search.includes('ratio={most / 100:g}')")
+    page.locator("#ratio-method input").click()
+    page.get_by_role("option", name="auto", exact=True).click()
+    expect(page.locator('[data-part="layers-title"]')).to_contain_text(f"Layers, auto at {most} %", timeout=10_000)
+    opened = ratio(f"run={RUN}&method=svd&ratio=0.75")
+    expect(opened.locator(".strip")).to_contain_text(f"{most} %")
+    opened.wait_for_function(f"location.search.includes('ratio={most / 100:g}')")
+
+
+def test_a_plan_of_more_operations_says_so(ratio: Open, runs: Path) -> None:
+    made = planned_run(runs, MORE, methods=["svd"])
+    table = made.read_json("plans", "all-svd.json")
+    for percent, factor in ((20, 1.053), (21, 1.004), (22, 0.95)):
+        table["plans"][percent]["flops"] = round(factor * table["plans"][percent]["original_flops"])
+    (made.path / "plans" / "all-svd.json").write_text(json.dumps(table))
+    page = ratio(f"run={MORE}&method=svd&ratio=0.2")
+    for words in (", 5 % more", ", 0 % saved", ", 5 % saved"):
+        expect(page.locator('[data-part="operations-remark"]')).to_contain_text(words)
+        page.locator(SLIDER).press("ArrowRight")
 
 
 def test_sixty_layers_of_128_experts_are_drawn(ratio: Open, runs: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 import torch
 from runs.run_helpers import new_run
@@ -107,6 +108,17 @@ def test_a_vote_is_kept_in_the_run_and_told_at_once(context: Context) -> None:
     with pytest.raises(InputError, match="ask blind first"):
         compare._cast(context, "left")(None)
     assert len(read_votes(run)) == before + 1
+
+
+def test_the_answers_are_ended_before_it_is_shown_that_they_were_stopped(context: Context) -> None:
+    """A token that came behind it would be shown as one of an answer that goes on."""
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        compare.build(context)
+    (stop,) = [block["id"] for block in blocks.config["components"] if block["props"].get("elem_id") == "stop"]
+    pressed = [event for event in blocks.config["dependencies"] if (stop, "click") in [tuple(target) for target in event["targets"]]]
+    ending, showing = ([place for place, event in enumerate(pressed) if event[what]] for what in ("cancels", "backend_fn"))
+    assert len(ending) == len(showing) == 1
+    assert ending < showing
 
 
 def test_a_round_that_was_stopped_carries_no_vote(context: Context) -> None:

@@ -52,6 +52,27 @@ def test_a_probe_finds_the_runs_of_a_model_however_it_is_written(context: Contex
     assert all(f"analysed in run {run.name}: open it below" in told(ViewState(), text) for text in written)
 
 
+@pytest.mark.parametrize(("text", "words"), [
+    ("no/such", "hub cannot be asked for it"), ("/etc", "neither a model folder"), ("   ", "o model is named"), (None, "o model is named"),
+])
+def test_a_refused_name_leaves_no_card_of_another_model(context: Context, text: str | None, words: str) -> None:
+    with pytest.warns(UserWarning, match=words):
+        facts, card, needs = model._probe(context)(ViewState("tiny-00000001"), text, *VALUES)
+    assert (facts, needs) == (None, "")
+    assert words in card
+    assert "Run tiny-00000001 is still chosen." in card
+    with pytest.warns(UserWarning, match=words):
+        assert "still" not in model._probe(context)(ViewState(), text, *VALUES)[1]
+
+
+def test_a_name_counts_that_is_written_while_another_is_looked_up(context: Context) -> None:
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        model.build(context)
+    (name,) = [block["id"] for block in blocks.config["components"] if block["props"].get("elem_id") == "model-name"]
+    (looking,) = [event for event in blocks.config["dependencies"] if (name, "input") in [tuple(target) for target in event["targets"]]]
+    assert looking["trigger_mode"] == "always_last"
+
+
 def test_an_analysis_is_asked_for_once(context: Context) -> None:
     state, clock = model._analyse(context)(ViewState(), "demo-moe", ["auto"], *VALUES)
     status = context.status(state)

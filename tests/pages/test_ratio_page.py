@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 import torch
 from planned_run import NLL, RUN, add_curves, figures, measured, planned_run
@@ -193,12 +194,30 @@ def test_a_small_model_is_measured_when_the_slider_is_let_go(tiny: Context) -> N
     waiting, button = ratio._measured(tiny)(state)
     assert "Measuring auto at 20 %" in waiting
     assert not button.interactive
-    panel, curve = ratio._measure_at_once(tiny)(state)
+    panel, curve, newest = ratio._measure_at_once(tiny)(state)
+    assert newest == Recipe(ratio=0.2)
     assert "Measured at 20 % by auto" in panel
     assert "4 windows of 24 tokens" in panel
     assert "auto" in [trace["name"] for trace in json.loads(curve)["figure"]["data"] if trace["mode"] == "markers"]
     assert ratio._measured(tiny)(state)[0] == panel
     assert all(part["__type__"] == "update" for part in ratio._measure_at_once(tiny)(state))  # it is known already
+
+
+def test_what_was_measured_at_once_brings_predictions_anew(context: Context, run: RunFolder) -> None:
+    """The head's figures and the curve's caption are told by the same law."""
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        ratio.build(context)
+    events = blocks.config["dependencies"]
+    names = {block["id"]: block["props"].get("elem_id") for block in blocks.config["components"]}
+    measuring = next(event for event in events if [names[place] for place in event["outputs"]][:2] == ["ratio-measured", "ratio-curve"])
+    newest = measuring["outputs"][2]
+    (redrawing,) = [event for event in events if (newest, "change") in [tuple(target) for target in event["targets"]]]
+    assert [names[place] for place in redrawing["outputs"]] == ["ratio-control"]
+    table = run.read_json("plans", "all-auto.json")["plans"]
+    for percent in (20, 30, 40):
+        measured(run, Recipe(ratio=percent / 100), 3 * table[percent]["predicted_loss"])
+    assert json.loads(ratio._plans(context)(STATE))["law"]["points"] == 3
+    assert "fitted to 3 measured plans" in json.loads(ratio._curve(context)(STATE))["caption"]
 
 
 def test_views_without_a_run_say_so(context: Context) -> None:
