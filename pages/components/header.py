@@ -46,12 +46,12 @@ def worker(status: RunStatus | None) -> str:
         return _WORDS.get(status.state, status.state)
     if status.hanging is not None:
         return f"silent for {duration(status.hanging)}"
-    parts = ["starting"]
-    if job.total:
-        parts = [f"{job.stage} {share(job.done / job.total, 0)}"]
-    if job.eta_seconds is not None:
-        parts.append(f"{duration(job.eta_seconds)} left")
-    return ", ".join(parts)
+    if not job.total:
+        return "starting"
+    if job.done >= job.total:  # of a stage: the next one has not told of itself yet
+        return f"{job.stage} done"
+    left = "" if job.eta_seconds is None else f", {duration(job.eta_seconds)} left"
+    return f"{job.stage} {share(job.done / job.total, 0)}{left}"
 
 
 def _ratio(state: ViewState) -> str:

@@ -50,6 +50,8 @@ def test_a_job_from_its_turn_to_its_end(run: RunFolder) -> None:
     assert summary(status).startswith("Analysis calibrate 75 %")
     assert EVIL not in draw(status) + log_html(log_lines(run))
     assert "&lt;script&gt;" in log_html(log_lines(run))
+    run.log.append("progress", "1", stage="calibrate", done=4, total=4, message=EVIL)
+    assert worker(client.status(run)) == "calibrate done", "a stage that is through, not a job with no time left"
     run.log.append("finished", "1", result={})
     status = client.status(run)
     assert "Analysis finished" in draw(status)
