@@ -18,7 +18,8 @@ from pages.components import ratio_figures as figures
 from pages.components import ratio_stage as stage
 from pages.components.context import Context
 from pages.components.page import Page
-from pages.components.recipe_controls import keep_within_reach, reach_percent, within_reach
+from pages.components.reach import flops_within, reach_percent, within_reach
+from pages.components.recipe_controls import keep_within_reach
 from pages.components.session import ViewState
 from pages.components.text import escape, recipe_name
 
@@ -134,7 +135,7 @@ def _curve(context: Context) -> Callable[[ViewState], str]:
         run = context.open(state)
         if run is None:
             return figure.nothing("No run is chosen", "Choose a model on the Model page and analyse it.")
-        return figures.curve(run, state.method, TEXT, stage.flops_within(run, state))
+        return figures.curve(run, state.method, TEXT, flops_within(run, state))
 
     return drawn
 

@@ -12,6 +12,7 @@ keeps header and `ticks` up to date; when a job has ended, all views are drawn a
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from moesvd_core.runs.jobs import ENDED
 from pages.components import header
 from pages.components.context import Context
 from pages.components.handler import explained, warn
+from pages.components.reach import within_reach
 from pages.components.session import ViewState, read_query
 from pages.components.visitor import remembered
 
@@ -135,6 +137,9 @@ class Page:
             state = state.but(run="")
         if not state.run:
             state = state.but(run=self.context.first_run())
+        with suppress(RunError):  # a damaged table of plans is told of where it would be drawn
+            run = self.context.open(state)
+            state = state if run is None else within_reach(run, state)
         for problem in problems:
             warn(problem)
         return [state, *self._follow(state, _Shown(), *controls)]

@@ -16,6 +16,7 @@ from moesvd_core.runs.known import analysed, loss_laws
 from pages.components import plan_table
 from pages.components.assets import mount
 from pages.components.handler import warn
+from pages.components.reach import flops_within
 from pages.components.session import ViewState
 
 _EMPTY = '<div class="empty" data-part="empty"><p class="empty-title"></p><p></p></div>'
@@ -136,13 +137,6 @@ def _say_what_is_beyond(run: RunFolder, state: ViewState) -> None:
     if most and state.flops_ratio is not None and state.flops_ratio > most / 100:
         asked = f"{state.method} saves at most {most} % of the operations of this model, whose experts do no more"
         warn(f"flops_ratio must be in [0, {most / 100:g}], got {state.flops_ratio:g}: {asked}. The most is shown.")
-
-
-def flops_within(run: RunFolder, state: ViewState) -> float | None:
-    """The share of operations that a view asks to save, at most as much as can be on this model; None for no bound."""
-    if state.flops_ratio is None:
-        return None
-    return min(round(state.flops_ratio, 4), int(100 * most_flops_ratio(run, state.method)) / 100) or None
 
 
 def _part(name: str, template: str, height: int) -> gr.HTML:

@@ -8,10 +8,9 @@ import gradio as gr
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.bounded import most_flops_ratio
-from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import analysed, reach
-from pages.components import ratio_stage as stage
+from moesvd_core.runs.known import analysed
 from pages.components.page import Page
+from pages.components.reach import reach_percent, within_reach
 from pages.components.session import ViewState
 
 _HIGHEST = 80
@@ -56,7 +55,7 @@ class RecipeControls:
 def keep_within_reach(page: Page, method: gr.Dropdown) -> None:
     """Let the list of methods change the page's state, and bring it to what its method reaches whenever it asks for more.
 
-    Addresses may ask for more, and so may a view whose method was not analysed when it was chosen.
+    A view may whose method was not analysed when it was chosen; addresses are brought within reach when they are opened.
     """
 
     def within(state: ViewState) -> ViewState:
@@ -67,20 +66,6 @@ def keep_within_reach(page: Page, method: gr.Dropdown) -> None:
     page.view(lambda state: None if within(state) == state else state, [beyond], fields=_RECIPE)
     beyond.change(page.changes(within), page.state, page.state, **_EVENT)
     method.input(page.changes(lambda state, name: within(state.but(method=name))), [page.state, method], page.state, **_EVENT)
-
-
-def within_reach(run: RunFolder, state: ViewState) -> ViewState:
-    """The view with at most as much removed and saved as its method can on the run's model; as it is where that is not known yet."""
-    most = reach_percent(run, state.method)
-    if most is None:
-        return state
-    return state.but(ratio=min(round(state.ratio, 4), most / 100), flops_ratio=stage.flops_within(run, state))
-
-
-def reach_percent(run: RunFolder, method: str) -> int | None:
-    """The last whole percent that a method reaches, None when it was not analysed."""
-    most = reach(run, method)
-    return None if most is None else int(100 * most + 1e-9)
 
 
 def recipe_of(state: ViewState) -> Recipe:

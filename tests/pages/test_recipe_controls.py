@@ -13,7 +13,8 @@ from moesvd_core.runs.known import reach
 from pages import compare, export, ratio
 from pages.components.context import Context
 from pages.components.page import Page
-from pages.components.recipe_controls import RecipeControls, reach_percent, recipe_of, within_reach
+from pages.components.reach import reach_percent, within_reach
+from pages.components.recipe_controls import RecipeControls, recipe_of
 from pages.components.session import ViewState
 from pages.components.settings import Settings
 
@@ -59,20 +60,23 @@ def test_on_every_page_a_chosen_method_brings_the_ratio_within_its_reach(context
     assert choose(ViewState(ratio=0.77), "svd").ratio == 0.77
 
 
-def test_an_address_that_asks_for_too_much_is_brought_within_reach(context: Context, run: RunFolder) -> None:
+def test_an_address_that_asks_for_too_much_is_opened_within_reach(context: Context, run: RunFolder) -> None:
+    with gr.Blocks(analytics_enabled=False), Page(context, "Similarity", "Purpose") as page:
+        pass
+    most = (reach_percent(run, "svd") or 0) / 100
+    state = page._open(SimpleNamespace(query_params={"run": RUN, "method": "svd", "ratio": "0.77"}))[0]
+    assert state == ViewState(run=RUN, method="svd", ratio=most)
+    assert f"ratio={most:g}" in page._look(state)[2]
+
+
+def test_a_view_whose_method_turns_out_to_reach_less_is_brought_within_reach(context: Context, run: RunFolder) -> None:
     with gr.Blocks(analytics_enabled=False) as blocks, Page(context, "Export", "Purpose") as page:
         controls = RecipeControls(page)
-    most = (reach_percent(run, "svd") or 0) / 100
-
-    def noted(state: ViewState) -> Any:
-        """What stands in the state that tells of a view beyond reach."""
-        return page._views[1].values(state)[0]
-
-    state = page._open(SimpleNamespace(query_params={"run": RUN, "method": "svd", "ratio": "0.77"}))[0]
-    assert noted(state) == state
-    (bring,) = events(blocks, page._views[1].outputs[0]._id, "change")
+    beyond = page._views[1]
+    state = ViewState(run=RUN, method="svd", ratio=0.77)
+    assert beyond.values(state) == [state]
+    (bring,) = events(blocks, beyond.outputs[0]._id, "change")
     brought = bring(state)
-    assert brought == state.but(ratio=most)
-    assert noted(brought) is None
-    assert recipe_of(brought).ratio == most == controls._values(brought)[1].value / 100
-    assert f"ratio={most:g}" in page._look(brought)[2]
+    assert brought == state.but(ratio=(reach_percent(run, "svd") or 0) / 100)
+    assert beyond.values(brought) == [None]
+    assert recipe_of(brought).ratio == brought.ratio == controls._values(brought)[1].value / 100

@@ -11,7 +11,7 @@ from runs.run_helpers import new_run
 
 from moesvd_core.runs.folder import Identity, RunFolder
 from pages import compare, ratio
-from pages.components import handler, recipe_controls
+from pages.components import handler, reach
 from pages.components.context import Context
 from pages.components.handler import explained
 from pages.components.session import ViewState
@@ -56,7 +56,7 @@ def test_a_forgotten_view_is_that_of_the_address() -> None:
 def test_who_looks_at_the_run_of_another_adds_nothing_to_it(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(handler.gr, "Warning", lambda message, **_: said.append(message))
-    monkeypatch.setattr(recipe_controls, "reach", lambda run, method: 0.8)
+    monkeypatch.setattr(reach, "reach", lambda run, method: 0.8)
     monkeypatch.setattr(ratio, "answers_at_once", lambda context, run: True)
     before = sorted(path for path in context.settings.runs.rglob("*"))
     words, by_job = ratio._measured(context)(ViewState(run=HERS))
