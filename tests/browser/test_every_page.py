@@ -112,7 +112,8 @@ def test_a_keyboard_goes_from_the_model_to_a_layer(ready: Open) -> None:
     tab_to(page, "#model-name input")
     keys.type("/etc")
     keys.press("Enter")
-    expect(page.get_by_text("'/etc' is neither a model folder")).to_be_visible(timeout=15_000)
+    for place in (page.get_by_test_id("toast-text"), page.locator(".empty")):
+        expect(place.filter(has_text="'/etc' is neither a model folder")).to_be_visible(timeout=15_000)
     page.evaluate("document.activeElement.blur()")
     tab_to(page, "nav a[href*='sensitivity']")
     keys.press("Enter")
