@@ -133,8 +133,16 @@ def cholesky_ex(gram_SS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_solve(right_SN: Tensor, lower_SS: Tensor) -> Tensor:
-    """`torch.cholesky_solve`: X [S, N] with L Lᵀ X = right, of one well-conditioned L: its blocks on the diagonal are inverted."""
-    size = len(lower_SS)
+    """`torch.cholesky_solve`: X [S, N] with L Lᵀ X = right, of well-conditioned L.
+
+    Several L are inverted: cards solve for many right-hand sides at a tenth of the speed of their products. Of one, the blocks on the
+    diagonal are, on a CPU.
+    """
+    size = lower_SS.shape[-1]
+    if lower_SS.ndim > 2:
+        one_SS = torch.eye(size, dtype=lower_SS.dtype, device=lower_SS.device).expand_as(lower_SS)
+        inverse_SS: Tensor = torch.linalg.solve_triangular(lower_SS, one_SS, upper=False)
+        return inverse_SS.mT @ (inverse_SS @ right_SN)
     if size <= SOLVED or right_SN.dtype != torch.float32 or on_card(right_SN.device):
         return torch.cholesky_solve(right_SN, lower_SS)
     solved_SN, starts = right_SN.clone(), range(0, size, SOLVED)

@@ -15,7 +15,7 @@ from moesvd_core.runs.estimate import estimate
 from moesvd_core.runs.source import prepare
 from pages.components import jobs, machine, next_steps, tables
 from pages.components.context import Context
-from pages.components.handler import warn
+from pages.components.handler import refuse
 from pages.components.model_facts import facts_html, needs_html
 from pages.components.numbers import named
 from pages.components.page import Page
@@ -116,7 +116,7 @@ def _probe(context: Context) -> Callable[..., Any]:
             model = context.find_model(text or "")
             found = inspect(model, trust_remote_code=context.settings.remote_code).as_dict()
         except MoesvdError as error:
-            warn(str(error), "That did not work")
+            refuse(error)
             shown = f". Run {state.run} is still chosen." if state.run else "."
             return None, empty("This model cannot be looked at", f"{sentence(str(error))}{shown}"), ""
         card = facts_html(context.model_name(model), _remark(context, state, model), found)

@@ -1,9 +1,8 @@
 """A tiny model's run with everything that the pages of layers and experts show: analysed, measured layer by layer, experts compared."""
 
-import json
 from pathlib import Path
 
-from runs.tiny_runs import TEXT, do, tiny_run
+from runs.tiny_runs import TEXT, do, named, tiny_run
 
 from moesvd_core.runs.folder import RunFolder
 
@@ -20,6 +19,4 @@ def analysed_run(root: Path, name: str = "analysed-0000000a") -> RunFolder:
     ):
         job = do(made, action, **arguments)
         assert job.state == "finished", job.error
-    identity = json.loads((made.path / "run.json").read_text())
-    (made.path / "run.json").write_text(json.dumps({**identity, "id": name, "created": "2024-01-01T00:00:00+00:00"}))
-    return RunFolder.open(made.path)
+    return named(made, name, created="2024-01-01T00:00:00+00:00")

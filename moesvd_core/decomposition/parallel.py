@@ -69,13 +69,15 @@ def in_parallel(work: Callable[[int], Result], parts: int, device: torch.device)
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
     """Leave a CPU's threads to others meanwhile, but for one."""
+    if device.type != "cpu":
+        yield
+        return
     before, caller = torch.get_num_threads(), threading.get_ident()
-    if device.type == "cpu":
-        _set_own_threads(1)
+    _set_own_threads(1)
     try:
         yield
     finally:
-        if device.type == "cpu" and threading.get_ident() == caller:  # a generator that nobody exhausts may end in another one
+        if threading.get_ident() == caller:  # a generator that nobody exhausts may end in another one
             _set_own_threads(before)
 
 

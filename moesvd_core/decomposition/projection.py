@@ -62,13 +62,7 @@ def orthonormal(inner: Gram, basis_RS: torch.Tensor) -> tuple[torch.Tensor, torc
 
 def reader(inner: Gram, basis_RS: torch.Tensor) -> torch.Tensor:
     """(V G Vᵀ)^{-1} V G [R, S]: reads the coefficients of the rows of V off a vector, by least squares in G; its transpose fits W to V."""
-    seen_RS, lower_RR = _seen(inner, basis_RS)
-    if lower_RR.ndim == 2:
-        return cholesky_solve(seen_RS, lower_RR)
-    # Cards solve for many right-hand sides at a tenth of the speed of their products; the factor is well-conditioned (see `_seen`).
-    one_RR = torch.eye(lower_RR.shape[-1], dtype=lower_RR.dtype, device=lower_RR.device).expand_as(lower_RR)
-    inverse_RR: torch.Tensor = torch.linalg.solve_triangular(lower_RR, one_RR, upper=False)
-    return inverse_RR.mT @ (inverse_RR @ seen_RS)
+    return cholesky_solve(*_seen(inner, basis_RS))
 
 
 def fit_gains(basis_SS: torch.Tensor, dual_SS: torch.Tensor, inner: RootedGram, outer_SS: torch.Tensor) -> torch.Tensor:

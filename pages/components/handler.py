@@ -21,6 +21,11 @@ def warn(message: str, title: str = "Please look") -> None:
     gr.Warning(escape(message), title=title)
 
 
+def refuse(error: MoesvdError) -> None:
+    """Show over the page why something was refused; the error says itself what to do."""
+    warn(str(error), "That did not work")
+
+
 def explained(function: Callable[..., Any]) -> Callable[..., Any]:
     """An event handler (plain or generator) that shows its errors in the page and then leaves all outputs as they are.
 
@@ -57,7 +62,7 @@ def _whole(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _tell(error: Exception, function: Callable[..., Any]) -> None:
     if isinstance(error, MoesvdError):
-        warn(str(error), "That did not work")
+        refuse(error)
     else:
         log.exception("%s.%s failed", function.__module__, function.__qualname__)
         warn(f"unexpected {type(error).__name__}: the server's log has the details", "Something broke")

@@ -25,7 +25,7 @@ from moesvd_core.runs.jobs import ENDED
 from pages.components import header
 from pages.components.context import Context
 from pages.components.handler import explained, warn
-from pages.components.reach import within_reach
+from pages.components.reach import beyond_reach, within_reach
 from pages.components.session import ViewState, read_query
 from pages.components.visitor import remembered
 
@@ -139,7 +139,9 @@ class Page:
             state = state.but(run=self.context.first_run())
         with suppress(RunError):  # a damaged table of plans is told of where it would be drawn
             run = self.context.open(state)
-            state = state if run is None else within_reach(run, state)
+            if run is not None:
+                problems += beyond_reach(run, state)
+                state = within_reach(run, state)
         for problem in problems:
             warn(problem)
         return [state, *self._follow(state, _Shown(), *controls)]

@@ -9,14 +9,13 @@ import gradio as gr
 
 from moesvd_core.decomposition.registry import WEIGHING
 from moesvd_core.errors import RunError
-from moesvd_core.runs.bounded import most_flops_ratio
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.jobs import read_jobs
 from moesvd_core.runs.known import analysed, loss_laws
 from pages.components import plan_table
 from pages.components.assets import mount
 from pages.components.handler import warn
-from pages.components.reach import flops_within
+from pages.components.reach import beyond_reach, flops_percent, flops_within
 from pages.components.session import ViewState
 
 _EMPTY = '<div class="empty" data-part="empty"><p class="empty-title"></p><p></p></div>'
@@ -96,10 +95,11 @@ def drawing(run: RunFolder | None, state: ViewState, dataset: str = "sotu") -> s
     Raises:
         RunError: a file of the run is damaged.
     """
-    table, most, problem = None, 0.0, None
+    table, most, problem = None, 0, None
     if run is not None:
-        _say_what_is_beyond(run, state)
-        most = most_flops_ratio(run, state.method)
+        for problem in beyond_reach(run, state):
+            warn(problem)
+        most = flops_percent(run, state.method)
         try:
             table = plan_table.read(run, state.method, flops_within(run, state))
         except RunError as error:
@@ -119,7 +119,7 @@ def drawing(run: RunFolder | None, state: ViewState, dataset: str = "sotu") -> s
         empty = ("This run has no plans yet", "They are made at the end of its analysis; the Model page says how far that is.")
     flops = 0.0 if run is None else flops_within(run, state) or 0.0
     weighing = {"weighs": state.method in WEIGHING, "weighing": ", ".join(WEIGHING)}
-    bound = {"flops": round(100 * flops), "flopsMost": int(100 * most), **weighing}
+    bound = {"flops": round(100 * flops), "flopsMost": most, **weighing}
     view = {"run": state.run, "method": state.method, "percent": round(100 * state.ratio), "layer": state.layer, **bound}
     law = None if run is None or table is None else loss_laws(run, [state.method], dataset).get(state.method)
     return json.dumps({**view, "table": table, "law": None if law is None else vars(law), "empty": empty}, separators=(",", ":"))
@@ -129,14 +129,6 @@ def _failed(run: RunFolder) -> bool:
     """Whether the latest analysis of the run failed."""
     analyses = [job for job in read_jobs(run.log).values() if job.action == "analyze"]
     return bool(analyses) and analyses[-1].state == "failed"
-
-
-def _say_what_is_beyond(run: RunFolder, state: ViewState) -> None:
-    """An address may ask for more than there is to save."""
-    most = int(100 * most_flops_ratio(run, state.method))
-    if most and state.flops_ratio is not None and state.flops_ratio > most / 100:
-        asked = f"{state.method} saves at most {most} % of the operations of this model, whose experts do no more"
-        warn(f"flops_ratio must be in [0, {most / 100:g}], got {state.flops_ratio:g}: {asked}. The most is shown.")
 
 
 def _part(name: str, template: str, height: int) -> gr.HTML:

@@ -7,10 +7,10 @@ import gradio as gr
 
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
-from moesvd_core.runs.bounded import most_flops_ratio
 from moesvd_core.runs.known import analysed
+from pages.components.handler import warn
 from pages.components.page import Page
-from pages.components.reach import reach_percent, within_reach
+from pages.components.reach import beyond_reach, flops_percent, reach_percent, within_reach
 from pages.components.session import ViewState
 
 _HIGHEST = 80
@@ -45,7 +45,7 @@ class RecipeControls:
         most = None if run is None else reach_percent(run, state.method)
         percent = _HIGHEST if most is None else max(1, most)
         weighs = METHODS[state.method].bounds_flops
-        bound = _HIGHEST if run is None or most is None or not weighs else max(1, int(100 * most_flops_ratio(run, state.method)))
+        bound = _HIGHEST if run is None or most is None or not weighs else max(1, flops_percent(run, state.method))
         return (
             gr.Dropdown(choices=choices, value=state.method), gr.Slider(maximum=percent, value=min(percent, round(100 * state.ratio, 2))),
             gr.Slider(maximum=bound, value=min(bound, round(100 * (state.flops_ratio or 0.0), 2)), visible=weighs),
@@ -62,10 +62,17 @@ def keep_within_reach(page: Page, method: gr.Dropdown) -> None:
         run = page.context.open(state)
         return state if run is None else within_reach(run, state)
 
+    def chosen(state: ViewState, name: str) -> ViewState:
+        state = state.but(method=name)
+        run = page.context.open(state)
+        for problem in [] if run is None else beyond_reach(run, state):
+            warn(problem)
+        return within(state)
+
     beyond = gr.State(None)  # the view that asks for too much, as long as there is one
     page.view(lambda state: None if within(state) == state else state, [beyond], fields=_RECIPE)
     beyond.change(page.changes(within), page.state, page.state, **_EVENT)
-    method.input(page.changes(lambda state, name: within(state.but(method=name))), [page.state, method], page.state, **_EVENT)
+    method.input(page.changes(chosen), [page.state, method], page.state, **_EVENT)
 
 
 def recipe_of(state: ViewState) -> Recipe:

@@ -1,7 +1,6 @@
 """Comparing and exporting as a person does it, from the first question to the files on their disk."""
 
 import http.cookiejar
-import json
 import re
 import tarfile
 import urllib.error
@@ -15,7 +14,7 @@ import torch
 from browser.serving import serving
 from playwright.sync_api import Page, expect
 from run_exports import NAME, add_export
-from runs.tiny_runs import TEXT, do, tiny_run
+from runs.tiny_runs import analysed_tiny_run
 
 from moesvd_core.checkpoint.manifest import check_manifest
 from moesvd_core.runs.folder import RunFolder
@@ -29,11 +28,7 @@ RUN = "taken-0000000b"
 def run(runs: Path) -> RunFolder:
     """An analysed run, older than any other, with one export."""
     torch.set_num_threads(1)
-    made = tiny_run(runs / RUN)
-    job = do(made, "analyze", methods=["auto"], text=TEXT)
-    assert job.state == "finished", job.error
-    identity = json.loads((made.path / "run.json").read_text())
-    (made.path / "run.json").write_text(json.dumps({**identity, "id": RUN, "created": "2023-01-01T00:00:00+00:00"}))
+    made = analysed_tiny_run(runs / RUN, created="2023-01-01T00:00:00+00:00")
     add_export(made)
     return RunFolder.open(made.path)
 

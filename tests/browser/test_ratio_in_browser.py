@@ -8,7 +8,7 @@ import pytest
 import torch
 from planned_run import RUN, add_curves, cut_alone, measured, planned_run
 from playwright.sync_api import Page, expect
-from runs.tiny_runs import TEXT, do, tiny_run
+from runs.tiny_runs import analysed_tiny_run
 
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.bounded import bounded_table
@@ -227,11 +227,7 @@ def test_the_curve_shows_measured_points_of_all_methods(ratio: Open) -> None:
 
 def test_letting_go_measures_a_small_model_and_puts_the_point_on_the_curve(ratio: Open, runs: Path) -> None:
     torch.set_num_threads(1)
-    made = tiny_run(runs / LIVE)
-    job = do(made, "analyze", methods=["auto"], text=TEXT)
-    assert job.state == "finished", job.error
-    identity = json.loads((made.path / "run.json").read_text())
-    (made.path / "run.json").write_text(json.dumps({**identity, "id": LIVE, "created": "2023-01-02T00:00:00+00:00"}))
+    analysed_tiny_run(runs / LIVE, created="2023-01-02T00:00:00+00:00")
     page = ratio(f"run={LIVE}&ratio=0.1")
     expect(page.locator("#ratio-measured")).to_contain_text("Measured at 10 % by auto", timeout=60_000)
     drag(page, 0.5)
@@ -244,11 +240,7 @@ def test_letting_go_measures_a_small_model_and_puts_the_point_on_the_curve(ratio
 
 def test_one_law_tells_the_predicted_loss_and_the_curve(ratio: Open, runs: Path) -> None:
     torch.set_num_threads(1)
-    made = tiny_run(runs / LAW)
-    job = do(made, "analyze", methods=["auto"], text=TEXT)
-    assert job.state == "finished", job.error
-    identity = json.loads((made.path / "run.json").read_text())
-    (made.path / "run.json").write_text(json.dumps({**identity, "id": LAW, "created": "2023-01-03T00:00:00+00:00"}))
+    made = analysed_tiny_run(runs / LAW, created="2023-01-03T00:00:00+00:00")
     for percent in (30, 40):
         measured(made, Recipe(ratio=percent / 100), percent / 1000)
     page = ratio(f"run={LAW}&ratio=0.15")

@@ -1,6 +1,5 @@
 """The handlers of the compare page on a tiny model, without a browser."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import gradio as gr
 import pytest
 import torch
 from runs.run_helpers import new_run
-from runs.tiny_runs import TEXT, do, tiny_run
+from runs.tiny_runs import TEXT, analysed_tiny_run, do
 
 from moesvd_core.errors import InputError, MoesvdError, RunError
 from moesvd_core.evaluation.generation import Sampling, answer
@@ -32,11 +31,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     """One analysed run; workers are not started."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")
-    made = tiny_run(root / RUN)
-    job = do(made, "analyze", methods=["auto"], text=TEXT)
-    assert job.state == "finished", job.error
-    identity = json.loads((made.path / "run.json").read_text())
-    (made.path / "run.json").write_text(json.dumps({**identity, "id": RUN}))
+    analysed_tiny_run(root / RUN)
     context = Context(Settings(runs=root))
     object.__setattr__(context, "client", Client(root, launch=lambda run: None))
     return context

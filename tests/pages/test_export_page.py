@@ -1,6 +1,5 @@
 """The handlers of the export page, without a browser."""
 
-import json
 import shlex
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 import torch
 from run_exports import NAME, add_export
 from runs.run_helpers import until
-from runs.tiny_runs import TEXT, do, tiny_run
+from runs.tiny_runs import analysed_tiny_run
 
 from moesvd_core.checkpoint import hub
 from moesvd_core.errors import HubError, InputError, RunError
@@ -42,11 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one analysed run."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")
-    made = tiny_run(root / RUN)
-    job = do(made, "analyze", methods=["auto"], text=TEXT)
-    assert job.state == "finished", job.error
-    identity = json.loads((made.path / "run.json").read_text())
-    (made.path / "run.json").write_text(json.dumps({**identity, "id": RUN}))
+    analysed_tiny_run(root / RUN)
     return root
 
 

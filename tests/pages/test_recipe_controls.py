@@ -56,15 +56,21 @@ def test_on_every_page_a_chosen_method_brings_the_ratio_within_its_reach(context
         build(context)
     (method,) = [block._id for block in blocks.blocks.values() if getattr(block, "elem_id", None) in ("recipe-method", "ratio-method")]
     (choose,) = events(blocks, method, "input")
-    assert choose(ViewState(run=RUN, ratio=0.77), "svd") == ViewState(run=RUN, method="svd", ratio=(reach_percent(run, "svd") or 0) / 100)
+    with pytest.warns(UserWarning, match="svd removes at most"):
+        chosen = choose(ViewState(run=RUN, ratio=0.77), "svd")
+    assert chosen == ViewState(run=RUN, method="svd", ratio=(reach_percent(run, "svd") or 0) / 100)
     assert choose(ViewState(ratio=0.77), "svd").ratio == 0.77
 
 
 def test_an_address_that_asks_for_too_much_is_opened_within_reach(context: Context, run: RunFolder) -> None:
+    add_curves(run, "auto")
     with gr.Blocks(analytics_enabled=False), Page(context, "Similarity", "Purpose") as page:
         pass
     most = (reach_percent(run, "svd") or 0) / 100
-    state = page._open(SimpleNamespace(query_params={"run": RUN, "method": "svd", "ratio": "0.77"}))[0]
+    with pytest.warns(UserWarning, match=rf"ratio must be in \[0, {most:g}\], got 0.77: svd removes at most {100 * most:.0f} %"):
+        state = page._open(SimpleNamespace(query_params={"run": RUN, "method": "svd", "ratio": "0.77"}))[0]
+    with pytest.warns(UserWarning, match=r"flops_ratio must be in \[0, 0\.\d+\], got 0\.99: auto saves at most \d+ %"):
+        page._open(SimpleNamespace(query_params={"run": RUN, "ratio": "0.2", "flops_ratio": "0.99"}))
     assert state == ViewState(run=RUN, method="svd", ratio=most)
     assert f"ratio={most:g}" in page._look(state)[2]
 
