@@ -15,6 +15,8 @@ not be made.
 Shapes: S size of the space, R and N vectors; leading dimensions that are not named are several matrices.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -75,10 +77,16 @@ def lower_product(left_SN: Tensor, right_NS: Tensor) -> Tensor:
     if size <= step:
         return matmul(left_SN, right_NS)
     product_SS = left_SN.new_zeros(*torch.broadcast_shapes(left_SN.shape[:-2], right_NS.shape[:-2]), size, size)
-    for start in range(0, size, step):
+    return add_lower_product_(product_SS, left_SN, right_NS)
+
+
+def add_lower_product_(sum_SS: Tensor, left_SN: Tensor, right_NS: Tensor) -> Tensor:
+    """Add the lower triangle of left @ right to what is there."""
+    step = _block(left_SN)
+    for start in range(0, sum_SS.shape[-1], step):
         end = start + step
-        product_SS[..., start:, start:end] = matmul(left_SN[..., start:, :], right_NS[..., start:end])
-    return product_SS
+        sum_SS[..., start:, start:end] += matmul(left_SN[..., start:, :], right_NS[..., start:end])
+    return sum_SS
 
 
 def mirrored_(matrix_SS: Tensor) -> Tensor:
@@ -106,13 +114,27 @@ def quadratic(x_RS: Tensor, matrix_SS: Tensor) -> Tensor:
 
 def upper_times(upper_SS: Tensor, right_SN: Tensor) -> Tensor:
     """upper @ right [S, N] of an upper triangular matrix, sparing the products with zeros: faster than solving with its inverse."""
-    size, step = upper_SS.shape[-1], _block(upper_SS)
+    return _triangle_times(upper_SS, right_SN, lambda start, _: slice(start, None))
+
+
+def lower_times(lower_SS: Tensor, right_SN: Tensor) -> Tensor:
+    """lower @ right [S, N] of a lower triangular matrix, likewise."""
+    return _triangle_times(lower_SS, right_SN, lambda _, end: slice(end))
+
+
+def _triangle_times(triangle_SS: Tensor, right_SN: Tensor, columns: Callable[[int, int], slice]) -> Tensor:
+    """
+    Args:
+        columns: which are not zero of the rows from a first one up to a last.
+    """
+    size, step = triangle_SS.shape[-1], _block(triangle_SS)
     if size <= step:
-        return upper_SS @ right_SN
-    product_SN = right_SN.new_empty(*torch.broadcast_shapes(upper_SS.shape[:-2], right_SN.shape[:-2]), size, right_SN.shape[-1])
+        return triangle_SS @ right_SN
+    product_SN = right_SN.new_empty(*torch.broadcast_shapes(triangle_SS.shape[:-2], right_SN.shape[:-2]), size, right_SN.shape[-1])
     for start in range(0, size, step):
         end = start + step
-        torch.matmul(upper_SS[..., start:end, start:], right_SN[..., start:, :], out=product_SN[..., start:end, :])
+        filled = columns(start, end)
+        torch.matmul(triangle_SS[..., start:end, filled], right_SN[..., filled, :], out=product_SN[..., start:end, :])
     return product_SN
 
 
@@ -138,23 +160,49 @@ def cholesky_solve(right_SN: Tensor, lower_SS: Tensor) -> Tensor:
     Several L are inverted: cards solve for many right-hand sides at a tenth of the speed of their products. Of one, the blocks on the
     diagonal are, on a CPU.
     """
-    size = lower_SS.shape[-1]
     if lower_SS.ndim > 2:
-        one_SS = torch.eye(size, dtype=lower_SS.dtype, device=lower_SS.device).expand_as(lower_SS)
-        inverse_SS: Tensor = torch.linalg.solve_triangular(lower_SS, one_SS, upper=False)
+        inverse_SS = _inverse(lower_SS)
         return inverse_SS.mT @ (inverse_SS @ right_SN)
-    if size <= SOLVED or right_SN.dtype != torch.float32 or on_card(right_SN.device):
+    if not _by_blocks(right_SN, lower_SS):
         return torch.cholesky_solve(right_SN, lower_SS)
-    solved_SN, starts = right_SN.clone(), range(0, size, SOLVED)
-    one_BB = torch.eye(SOLVED, dtype=lower_SS.dtype)
-    blocks = [lower_SS[start : start + SOLVED, start : start + SOLVED] for start in starts]
-    inverses = [torch.linalg.solve_triangular(block_BB, one_BB[: len(block_BB), : len(block_BB)], upper=False) for block_BB in blocks]
-    for start, inverse_BB in zip(starts, inverses, strict=True):
+    inverses, solved_SN = _inverted_blocks(lower_SS), right_SN.clone()
+    for start, inverse_BB in zip(range(0, len(lower_SS), SOLVED), inverses, strict=True):
         of_BN = solved_SN[start : start + SOLVED]
         of_BN.copy_(matmul(inverse_BB, of_BN - matmul(lower_SS[start : start + SOLVED, :start], solved_SN[:start])))
-    for start, inverse_BB in zip(reversed(starts), reversed(inverses), strict=True):
+    return _back_substituted_(solved_SN, lower_SS, inverses)
+
+
+def back_substituted(right_SN: Tensor, lower_SS: Tensor) -> Tensor:
+    """X [S, N] with Lᵀ X = right, in the way of `cholesky_solve`, of which it is the second half."""
+    if lower_SS.ndim > 2:
+        return _inverse(lower_SS).mT @ right_SN
+    if not _by_blocks(right_SN, lower_SS):
+        solved_SN: Tensor = torch.linalg.solve_triangular(lower_SS.mT, right_SN, upper=True)
+        return solved_SN
+    return _back_substituted_(right_SN.clone(), lower_SS, _inverted_blocks(lower_SS))
+
+
+def _by_blocks(right_SN: Tensor, lower_SS: Tensor) -> bool:
+    return len(lower_SS) > SOLVED and right_SN.dtype == torch.float32 and not on_card(right_SN.device)
+
+
+def _inverted_blocks(lower_SS: Tensor) -> list[Tensor]:
+    """The inverses of the blocks on the diagonal."""
+    starts = range(0, len(lower_SS), SOLVED)
+    return [_inverse(lower_SS[start : start + SOLVED, start : start + SOLVED]) for start in starts]
+
+
+def _inverse(lower_SS: Tensor) -> Tensor:
+    one_SS = torch.eye(lower_SS.shape[-1], dtype=lower_SS.dtype, device=lower_SS.device).expand_as(lower_SS)
+    inverse_SS: Tensor = torch.linalg.solve_triangular(lower_SS, one_SS, upper=False)
+    return inverse_SS
+
+
+def _back_substituted_(solved_SN: Tensor, lower_SS: Tensor, inverses: list[Tensor]) -> Tensor:
+    for start, inverse_BB in zip(reversed(range(0, len(lower_SS), SOLVED)), reversed(inverses), strict=True):
         of_BN, after = solved_SN[start : start + SOLVED], start + SOLVED
-        of_BN.copy_(matmul(inverse_BB.mT, of_BN - matmul(lower_SS[after:, start : start + SOLVED].mT, solved_SN[after:])))
+        across_BR = lower_SS[after:, start : start + SOLVED].mT.contiguous()  # in the order in which `matmul` has the faster library
+        of_BN.copy_(matmul(inverse_BB.mT, of_BN - matmul(across_BR, solved_SN[after:])))
     return solved_SN
 
 

@@ -27,7 +27,7 @@ from moesvd_core.checkpoint.apply import changed
 from moesvd_core.checkpoint.neuron_order import neuron_order
 from moesvd_core.compensation import Compensation, batches_of
 from moesvd_core.curve_files import load_curves, save_curves
-from moesvd_core.decomposition.decompose import Decomposition, decompose
+from moesvd_core.decomposition.decompose import Decomposition, decompose, is_outdated
 from moesvd_core.decomposition.decompose import load as load_decomposition
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS, Method, method
@@ -167,7 +167,8 @@ class Pipeline:
         weights = read_experts(self.stream.model.get_submodule(layer.name), layer)
         statistics = self.statistics.layers[index]
         file = None if self.folder is None else self._file("factors", single, index)
-        if file is not None and file.exists():
+        kept = file is not None and file.exists() and not is_outdated(file)
+        if file is not None and kept:
             made = load_decomposition(file, weights, layer, statistics, single, device=self.stream.device)
         else:
             made = decompose(weights, layer, statistics, single, device=self.stream.device)
@@ -175,7 +176,7 @@ class Pipeline:
             made.release()  # those of all layers would not fit
             self.cache[key] = made
         if file is not None:
-            if not file.exists():
+            if not kept:
                 made.save(file)
             if not (curves := self._file("curves", single, index)).exists():
                 save_curves(curves, made.curves)  # last: a layer with curves has its factors

@@ -74,6 +74,16 @@ def load_tensors(
     return tensors, facts
 
 
+def facts_in(path: Path) -> dict[str, Any]:
+    """The facts of a file alone, of whichever version; none of one that is missing or damaged, which `load_tensors` tells."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return dict(json.loads(metadata[_KEY])["facts"]) if _KEY in metadata else metadata
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return {}
+
+
 def _digest(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> str:
     """SHA-256 over the facts, and the names, formats, shapes and bytes of the tensors."""
     digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode())

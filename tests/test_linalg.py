@@ -12,11 +12,13 @@ from moesvd_core.linalg import (
     BLOCK,
     LEAST,
     SOLVED,
+    back_substituted,
     cholesky_ex,
     cholesky_solve,
     eigh,
     eigvalsh,
     lower_product,
+    lower_times,
     matmul,
     mirrored_,
     quadratic,
@@ -74,6 +76,7 @@ def test_products_that_spare_a_half_are_those_that_do_not(size: int) -> None:
     assert torch.equal(symmetric_product(left, left.T), symmetric_product(left, left.T).T)
     torch.testing.assert_close(lower_product(left, left.T).tril(), whole.tril())
     torch.testing.assert_close(upper_times(whole.triu(), other), whole.triu() @ other)
+    torch.testing.assert_close(lower_times(whole.tril(), other), whole.tril() @ other)
     torch.testing.assert_close(quadratic(other.T, whole), (other.T @ whole @ other).diagonal())
     torch.testing.assert_close(mirrored_(skew.clone()), skew.tril() + skew.tril(-1).T)
 
@@ -151,3 +154,6 @@ def test_solved_by_blocks_is_as_near_as_solved_at_once(dtype: torch.dtype, size:
     solved, exact = cholesky_solve(right, lower), torch.cholesky_solve(right.double(), lower.double())
     assert solved.dtype == dtype and torch.equal(right, before)
     assert float((solved - exact).norm() / exact.norm()) <= 4 * float((torch.cholesky_solve(right, lower) - exact).norm() / exact.norm())
+    half = back_substituted(right, lower)
+    assert half.dtype == dtype and torch.equal(right, before)
+    torch.testing.assert_close(lower.double().T @ half.double(), right.double(), rtol=1e-4, atol=1e-4)

@@ -26,9 +26,9 @@ from moesvd_core.decomposition.shared_v import SharedVBasis
 from moesvd_core.devices import on_card
 from moesvd_core.errors import InputError, RunError, StatisticsError
 from moesvd_core.planning import COUPLED, DENSE, SIDES, LayerPlan, Side, SideCurve, SidePlan, Structure
-from moesvd_core.tensor_files import MADE_AGAIN, load_tensors, save_tensors
+from moesvd_core.tensor_files import MADE_AGAIN, facts_in, load_tensors, save_tensors
 
-FORMAT = "moesvd-decomposition-1"
+FORMAT = "moesvd-decomposition-2"
 """Version of the file of `Decomposition.save`."""
 
 
@@ -110,6 +110,9 @@ class Decomposition:
     def release(self) -> None:
         """Let go of what lies on a card, before others are decomposed; factors can be asked for as before, a little later."""
         self._metric.release()
+        for basis in self._bases.values():
+            if isinstance(basis, LatentBasis):
+                basis.release()
 
     def save(self, path: Path) -> None:
         """Keep the eigendecompositions in a safetensors file with a digest, whole or not at all, so that another plan is a slice away.
@@ -163,6 +166,11 @@ def _decomposed(
     return Decomposition(metric, method, {(side, structure): made[structure][side] for side, structure in keys if side in made[structure]})
 
 
+def is_outdated(path: Path) -> bool:
+    """Whether a file is of an earlier version, whose decomposition has to be made again."""
+    return facts_in(path).get("format", FORMAT) != FORMAT
+
+
 def load(
     path: Path,
     weights: ExpertWeights,
@@ -178,7 +186,7 @@ def load(
         RunError: the file is missing, damaged, or of another layer or method.
     """
     metric = LayerMetric(weights, layer, statistics, device, shrink=method.shrink)
-    tensors, facts = load_tensors(path, error_type=RunError, fix=MADE_AGAIN, undigested=True)
+    tensors, facts = load_tensors(path, error_type=RunError, fix=MADE_AGAIN)
     expected = {"format": FORMAT, **_identity(layer, method)}
     if facts != expected:
         raise RunError(f"{path.name} holds {facts}, wanted {expected}; decompose layer {layer.index} again")

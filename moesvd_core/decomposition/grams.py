@@ -15,10 +15,10 @@ import torch
 
 from moesvd_core.decomposition.parallel import MadeOnce
 from moesvd_core.devices import on_card
-from moesvd_core.linalg import cholesky_ex, lower_product, matmul, mirrored_, symmetric_product, upper_times
+from moesvd_core.linalg import add_lower_product_, cholesky_ex, lower_times, matmul, mirrored_, symmetric_product, upper_times
 
-PART = 1 << 22
-"""Numbers of a matrix that a CPU scales and turns at a time."""
+PART = 1 << 20
+"""Numbers of a matrix that a CPU scales and turns at a time: out of its caches that takes several times as long."""
 EPSILON = 1e-10
 """Ridge, as a share of the mean diagonal, on matrices that are to be inverted on all that is not zero."""
 
@@ -86,10 +86,11 @@ class DiagonalGram(RootedGram):
             return symmetric_product(scaled_NS, scaled_NS.mT)
         # In parts, so that no second matrix of this size is made, each in the order in which it multiplies fastest.
         root_S1 = self.diagonal_S.sqrt().to(x_SN.dtype).unsqueeze(-1)
-        total_NN, rows = x_SN.new_zeros(()), max(1, PART // x_SN.shape[-1])
+        size = x_SN.shape[-1]
+        total_NN, rows = x_SN.new_zeros(*x_SN.shape[:-2], size, size), max(1, PART // size)
         for x_RN, root_R1 in zip(x_SN.split(rows, -2), root_S1.split(rows, -2), strict=True):
             scaled_NR = (x_RN * root_R1).mT.contiguous()
-            total_NN = total_NN + lower_product(scaled_NR, scaled_NR.mT)
+            add_lower_product_(total_NN, scaled_NR, scaled_NR.mT)
         return mirrored_(total_NN)
 
     def whitened(self, outer_SS: torch.Tensor) -> torch.Tensor:
@@ -113,6 +114,10 @@ class FullGram(RootedGram):
 
     def root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
         return upper_times(self._lower.to(x_RS.dtype).mT, x_RS.mT).mT
+
+    def turned_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
+        """x Rᵀ, in the precision of x."""
+        return lower_times(self._lower.to(x_RS.dtype), x_RS.mT).mT
 
     def inverse_root_times(self, x_RS: torch.Tensor) -> torch.Tensor:
         solved_RS: torch.Tensor = torch.linalg.solve_triangular(self._lower, x_RS, upper=False, left=False)

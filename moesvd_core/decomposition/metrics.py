@@ -86,12 +86,14 @@ class LayerMetric:
         self.pseudo_tokens = self._lent * float(statistics.count_E.sum()) / layer.experts
 
     def release(self) -> None:
-        """Let go of what lies on a card beside the weights: what is wanted later is taken from the statistics on the host again."""
+        """Let go of what several structures ask for while they are made, and of what lies on a card beside the weights: if it is wanted
+        later, it is taken from the statistics on the host again.
+        """
+        self._read.clear()
+        self._written.clear()
         if on_card(self.device):
             self.statistics = self._stored
             self._curvature = curvature_of(self.weights, self.layer, self.statistics, self.device, self._lent)
-            self._read.clear()
-            self._written.clear()
             vars(self).pop("_pooled_gram", None)
 
     # -- what a side looks like ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from math import sqrt
 import torch
 
 from moesvd_core.decomposition.grams import Gram, RootedGram, cholesky, diagonal_of, trace_product
-from moesvd_core.linalg import cholesky_ex, cholesky_solve, eigh, lower_product, quadratic, symmetric_product, upper_times
+from moesvd_core.linalg import back_substituted, cholesky_ex, cholesky_solve, eigh, lower_product, quadratic, symmetric_product, upper_times
 
 UNCERTAIN = 1e-4
 """Largest share of a row of V G Vᵀ that rounding may be in single precision: fits then lose less than a millionth more."""
@@ -35,22 +35,26 @@ class Projection:
 def best_projection(inner: RootedGram, outer_SS: torch.Tensor, ranks: int, dtype: torch.dtype = torch.float64) -> Projection:
     """The best `ranks` directions to keep of `outer` (Wᵀ L W, S × S) in the metric `inner` (G).
 
-    The squared singular values and right singular vectors of L^{1/2} W R are the eigenpairs of Rᵀ Wᵀ L W R, which is as small as the
-    smaller side of W. Signs are fixed (the largest entry of an eigenvector is positive), so that results do not depend on
-    the library that made them.
-
     Args:
         inner: G.
         outer_SS: Wᵀ L W.
         ranks: how many directions.
         dtype: precision of the eigendecomposition. Single is twice as fast and enough where gains are not what losses are summed from.
     """
-    value_S, vector_SS = eigh(inner.whitened(outer_SS.to(dtype)))
-    gain_S = value_S.double().flip(0).clamp(min=0)
-    peak_1S = vector_SS.gather(0, vector_SS.abs().argmax(0, keepdim=True))
-    vector_RS = torch.where(peak_1S < 0, -vector_SS, vector_SS).T.flip(0)[:ranks].double()
+    gain_S, vector_SS = whitened_directions(inner, outer_SS, dtype)
     # Contiguous, so that what is read from a file later multiplies to the same bits.
-    return Projection(inner.inverse_root_times(vector_RS).contiguous(), gain_S[:ranks], float(gain_S[ranks:].sum()))
+    return Projection(inner.inverse_root_times(vector_SS[:ranks]).contiguous(), gain_S[:ranks], float(gain_S[ranks:].sum()))
+
+
+def whitened_directions(inner: RootedGram, outer_SS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared singular values [S] and right singular vectors Qᵀ [S, S] of L^{1/2} W R, best first, float64.
+
+    They are the eigenpairs of Rᵀ Wᵀ L W R, which is as small as the smaller side of W. Signs are fixed (the largest entry of an eigenvector
+    is positive), so that results do not depend on the library that made them.
+    """
+    value_S, vector_SS = eigh(inner.whitened(outer_SS.to(dtype)))
+    peak_1S = vector_SS.gather(0, vector_SS.abs().argmax(0, keepdim=True))
+    return value_S.double().flip(0).clamp(min=0), torch.where(peak_1S < 0, -vector_SS, vector_SS).T.flip(0).double()
 
 
 def orthonormal(inner: Gram, basis_RS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,26 +69,56 @@ def reader(inner: Gram, basis_RS: torch.Tensor) -> torch.Tensor:
     return cholesky_solve(*_seen(inner, basis_RS))
 
 
-def fit_gains(basis_SS: torch.Tensor, dual_SS: torch.Tensor, inner: RootedGram, outer_SS: torch.Tensor) -> torch.Tensor:
-    """What each further row of a given V recovers when W is fitted to the rows up to it by least squares, [S], float64.
+@dataclass(frozen=True)
+class NestedFit:
+    """How W is fitted by least squares in G to the leading rows of a given V, for any number of them.
 
-    With V̂ = C^{-1} V orthonormal in G from the top (C Cᵀ = V G Vᵀ, nested, so one factor serves every rank), the fit is W G V̂ᵀ V̂ and the
-    gain of a row v̂ is v̂ G Wᵀ L W G v̂ᵀ. V spans the whole space, so V̂ G is Cᵀ V^{-T}, and all gains add up to tr L W G Wᵀ. That tells
-    whether the precision of V was enough; where it was not, all is done in double precision, for all matrices that are given.
+    With V̂ = C^{-1} V orthonormal in G from the top (C Cᵀ = V G Vᵀ, nested, so one factor serves every rank), the fit is W G V̂ᵀ V̂, cut.
+
+    Attributes:
+        read_SS: V̂ G. V spans the whole space, so this is Cᵀ V^{-T}, which rounding spoils less than G does.
+        lower_SS: C.
+    """
+
+    read_SS: torch.Tensor
+    lower_SS: torch.Tensor
+
+    @classmethod
+    def of(cls, inner: Gram, basis_SS: torch.Tensor, dual_SS: torch.Tensor) -> "NestedFit":
+        """
+        Args:
+            inner: G.
+            basis_SS: V; orthonormal in a Gram like this one, so that C is well-conditioned.
+            dual_SS: V^{-T}.
+        """
+        _, lower_SS = _seen(inner, basis_SS)
+        return cls(upper_times(lower_SS.mT, dual_SS.to(lower_SS.dtype)), lower_SS)
+
+    def reader(self, rank: int) -> torch.Tensor:
+        """`reader` of the leading rows, [rank, S]: V_r is C_r V̂_r, so that only C_r has to be solved for."""
+        return back_substituted(self.read_SS[..., :rank, :], self.lower_SS[..., :rank, :rank])
+
+    def gains(self, outer_SS: torch.Tensor) -> torch.Tensor:
+        """What each further row of V recovers, [S], float64: v̂ G Wᵀ L W G v̂ᵀ with `outer` = Wᵀ L W."""
+        return quadratic(self.read_SS, outer_SS.to(self.read_SS.dtype)).double()
+
+
+def fit_gains(fit: NestedFit, basis_SS: torch.Tensor, inner: RootedGram, outer_SS: torch.Tensor) -> torch.Tensor:
+    """The gains of a fit, which have to add up to tr L W G Wᵀ. That tells whether its precision was enough; where it was not, all is done
+    in double precision, for all matrices that are given.
 
     Args:
-        basis_SS: V; orthonormal in a Gram like this one, so that C is well-conditioned.
-        dual_SS: V^{-T}.
+        fit: of V, in G.
+        basis_SS: V.
         inner: G.
         outer_SS: Wᵀ L W.
     """
-    _, lower_SS = _seen(inner, basis_SS)
-    read_SS = upper_times(lower_SS.mT, dual_SS.to(lower_SS.dtype))
-    gain_S = quadratic(read_SS, outer_SS.to(read_SS.dtype)).double()
+    gain_S = fit.gains(outer_SS)
     if basis_SS.dtype != torch.float64:
         total = trace_product(inner.full(), outer_SS.double())
         if not bool(((gain_S.sum(-1) - total).abs() <= ROUNDING * total).all()):
-            return fit_gains(basis_SS.double(), torch.linalg.inv(basis_SS.double()).T, inner, outer_SS)
+            exact_SS = basis_SS.double()
+            return NestedFit.of(inner, exact_SS, torch.linalg.inv(exact_SS).T).gains(outer_SS)
     return gain_S
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny_layer import INDEX, TinyLayer, tiny_layer
 
 from moesvd_core.decomposition import decompose as module
-from moesvd_core.decomposition.decompose import Decomposition, decompose, load
+from moesvd_core.decomposition.decompose import Decomposition, decompose, is_outdated, load
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS, method
 from moesvd_core.errors import InputError, RunError, StatisticsError
@@ -143,15 +143,22 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(tiny: TinyLayer, tmp_path
         load(path, tiny.weights, tiny.layer, tiny.statistics, method("svd"))
 
 
-def test_a_file_of_an_earlier_version_has_no_digest_and_is_read(tiny: TinyLayer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("digest", [True, False])
+def test_a_file_of_an_earlier_version_is_outdated(tiny: TinyLayer, tmp_path: Path, digest: bool) -> None:
     path = tmp_path / "layer.safetensors"
-    made = decomposed(tiny, "svd")
-    made.save(path)
+    decomposed(tiny, "svd").save(path)
+    assert not is_outdated(path)
     tensors, facts = load_tensors(path)
-    save_file(tensors, path, facts)
-    again = load(path, tiny.weights, tiny.layer, tiny.statistics, method("svd"))
-    for mine, theirs in zip(made.curves, again.curves, strict=True):
-        np.testing.assert_array_equal(mine.loss_SR, theirs.loss_SR)
+    earlier = {**facts, "format": "moesvd-decomposition-1"}
+    save_tensors(path, tensors, earlier) if digest else save_file(tensors, path, earlier)
+    assert is_outdated(path)
+
+
+def test_what_is_no_file_of_any_version_is_not_outdated_but_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    assert not is_outdated(path)
+    path.write_bytes(b"no tensors")
+    assert not is_outdated(path)
 
 
 def test_a_missing_file_is_an_error_that_names_it(tiny: TinyLayer, tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 """Shared bases: as good as predicted, refitted at no loss, optimal where theory says so."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from decomposition_oracle import SHAPES, measured_loss
 from tiny_layer import TinyLayer, tiny_layer
 
+from moesvd_core.decomposition import latent
 from moesvd_core.decomposition.factors import DenseFactors, SharedLeftFactors, SharedRightFactors
 from moesvd_core.decomposition.latent import LatentBasis
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.decomposition.per_expert import PerExpertBasis
+from moesvd_core.decomposition.projection import NestedFit
 from moesvd_core.planning import DENSE, SIDES, Metric, Side
 
 
@@ -159,3 +163,22 @@ def test_few_tokens_with_one_direction_that_outweighs_all_others_are_predicted_a
     for rank in (0, 5, 40):
         wanted = measured_loss(metric, "input", basis.factors([rank]).reconstruct())
         assert basis.curve.loss_SR[0, rank] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("few", [True, False])
+def test_a_ratio_is_the_same_to_the_bit_whether_fits_were_kept_or_are_made_again(
+    side: Side, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent, "SMALL", 1 << 24 if few else 0)
+    tiny = tiny_layer(4, 300, 320)
+    tiny.weights.input_END, tiny.weights.output_EDM = tiny.weights.input_END.float(), tiny.weights.output_EDM.float()
+    made = LatentBasis.both(of(tiny), "output")[side]
+    read = LatentBasis.loaded(of(tiny), side, "output", made.tensors())
+    for rank in (200, 7):
+        assert torch.equal(made.factors([rank]).reconstruct(), read.factors([rank]).reconstruct())
+    monkeypatch.setattr(NestedFit, "of", None)
+    monkeypatch.setattr(latent, "reader", None)
+    for basis in (made, read):  # what serves a further ratio is there, as far as it is small
+        with nullcontext() if few else pytest.raises(TypeError):
+            basis.factors([100])
