@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn, get_args
 
-from moesvd_core import commands
+from moesvd_core import commands, model_commands
 from moesvd_core.console import plain
 from moesvd_core.errors import Cancelled, InputError, MoesvdError, RunError
 from moesvd_core.planning import Budget
@@ -68,9 +68,9 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     kinds = top.add_subparsers(required=True, metavar="COMMAND")
     _add_models(kinds)
     _add_runs(kinds)
-    kinds.add_parser("serve", help="open the explorer in a browser", add_help=False)
+    kinds.add_parser("serve", help="serve the explorer at http://127.0.0.1:7860", add_help=False)
     bench = kinds.add_parser("benchmark", help="print the figures of the documentation again")
-    bench.set_defaults(command=commands.benchmark)
+    bench.set_defaults(command=model_commands.benchmark)
     if "benchmark" in words[:1]:
         from moesvd_core.evaluation.benchmarks.command import add_arguments
 
@@ -90,18 +90,23 @@ def _command(
 
 def _add_models(kinds: "_Kinds") -> None:
     """Commands that look at models, with no run."""
-    kind = _command(kinds, "inspect", commands.inspect, "tell what a model is, without loading it")
+    kind = _command(kinds, "inspect", model_commands.inspect, "tell what a model is, without loading it")
     _add_model(kind)
 
-    kind = _command(kinds, "evaluate", commands.evaluate, "perplexity of a model, and its distance to a reference")
+    kind = _command(kinds, "evaluate", model_commands.evaluate, "perplexity of a model, and its distance to a reference")
     _add_model(kind)
     kind.add_argument("--reference", metavar="MODEL", help="usually the original: adds KL divergence and agreement")
     kind.add_argument("--dataset", default="sotu", metavar="NAME_OR_FILE", help="sotu, a .txt, .jsonl or .parquet file, or a hub data set")
     kind.add_argument("--windows", type=int, help="score only the first so many windows (default: all)")
     kind.add_argument("--length", type=int, help="tokens a window (default: 2048, or the model's limit)")
     kind.add_argument("--dtype", choices=DTYPES, help="number format to compute in (default: the model's own)")
+    kind.add_argument(
+        "--zero-shot", metavar="DIR",
+        help="accuracy instead, on the sets of questions in this folder (piqa.jsonl, hellaswag.jsonl ...), by lm-evaluation-harness",
+    )
+    kind.add_argument("--limit", type=int, metavar="N", help="ask only the first so many questions of each set (default: all)")
 
-    kind = _command(kinds, "compare", commands.compare, "two models side by side: quality, size, speed, answers")
+    kind = _command(kinds, "compare", model_commands.compare, "two models side by side: quality, size, speed, answers")
     kind.add_argument("original", metavar="ORIGINAL", help="folder or hub id")
     kind.add_argument("compressed", metavar="COMPRESSED", help="folder or hub id")
     kind.add_argument("--prompt", help="also let both answer this, token by token the most probable")
@@ -139,7 +144,7 @@ def _add_runs(kinds: "_Kinds") -> None:
     _add_compensation(kind)
     kind.add_argument("--dtype", choices=DTYPES, help="number format to write (default: the original's)")
 
-    kind = _command(kinds, "push", commands.push, "publish an export on the Hugging Face hub as one commit", as_json=False)
+    kind = _command(kinds, "push", model_commands.push, "publish an export on the Hugging Face hub as one commit")
     kind.add_argument("export", metavar="DIR", help="folder of an export; it is checked before anything is sent")
     kind.add_argument("repository", metavar="OWNER/NAME", help="made where there is none; token: $HF_TOKEN or that of `hf auth login`")
     kind.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
@@ -154,7 +159,7 @@ def _add_runs(kinds: "_Kinds") -> None:
         ("resume", commands.resume, "go on with what was interrupted, cancelled or failed"),
         ("worker", commands.worker, "do a run's queued jobs (started by the explorer)"),
     ):
-        kind = _command(kinds, name, command, text, as_json=False)
+        kind = _command(kinds, name, command, text, as_json=name != "worker")
         _add_run(kind)
 
 

@@ -1,14 +1,16 @@
-"""What each command of `moesvd` does once its words are understood. Torch and transformers are imported only by those that need them."""
+"""What each command of `moesvd` that makes, uses or follows runs does once its words are understood; `model_commands` has the others.
+
+Torch and transformers are imported only by those that need them.
+"""
 
 import os
 import shlex
 import sys
 from argparse import Namespace
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from moesvd_core import errors
 from moesvd_core.console import LABELS, ProgressBars, plain, ranks, show_facts, show_json, show_rows
@@ -19,9 +21,6 @@ from moesvd_core.runs.folder import RunFolder, runs_root
 from moesvd_core.runs.jobs import Job, read_jobs
 from moesvd_core.runs.worker import work
 
-if TYPE_CHECKING:
-    from moesvd_core.architectures.streaming import LayerStream
-
 COMMAND_VARIABLE = "MOESVD_COMMAND"
 """What a person typed to start the explorer, by which its help and its refusals call it."""
 _PLAN_FACTS = (
@@ -29,9 +28,6 @@ _PLAN_FACTS = (
     "original_bytes", "bytes", "predicted_loss", "perplexity", "perplexity_stderr", "kl_mean", "top1_agreement",
     "tokens", "windows", "length", "dataset", "output", "format",
 )
-
-
-# -- work that belongs to a run ------------------------------------------------------------------------------------------------------
 
 
 def compress(given: Namespace) -> None:
@@ -62,18 +58,6 @@ def plan(given: Namespace) -> None:
     """`moesvd plan`: which layers get which ranks, and what that comes to."""
     run = opened(given.run)
     _show_plan(run, _worked(run, "plan", {"recipe": _reachable(run, given)}), given.json)
-
-
-def push(given: Namespace) -> None:
-    """`moesvd push`: an export to the hub; prints the address of the commit."""
-    from huggingface_hub import get_token
-
-    from moesvd_core.checkpoint.hub import push as publish
-
-    token = get_token()
-    if token is None:
-        raise InputError("no access token of the hub is known: set HF_TOKEN, or log in by `hf auth login`")
-    print(publish(Path(given.export), given.repository, token, private=not given.public))
 
 
 def analyze(given: Namespace) -> None:
@@ -114,7 +98,10 @@ def runs(given: Namespace) -> None:
 def cancel(given: Namespace) -> None:
     """`moesvd cancel`: stop a run's work; what was finished is kept."""
     run = opened(given.run)
-    Client(run.path.parent).cancel(run)
+    client = Client(run.path.parent)
+    client.cancel(run)
+    if given.json:
+        show_json(client.status(run).as_dict())
 
 
 def delete(given: Namespace) -> None:
@@ -143,8 +130,9 @@ def resume(given: Namespace) -> None:
     """`moesvd resume`: go on with what was interrupted, cancelled or failed."""
     run = opened(given.run)
     jobs = Client(run.path.parent, launch=lambda run: None).resume(run)
-    for job in jobs:
-        _followed(run, job.id)
+    records = [{"action": job.action, **_followed(run, job.id)} for job in jobs]
+    if given.json:
+        show_json(records)
 
 
 def serve(given: Namespace) -> NoReturn:
@@ -298,100 +286,3 @@ def _show_plan(run: RunFolder, record: Mapping[str, Any], as_json: bool) -> None
         for layer in Plan.from_dict({name: facts[name] for name in Plan.__dataclass_fields__}).layers
     ]
     show_rows("layers", ["layer", "gate and up", "ranks", "down", "ranks", "kept", "truncation loss, nats", "why"], rows)
-
-
-# -- looking at models ---------------------------------------------------------------------------------------------------------------
-
-
-def inspect(given: Namespace) -> None:
-    """`moesvd inspect`: what a model is."""
-    from moesvd_core.architectures.inspect import inspect as look
-
-    facts = look(given.model, trust_remote_code=given.allow_remote_code).as_dict()
-    if given.json:
-        show_json(facts)
-        return
-    told = {name: value for name, value in facts.items() if name not in ("warnings", "expert_layers")}
-    show_facts(given.model, told, LABELS["factored"] if facts["factored"] else {})
-    for warning in facts["warnings"]:
-        print(plain(f"- {warning}"))
-
-
-def evaluate(given: Namespace) -> None:
-    """`moesvd evaluate`: perplexity of any model, and its distance to a reference."""
-    from moesvd_core.architectures.tokenizer import load_tokenizer
-    from moesvd_core.evaluation.perplexity import evaluate as measure
-
-    stream = _stream(given.model, given)
-    reference = None if given.reference is None else _stream(given.reference, given)
-    tokenizer = load_tokenizer(stream.files.folder, allow_remote_code=given.allow_remote_code)
-    with ProgressBars() as bars:
-        evaluation = measure(
-            stream, tokenizer, given.dataset, windows=given.windows, length=given.length, reference=reference, report=bars
-        )
-    facts = {"model": given.model, "reference": given.reference, "bytes": stream.files.bytes, **evaluation.as_dict()}
-    if given.json:
-        show_json(facts)
-    else:
-        show_facts(given.model, {name: value for name, value in facts.items() if value is not None})
-
-
-def compare(given: Namespace) -> None:
-    """`moesvd compare`: two models side by side: quality, size, speed, and what they answer."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from moesvd_core.api import load_model
-    from moesvd_core.evaluation.generation import Sampling, encode_prompt, side_by_side
-    from moesvd_core.evaluation.hidden import context_limit
-    from moesvd_core.evaluation.perplexity import evaluate as measure
-    from moesvd_core.evaluation.speed import SpeedTest, measure_speed
-
-    disable_progress_bar()  # loading takes seconds
-    original, tokenizer = load_model(given.original)
-    compressed, _ = load_model(given.compressed)
-    if given.prompt is not None:
-        encode_prompt(original, tokenizer, given.prompt, Sampling())  # refused before minutes of measuring
-    with ProgressBars() as bars:
-        text = {"windows": given.windows, "report": bars}
-        before = measure(original, tokenizer, given.dataset, **text)
-        after = measure(compressed, tokenizer, given.dataset, reference=original, **text)
-        limit = context_limit(original.config) or 1024
-        test = SpeedTest(prompt_tokens=min(256, limit // 2), new_tokens=min(32, limit // 4))
-        speeds = measure_speed({"original": original, "compressed": compressed}, test, report=bars)
-    turns = side_by_side([original, compressed], tokenizer, given.prompt) if given.prompt is not None else ()
-    answers: tuple[Any, ...] = deque(turns, maxlen=1).pop() if given.prompt is not None else (None, None)
-    rows = []
-    for name, evaluation, speed, answer in zip((given.original, given.compressed), (before, after), speeds.values(), answers, strict=True):
-        figures = {"prefill_tokens_per_second": speed.prefill.median, "decode_tokens_per_second": speed.decode.median}
-        size = {"weight_bytes": speed.weight_bytes, "peak_bytes": speed.peak_bytes, "flops_per_token": speed.flops_per_token}
-        rows.append({"model": name, **evaluation.as_dict(), **size, **figures, "answer": None if answer is None else answer.text})
-    if given.json:
-        show_json(rows)
-        return
-    names = [name for name in rows[0] if name not in ("model", "answer")]
-    table = [[LABELS["speed"].get(name, name), *(row[name] for row in rows)] for name in names]
-    show_rows("compared on the same text and prompt", ["", *(str(row["model"]) for row in rows)], table)
-    for row in rows if given.prompt is not None else []:
-        print(plain(f"\n{row['model']}: {given.prompt}{row['answer']}"))
-
-
-def benchmark(given: Namespace) -> None:
-    """`moesvd benchmark`: prints the figures of the documentation again."""
-    from moesvd_core.evaluation.benchmarks.command import run
-
-    with ProgressBars() as bars:
-        result = run(given, bars)
-    print(result.json() if getattr(given, "json", False) else result.text(), end="")
-
-
-def _stream(name: str, given: Namespace) -> "LayerStream":
-    import torch
-
-    from moesvd_core.architectures.files import ModelFiles, resolve_model
-    from moesvd_core.architectures.streaming import LayerStream
-
-    folder = resolve_model(name, allow_remote_code=given.allow_remote_code)
-    files = ModelFiles.open(folder, allow_remote_code=given.allow_remote_code)
-    dtype = None if given.dtype is None else getattr(torch, given.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LayerStream(files, dtype=dtype, device=device, allow_remote_code=given.allow_remote_code)

@@ -24,6 +24,8 @@ from moesvd_core import commands
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.cli import main, parser
+from moesvd_core.evaluation import zero_shot
+from moesvd_core.evaluation.zero_shot import TaskScore
 from moesvd_core.runs.client import enqueue
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.jobs import read_jobs
@@ -117,6 +119,28 @@ def test_evaluate_and_inspect(model: str, capsys: pytest.CaptureFixture[str]) ->
     assert "experts alike" not in capsys.readouterr().out, "there all are of one size"
 
 
+def test_evaluate_asks_sets_of_questions(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "to open a door", "sol1": "turn", "sol2": "eat", "label": 0}\n')
+    asked: list[int | None] = []
+
+    def scores(*_: object, limit: int | None, **__: object) -> dict[str, TaskScore]:
+        asked.append(limit)
+        return {"piqa": TaskScore(0.5, 0.25, 0.75, 2)}
+
+    monkeypatch.setattr(zero_shot, "zero_shot", scores)  # the harness is optional
+    monkeypatch.setattr(zero_shot, "require_harness", lambda: None)
+    words = ["evaluate", model, "--reference", model + "/.", "--zero-shot", str(tmp_path), "--limit", "2"]
+    assert main(words) == 0
+    assert re.search(r"piqa +│ +2 +│ 50\.0% ± 25\.0% \(75\.0%\) +│ 50\.0% ± 25\.0% \(75\.0%\)", capsys.readouterr().out)
+    assert main([*words, "--json"]) == 0
+    [reference, own] = json.loads(capsys.readouterr().out)
+    assert (reference["model"], own["model"]) == (model + "/.", model)
+    assert own["tasks"] == {"piqa": {"accuracy": 0.5, "stderr": 0.25, "normalised": 0.75, "rows": 2}}
+    assert asked == [2] * 4
+
+
 def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")  # for the names of both folders
     assert main(["compare", model, model, "--windows", "2", "--prompt", "we the people", "--json"]) == 0
@@ -124,8 +148,12 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
     assert original["answer"] == compressed["answer"]
     assert compressed["top1_agreement"] == 1
     assert {"flops_per_token"} <= set(compressed)
+    low, high = compressed["decode_quartiles"]
+    assert 0 < low <= compressed["decode_tokens_per_second"] <= high
     assert main(["compare", model, model, "--windows", "1"]) == 0
-    assert "flops_per_token (as run on a prompt)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "flops_per_token (as run on a prompt)" in printed and "quartiles" not in printed
+    assert re.search(r"decode_tokens_per_second.*│ [\d,.]+ \([\d,.]+ to [\d,.]+\)", printed)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +194,7 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
         (["evaluate", "MODEL", "--dataset", "EMPTY"], "empty.txt holds no text"),
         (["compare", "MODEL", "MODEL", "--prompt", ""], "prompt must not be empty: write at least one word"),
         (["compare", "MODEL", "MODEL", "--prompt", "a" * 1_000_000], "prompt must have fewer than 64 tokens, the model's limit"),
+        (["evaluate", "MODEL", "--zero-shot", "EMPTY"], "no rows of any task: put one or more of openbookqa.jsonl"),
         (["cancel", "unknown"], "no run"),
         (["analyze", "no/such"], "'no/such' is no model folder, and the hub cannot be asked for it"),
         (["compress", "no/such", "--ratio", "0.3", "--output", "OUT"], "the hub cannot be asked for it"),
@@ -248,7 +277,9 @@ def test_whoever_stops_serve_stops_the_explorer(tmp_path: Path) -> None:
     assert process.returncode != 0
 
 
-def test_stopping_by_signal_ends_within_seconds_and_the_run_goes_on(model: str, tmp_path: Path) -> None:
+def test_stopping_by_signal_ends_within_seconds_and_the_run_goes_on(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["compress", model, "--ratio", "0.2", "--output", str(tmp_path / "out"), "--length", "24", "--windows", "4"]
     process = subprocess.Popen(
         [sys.executable, "-m", "moesvd_core", *words, "--samples", "300", "--run", str(tmp_path / "run")],
@@ -263,7 +294,9 @@ def test_stopping_by_signal_ends_within_seconds_and_the_run_goes_on(model: str, 
     printed, _ = process.communicate(timeout=60)
     assert (process.returncode, printed) == (130, "")
     assert not (tmp_path / "out").exists()
-    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert main(["resume", str(tmp_path / "run"), "--json"]) == 0
+    [record] = json.loads(capsys.readouterr().out)
+    assert (record["action"], record["output"]) == ("compress", str(tmp_path / "out"))
     assert ModelFiles.open(tmp_path / "out").bytes > 0
 
 
@@ -275,6 +308,16 @@ def test_a_push_needs_a_token_and_an_export(tmp_path: Path, capsys: pytest.Captu
     assert main(["push", str(tmp_path), "owner/name"]) == 2
     assert "no complete export" in (printed := capsys.readouterr().err)
     assert "hf_aVerySecretToken123" not in printed
+    monkeypatch.setattr("moesvd_core.checkpoint.hub.push", lambda *_, **__: "https://hub/owner/name/commit/1")
+    assert main(["push", str(tmp_path), "owner/name", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"repository": "owner/name", "address": "https://hub/owner/name/commit/1"}
+
+
+def test_cancelling_says_what_became_of_the_run(runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(runs_root)
+    enqueue(run, "analyze", {})
+    assert main(["cancel", run.name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "cancelled"
 
 
 def test_a_run_is_deleted_for_a_script_that_says_so(runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,12 +65,11 @@ def zero_shot(
     Raises:
         InputError: the harness is not installed, a task is unknown or has no file, or a number is out of bounds.
     """
-    files = _task_files(data, tasks)
+    files = task_files(data, tasks)
     for name, value in (("limit", limit), ("batch", batch)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("zero-shot evaluation needs lm-evaluation-harness: pip install 'moesvd[zero-shot]'")
+    require_harness()
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -84,7 +83,6 @@ def zero_shot(
             tasks=list(files),
             limit=limit,
             task_manager=TaskManager(include_path=folder, include_defaults=False),
-            bootstrap_iters=0,
         )
     return {task: _score(results["results"][task], results["n-samples"][task]["effective"]) for task in files}
 
@@ -103,7 +101,21 @@ def task_definition(task: str, file: Path, stock: Path) -> dict[str, Any]:
     }
 
 
-def _task_files(data: Path, tasks: Sequence[str] | None) -> dict[str, Path]:
+def require_harness() -> None:
+    """
+    Raises:
+        InputError: the harness is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("zero-shot evaluation needs lm-evaluation-harness: pip install lm-eval")
+
+
+def task_files(data: Path, tasks: Sequence[str] | None = None) -> dict[str, Path]:
+    """The file of every set that is asked for, or that the folder holds.
+
+    Raises:
+        InputError: a set that is not known, or has no file.
+    """
     found = {task: file for task in STOCK_TASKS for suffix in _SUFFIXES if (file := data / f"{task}{suffix}").is_file()}
     for task in tasks or ():
         if task not in STOCK_TASKS:

@@ -19,6 +19,9 @@ USER = "moesvd"
 """Whose password that is, unless MOESVD_USER says otherwise."""
 LOGINS_VARIABLE = "MOESVD_LOGINS"
 """Further logins, `name:password` with white space between them. Each changes its own runs only."""
+_HOUSE = Path(__file__).parents[2]
+_ASSETS = (_HOUSE.relative_to(Path.cwd()) if _HOUSE.is_relative_to(Path.cwd()) else _HOUSE) / "assets"
+"""Where the demo model is, wherever the server is started; named shortly where it can be."""
 _LOGIN = re.compile(r"([A-Za-z0-9][\w.@-]{0,63}):(.+)")
 
 SPACES = "https://huggingface.co"
@@ -44,7 +47,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 7860
     runs: Path = Path("runs")
-    models: tuple[Path, ...] = (Path("assets"), Path("models"))
+    models: tuple[Path, ...] = (_ASSETS, Path("models"))
     logins: tuple[tuple[str, str], ...] = ()
     remote_code: bool = False
     demo: bool = True

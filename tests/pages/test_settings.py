@@ -1,5 +1,8 @@
 """Who can reach the server, and what may be named in it."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +61,15 @@ def test_the_environment_names_folders_and_flags_win(tmp_path: Path) -> None:
     environment = {"MOESVD_RUNS": "elsewhere", "MOESVD_MODELS": "a:b", "MOESVD_PORT": "8000"}
     settings = Settings.read(["--runs", str(tmp_path)], environment)
     assert (settings.runs, settings.models, settings.port) == (tmp_path, (Path("a"), Path("b")), 8000)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_the_demo_model_is_found_wherever_the_server_is_started(elsewhere: bool, tmp_path: Path) -> None:
+    code = "from pages.components.settings import Settings; print(Settings().models[0])"
+    where = tmp_path if elsewhere else DEMO.parent
+    environment = {**os.environ, "PYTHONPATH": str(DEMO.parent)}
+    told = subprocess.run([sys.executable, "-c", code], cwd=where, env=environment, capture_output=True, text=True, check=True).stdout
+    assert Path(told.strip()) == (DEMO if elsewhere else Path("assets"))
 
 
 def test_a_port_out_of_bounds_is_refused() -> None:
