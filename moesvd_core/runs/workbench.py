@@ -19,7 +19,7 @@ from moesvd_core.architectures.streaming import DecoderStream, LayerStream
 from moesvd_core.architectures.tokenizer import load_tokenizer
 from moesvd_core.calibration import Calibration, Statistics, calibrate
 from moesvd_core.calibration.statistics import SUMMARY
-from moesvd_core.calibration.text import evaluation_windows, window_length
+from moesvd_core.calibration.text import evaluation_windows, text_version, window_length
 from moesvd_core.errors import MOST_WINDOWS, require_whole
 from moesvd_core.evaluation.hidden import FinalHidden, context_limit, final_hidden
 from moesvd_core.evaluation.perplexity import Evaluation, compare
@@ -53,9 +53,17 @@ class Text:
 
     @property
     def key(self) -> str:
-        """Short name for files."""
+        """Short name for files; another one once a text file has changed."""
         readable = "".join(letter if letter.isalnum() else "-" for letter in Path(self.dataset).name)[:40]
-        return f"{readable}-{self.windows or 'all'}x{self.length or 'default'}-{_digest(self.dataset)[:6]}"
+        return f"{readable}-{self.windows or 'all'}x{self.length or 'default'}-{self._digits}"
+
+    @property
+    def _digits(self) -> str:
+        return _digest(self.dataset + text_version(self.dataset))[:6]
+
+    def is_outdated(self, key: str) -> bool:
+        """Whether a key is that of an earlier state of the same data set."""
+        return not key.endswith(self._digits)
 
 
 class Workbench:
@@ -160,6 +168,7 @@ class Workbench:
         name = key.partition("--")[0]
         if (known := self.known(name, text)) is not None:
             return known
+        self._forget_earlier(text)
         original = self.original_hidden(text)
         if reference:
             evaluation = compare(self._final(key, stream, text), original, text.dataset)
@@ -167,6 +176,15 @@ class Workbench:
             evaluation = compare(original, None, text.dataset)
         atomic.write_json(self.run.station("evaluations") / f"{key}.json", evaluation.as_dict())
         return evaluation
+
+    def _forget_earlier(self, text: Text) -> None:
+        """Remove figures on a text file that has changed since: nothing beside its name tells them from those on its new content."""
+        for file in self.run.station("evaluations").glob("*--*.json"):
+            key = file.stem.rpartition("--")[2]
+            if text.is_outdated(key) and (self.run.read_json("evaluations", file.name) or {}).get("dataset") == text.dataset:
+                file.unlink(missing_ok=True)
+                for hidden in self.run.station("work").glob(f"hidden.*--{key}.safetensors"):
+                    hidden.unlink(missing_ok=True)
 
     def _final(self, key: str, stream: DecoderStream, text: Text) -> FinalHidden:
         """Last hidden states of a model over the text; the original's are kept for the length of the job."""
