@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported:
 
 import gradio as gr
 
-from moesvd_core.errors import InputError
+from moesvd_core.errors import MoesvdError
+from moesvd_core.runs.deletion import sweep
 from pages import compare, export, model, ratio, sensitivity, similarity
 from pages.components import assets, demo
 from pages.components.context import Context, PageLink
@@ -33,6 +34,7 @@ WORDS = gr.I18n(en={"common.complete": "Done"})  # Gradio reads it out when an e
 def create(settings: Settings) -> gr.Blocks:
     """The app with all its pages."""
     settings.runs.mkdir(parents=True, exist_ok=True)
+    sweep(settings.runs)
     if settings.demo:
         demo.install(settings.runs)
     context = Context(settings, tuple(PageLink(title, path) for title, path, _ in PAGES))
@@ -49,7 +51,7 @@ def create(settings: Settings) -> gr.Blocks:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until interrupted. Exit status 2 on settings that cannot be used."""
+    """Serve until interrupted. Exit status 2 on settings that cannot be used, or a demo run that cannot."""
     try:
         settings = Settings.read(arguments)
         settings.require_port()
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"MoE-SVD Explorer: {address} (Ctrl+C ends it; work in progress goes on)", flush=True)
         explorer.block_thread()
-    except (InputError, OSError) as error:
+    except (MoesvdError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while it starts; later it ends by itself

@@ -474,7 +474,8 @@
       write("operations", count(totals("flops")));
       this.paintBound(totals("ratio"), table.asked[place] / 100);
       const pinned = this.pinned();
-      const source = table.law ? `fitted to ${table.law.points} measured plans, ± ${share(table.law.error, 0)}` : "from calibration alone";
+      const alone = "from calibration alone: several times too small, until three plans are measured";
+      const source = table.law ? `fitted to ${table.law.points} measured plans, ± ${share(table.law.error, 0)}` : alone;
       if (pinned) {
         const other = name => pinned[0].totals[name][pinned[1]];
         write("size-remark", `${signed(totals("bytes") - other("bytes"), bytes)} against the pinned plan`);
@@ -482,7 +483,7 @@
         write("active-remark", `${signed(totals("active_parameters") - other("active_parameters"), count)} against the pinned plan`);
         write("operations-remark", `${signed(totals("flops") - other("flops"), count)} against the pinned plan`);
       } else {
-        write("size-remark", `of ${bytes(before("bytes"))}, as written to disk`);
+        write("size-remark", `of ${bytes(before("bytes"))}, on disk and loaded into memory`);
         write("loss-remark", `nats a token, ${source}`);
         write("active-remark", `of ${count(before("active_parameters"))} parameters a token`);
         write("operations-remark", `of ${count(before("flops"))} a token, ${saving(1 - totals("flops") / before("flops"))}`);

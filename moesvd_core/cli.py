@@ -130,6 +130,10 @@ def _add_runs(kinds: "_Kinds") -> None:
     _add_calibration(kind)
     kind.add_argument("--method", action="append", metavar="NAME", help="method to decompose for; may be repeated (default: auto)")
     kind.add_argument("--windows", type=int, default=64, help="windows to measure the original on (default: 64)")
+    kind.add_argument(
+        "--probe", action=argparse.BooleanOptionalAction, default=True,
+        help="also measure three ratios of the first method: predicted losses get their scale from them (default: yes)",
+    )
     kind.add_argument("--measure", action="store_true", help="also decompose each layer alone and measure what that does")
     kind.add_argument("--reference-ratio", type=float, default=0.5, metavar="R", help="share of its experts removed for that")
 

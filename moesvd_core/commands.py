@@ -69,7 +69,7 @@ def analyze(given: Namespace) -> None:
         method_of(Recipe(method=name, ratio=given.reference_ratio))
     text = _readable(windows=given.windows)
     run = _prepared(given)
-    record = _worked(run, "analyze", {"methods": methods, "text": text})
+    record = _worked(run, "analyze", {"methods": methods, "text": text, "probe": given.probe})
     if given.measure:
         measured = _worked(run, "sensitivity", {"recipe": {"method": methods[0], "ratio": given.reference_ratio}, "text": text})
         record = {**record, "sensitivity": measured["file"]}

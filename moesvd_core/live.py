@@ -149,6 +149,11 @@ class LiveModels:
                 self._live = LiveModel(run)
             return self._live
 
+    def fits(self, run: RunFolder, files_bytes: int) -> bool:
+        """Whether the model of a run, of so many bytes, is live or can be now; what is loaded already is not asked to fit a second time."""
+        live = self._live  # without the lock, which is held for as long as a model is loaded
+        return (live is not None and live.is_of(run)) or fits(files_bytes)
+
 
 def is_calibrated(run: RunFolder) -> bool:
     """Whether the run holds all statistics of its model."""
@@ -157,19 +162,24 @@ def is_calibrated(run: RunFolder) -> bool:
 
 def fits(files_bytes: int) -> bool:
     """Whether a model of so many bytes can be live on this machine now."""
-    return MEMORY * files_bytes < _free()
+    return live_memory(files_bytes) <= free_for_models()
+
+
+def live_memory(files_bytes: int) -> int:
+    """Bytes that a live model of so many bytes on disk may take."""
+    return round(MEMORY * files_bytes)
 
 
 def _require(files_bytes: int, run: RunFolder) -> None:
     if not fits(files_bytes):
         raise ResourceError(
-            f"not enough memory to hold the model of run {run.name}: about {MEMORY * files_bytes / 2**30:.2f} GiB are needed and "
-            f"{_free() / 2**30:.2f} GiB are free; measure it by a job of the run, which needs one layer at a time"
+            f"not enough memory to hold the model of run {run.name}: about {live_memory(files_bytes) / 2**30:.2f} GiB are needed and "
+            f"{free_for_models() / 2**30:.2f} GiB are free; measure it by a job of the run, which needs one layer at a time"
         )
 
 
-def _free() -> int:
-    """Bytes where models are put."""
+def free_for_models() -> int:
+    """Bytes free where live models are put: on the graphics card where there is one, else on the host."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return free_memory()

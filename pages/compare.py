@@ -16,6 +16,7 @@ from moesvd_core.runs.votes import add_vote, read_votes
 from moesvd_core.runs.workbench import Text
 from pages.components import answers, jobs, token_colors
 from pages.components.context import Context
+from pages.components.live_recipe import live_recipe
 from pages.components.measured import measured_html
 from pages.components.numbers import named
 from pages.components.page import Page
@@ -131,10 +132,9 @@ def _ask(context: Context) -> Callable[..., Any]:
         with named(_NAMES):
             sampling = Sampling(*settings)
         _refuse_long("prompt", prompt)
-        run = context.require_run(state)
+        run, recipe = live_recipe(context, state)
         yield None, notice("Loading the model."), gr.skip(), gr.skip(), *_closed()
         live = context.live.of(run)
-        recipe = recipe_of(state)
         model = live.apply(live.plan(recipe))
         warm_up([live.original, model], live.tokenizer, prompt, sampling)
         weights = weight_bytes(live.original), weight_bytes(model)
@@ -190,8 +190,9 @@ def _score(context: Context) -> Callable[..., Any]:
     def score(state: ViewState, text: str) -> str:
         """The text coloured by what compression changed."""
         _refuse_long("text", text)
-        live = context.live.of(context.require_run(state))
-        model = live.apply(live.plan(recipe_of(state)))
+        run, recipe = live_recipe(context, state)
+        live = context.live.of(run)
+        model = live.apply(live.plan(recipe))
         scores = token_scores(model, live.original, live.tokenizer, text)
         first = live.tokenizer.decode(live.tokenizer(text, verbose=False)["input_ids"][:1], skip_special_tokens=True)
         return f"{token_colors.summary(scores)}{token_colors.colored(scores, str(first))}{token_colors.table(scores)}"

@@ -11,19 +11,19 @@ import gradio as gr
 from moesvd_core.checkpoint.export import FORMATS
 from moesvd_core.checkpoint.hub import check_request, push
 from moesvd_core.decomposition.registry import METHODS
-from moesvd_core.errors import CheckpointError, InputError
+from moesvd_core.errors import InputError
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.bounded import plan_at_once
 from moesvd_core.runs.command_line import compress_command, export_command
-from moesvd_core.runs.exports import ExportFolder, export_name, list_exports, open_export
+from moesvd_core.runs.exports import DamagedExportError, export_name, list_exports, open_export
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import reach, refuse_unreachable
 from moesvd_core.runs.pushes import Pushes
+from moesvd_core.runs.workbench import Text
 from pages.components import export_parts as parts
 from pages.components import jobs
 from pages.components.context import Context
 from pages.components.export_deletion import ExportDeletion
-from pages.components.handler import warn
 from pages.components.page import Page
 from pages.components.recipe_controls import RecipeControls, recipe_of
 from pages.components.session import ViewState
@@ -31,7 +31,7 @@ from pages.components.text import empty, notice, share
 
 OWN = "as the original"
 NUMBERS = (OWN, "bfloat16", "float16", "float32")
-_FORMS = [("Factored: small on disk and in memory", "factored"), ("Dense: as large as the original, loads anywhere", "dense")]
+_FORMS = [("Factored: small on disk and in memory", "factored"), ("Dense: whole matrices, as the original has them; loads anywhere", "dense")]
 _RECIPE = ("run", "method", "ratio", "flops_ratio")
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 PUSH_SECONDS = 2.0
@@ -57,6 +57,11 @@ def build(context: Context) -> None:
                     info="Changes little in what was measured; no size changes. Without it routers stay those of the original.",
                     elem_id="export-refit-router",
                 )
+                measured = gr.Checkbox(
+                    True, label="Measure it too: perplexity and distance to the original, for its model card",
+                    info=f"On {Text().windows} windows of {Text().dataset}, before it is written; what was measured already is not again.",
+                    elem_id="export-measure",
+                )
                 summary = gr.HTML("", elem_id="export-summary", min_height=220)
             with gr.Column(scale=5, min_width=300):
                 write = gr.Button("Write and verify", variant="primary", elem_id="export-write")
@@ -70,7 +75,7 @@ def build(context: Context) -> None:
                 files = gr.HTML(parts.no_exports(), elem_id="export-files", min_height=160)
             with gr.Column(scale=5, min_width=300, visible=False) as about:
                 card = gr.Markdown("", elem_id="export-card")
-                with gr.Accordion("Push to the Hugging Face hub", open=False):
+                with gr.Accordion("Push to the Hugging Face hub", open=False) as pushing:
                     repository = gr.Textbox(label="Repository", placeholder="owner/name", max_lines=1, max_length=200, elem_id="push-to")
                     token = gr.Textbox(
                         label="Access token, with the right to write", type="password", max_lines=1, max_length=400, elem_id="push-token",
@@ -86,9 +91,9 @@ def build(context: Context) -> None:
         chosen_how = [form, dtype, fit, refit]
         page.view(lambda state: METHODS[state.method].compensate, [fit], fields=("method",))
         page.view(_preview(context), [summary, twin, write], fields=_RECIPE, controls=chosen_how)
-        page.view(_listed(context), [chosen], fields=("run",))
-        write.click(page.changes(_write(context)), [page.state, *chosen_how], page.wake, **_PRIVATE)
-        details = [files, about, card, pushed, watch]
+        details = [files, about, card, pushed, watch, pushing]
+        page.view(_newest(context, pushes), [chosen, *details], fields=("run",))
+        write.click(page.changes(_write(context)), [page.state, *chosen_how, measured], page.wake, **_PRIVATE)
         chosen.change(page.changes(_shown(context, pushes)), [page.state, chosen], details, **_PRIVATE)
         sent = [page.state, chosen, repository, token, private]
         send.click(page.changes(_push(context, pushes)), sent, [token, pushed, watch], **_PRIVATE)
@@ -123,13 +128,14 @@ def _preview(context: Context) -> Callable[..., Any]:
         free = shutil.disk_usage(run.path).free
         plan = plan_at_once(run, recipe)
         shown = parts.summary_html(run, plan, recipe, name=name, form=form, dtype=number, facts=facts, free=free)
-        return shown, parts.twin_html(run, recipe, name=name, form=form, dtype=number), gr.Button(interactive=True)
+        written = not parts.refusal(run, plan, form, facts)
+        return shown, parts.twin_html(run, recipe, name=name, form=form, dtype=number), gr.Button(interactive=written)
 
     return preview
 
 
 def _write(context: Context) -> Callable[..., Any]:
-    def write(state: ViewState, form: str, dtype: str, fit: bool, refit: bool) -> Any:
+    def write(state: ViewState, form: str, dtype: str, fit: bool, refit: bool, measured: bool) -> Any:
         """Ask the worker for the export."""
         run = context.require_run(state)
         recipe = replace(recipe_of(state), compensate=fit, refit_router=refit)
@@ -141,9 +147,8 @@ def _write(context: Context) -> Callable[..., Any]:
             raise InputError(f"{name} is being written already: wait for it, or cancel it")
         words: dict[str, Any] = {"output": f"out/{name}", "form": form, "dtype": number}
         command = compress_command(run.identity, recipe, **words) or export_command(run.name, recipe, **words)
-        context.client.submit(
-            run, "export", recipe=recipe.as_dict(), output=output, format=form, dtype=number, overwrite=True, command=command,
-        )
+        wanted: dict[str, Any] = {"recipe": recipe.as_dict(), "output": output, "format": form, "dtype": number}
+        context.client.submit(run, "compress" if measured else "export", **wanted, overwrite=True, command=command)
         return gr.Timer(active=True)
 
     return write
@@ -151,26 +156,46 @@ def _write(context: Context) -> Callable[..., Any]:
 
 def _listed(context: Context) -> Callable[[ViewState], Any]:
     def listed(state: ViewState) -> Any:
-        """The run's exports, the newest chosen; damaged ones are said."""
-        run = context.open(state)
-        found = [] if run is None else list_exports(run)
-        for damaged in [export for export in found if isinstance(export, CheckpointError)]:
-            warn(str(damaged), "An export is damaged")
-        names = [export.name for export in found if isinstance(export, ExportFolder)]
-        return gr.Dropdown(choices=names, value=names[0] if names else None, visible=bool(names))
+        """The run's exports, the newest chosen."""
+        return _choice(_names(context, state))
 
     return listed
 
 
+def _names(context: Context, state: ViewState) -> list[tuple[str, str]]:
+    """The run's exports, newest first: what is shown, and the name; damaged ones come last and are marked."""
+    run = context.open(state)
+    found = [] if run is None else list_exports(run)
+    return [(f"{each.name} (damaged)" if isinstance(each, DamagedExportError) else each.name, each.name) for each in found]
+
+
+def _choice(names: list[tuple[str, str]]) -> gr.Dropdown:
+    return gr.Dropdown(choices=names, value=names[0][1] if names else None, visible=bool(names))
+
+
+def _newest(context: Context, pushes: Pushes) -> Callable[[ViewState], tuple[Any, ...]]:
+    shown = _shown(context, pushes)
+
+    def newest(state: ViewState) -> tuple[Any, ...]:
+        """The run's exports, and what is chosen of them: a choice of the same name may be another export by now."""
+        names = _names(context, state)
+        return _choice(names), *shown(state, names[0][1] if names else None)
+
+    return newest
+
+
 def _shown(context: Context, pushes: Pushes) -> Callable[..., Any]:
     def shown(state: ViewState, name: str | None) -> tuple[Any, ...]:
-        """One export's files, card, and push."""
+        """One export's files, card, and push; of one that is damaged how, and nothing to push."""
         if not name:
-            return parts.no_exports(), gr.Column(visible=False), "", "", gr.Timer(active=False)
+            return parts.no_exports(), gr.Column(visible=False), "", "", gr.Timer(active=False), gr.Accordion(visible=False)
         run = context.require_run(state)
-        export = open_export(run, name)
+        try:
+            export = open_export(run, name)
+        except DamagedExportError as damaged:
+            return notice(str(damaged), "error"), gr.Column(visible=True), "", "", gr.Timer(active=False), gr.Accordion(visible=False)
         files, card = parts.files_html(run.name, export), parts.card_text(export)
-        return (files, gr.Column(visible=True), card, *_push_state(pushes, export.path))
+        return files, gr.Column(visible=True), card, *_push_state(pushes, export.path), gr.Accordion(visible=True)
 
     return shown
 

@@ -8,11 +8,14 @@ import gradio as gr
 
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
+from moesvd_core.calibration.text import DEFAULT_LENGTH
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import InputError, MoesvdError, RunError
 from moesvd_core.runs.client import RunStatus
 from moesvd_core.runs.estimate import estimate
+from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.source import prepare
+from moesvd_core.runs.workbench import Text
 from pages.components import jobs, machine, next_steps, tables
 from pages.components.context import Context
 from pages.components.handler import refuse
@@ -24,8 +27,8 @@ from pages.components.session import ViewState
 from pages.components.text import empty, moment, sentence
 from pages.components.visitor import visitor
 
-PLANNED = ("auto", "moe-svd", "svd-llm")
-"""Methods whose plans an analysis makes unless others are chosen."""
+PLANNED = ("auto", "moe-svd", "svd-llm", "expert-pruning")
+"""Methods whose plans an analysis makes unless others are chosen: ours, the paper's, and what else one would do for the same bytes."""
 _NAMES = {"samples": "Windows", "length": "Tokens a window", "seed": "Seed", "batch": "Windows at once"}
 """Of the calibration's numbers: setting -> field."""
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private"}
@@ -51,22 +54,27 @@ def build(context: Context) -> None:
                 needs = gr.HTML("", elem_id="model-needs")
                 with gr.Accordion("Calibration settings", open=False):
                     fields = _fields(context)
+                    probe = gr.Checkbox(
+                        True, label="Measure three plans of it too", elem_id="analyse-probe",
+                        info="Brings predicted losses to the size of measured ones; reads the evaluation's text three more times.",
+                    )
                 analyse = gr.Button("Analyse", variant="primary", elem_id="analyse")
                 jobs.Panel(page)
         runs = tables.pressed_in("runs")
         RunDeletion(page, runs, lambda state: runs_html(context, state))
         calibration, methods = fields[:-1], fields[-1]
+        filled = gr.State(None)  # the run whose model and calibration the fields were given, and whether its facts were known
 
-        page.view(_run_shown(context), [name, facts, card, needs, *calibration], fields=("run",))
+        page.view(_run_shown(context), [filled, name, facts, card, needs, *calibration], fields=("run",), reads=[filled, methods])
         page.view(lambda state: next_steps.html(context, state, context.status(state)), [steps])
-        page.ticks(lambda state, status: runs_html(context, state), [runs])
-        looked = [page.state, name, *calibration]
+        page.watches(lambda state, status: runs_html(context, state), [runs])
+        looked = [page.state, name, *fields]
         name.input(page.changes(_probe(context)), looked, [facts, card, needs], show_progress_on=card, **_LOOK)
-        asked = [page.state, name, facts, *calibration]
-        for field in calibration:
+        asked = [page.state, name, facts, *fields]
+        for field in fields:
             field.input(page.changes(_needs(context)), asked, needs, show_progress="hidden", **_PRIVATE)
-        started = [page.state, page.wake]
-        analyse.click(page.changes(_analyse(context)), [page.state, name, methods, *calibration], started, show_progress="hidden", **_PROBE)
+        begun, started = [page.state, name, methods, probe, *calibration], [page.state, page.wake]
+        analyse.click(page.changes(_analyse(context)), begun, started, show_progress="hidden", **_PROBE)
 
 
 def _fields(context: Context) -> list[Any]:
@@ -97,15 +105,20 @@ def calibration_of(context: Context, values: tuple[Any, ...], others: Mapping[st
         return Calibration(**{**(others or {}), **given, "dataset": context.find_text(given.get("dataset", ""))})
 
 
-def _without_field(context: Context, state: ViewState, model: str) -> dict[str, Any]:
-    """Settings of the run that is shown for which there is no field: analysing its model again goes on with that run."""
+def _run_of(context: Context, state: ViewState, model: str) -> RunFolder | None:
+    """The run that is shown, where it is one of this model: analysing that again may go on with it."""
     try:
         run = context.open(state)
     except RunError:  # it was deleted meanwhile, or is damaged: nothing to go on with
-        return {}
+        return None
     if run is None or (model != context.model_name(run.identity.model) and _place(model) != _place(run.identity.model)):
-        return {}
-    used = Calibration.from_dict(dict(run.identity.calibration)).as_dict()
+        return None
+    return run
+
+
+def _without_field(run: RunFolder | None) -> dict[str, Any]:
+    """Settings of a run for which there is no field."""
+    used = {} if run is None else Calibration.from_dict(dict(run.identity.calibration)).as_dict()
     return {name: value for name, value in used.items() if name not in ("dataset", *_NAMES)}
 
 
@@ -142,50 +155,63 @@ def _place(model: str) -> str:
 
 def _needs(context: Context) -> Callable[..., Any]:
     def needs(state: ViewState, model: str | None, facts: Mapping[str, Any] | None, *values: Any) -> str:
-        """What analysing the model takes under these settings."""
+        """What analysing the model takes under these settings, and for these methods."""
         if facts is None:
             return ""
-        needed = estimate(facts, calibration_of(context, values, _without_field(context, state, model or "")))
-        return needs_html(facts, needed, machine.seconds(needed.flops), machine.look(context.settings.runs))
+        *settings, methods = values
+        run = _run_of(context, state, model or "")
+        calibration = calibration_of(context, tuple(settings), _without_field(run))
+        goes_on = run is not None and calibration == Calibration.from_dict(dict(run.identity.calibration))
+        tokens = (Text().windows or 0) * min(DEFAULT_LENGTH, facts["context_length"] or DEFAULT_LENGTH)
+        needed = estimate(facts, calibration, methods=methods, tokens=tokens, run=run.path if run and goes_on else None)
+        there = machine.look(context.settings.runs)
+        return needs_html(facts, needed, machine.seconds(needed.flops), there, machine.download_bytes(facts))
 
     return needs
 
 
 def _analyse(context: Context) -> Callable[..., Any]:
-    def analyse(state: ViewState, text: str | None, methods: list[str], *values: Any) -> tuple[Any, ...]:
+    def analyse(state: ViewState, text: str | None, methods: list[str], probe: bool, *values: Any) -> tuple[Any, ...]:
         """Make the run of this model and calibration, and ask for its analysis."""
         if not methods:
             raise InputError("no method is chosen to plan for: choose at least one, auto is recommended")
         context.require_rights()
         settings = context.settings
         model = context.find_model(text or "")
-        calibration = calibration_of(context, values, _without_field(context, state, model))
+        calibration = calibration_of(context, values, _without_field(_run_of(context, state, model)))
         where = {"root": settings.runs, "model_roots": settings.models, "owner": visitor()}
         with named(_NAMES):
             run = prepare(model, calibration, allow_remote_code=settings.remote_code, **where)
         if context.client.status(run).busy:
             raise InputError(f"run {run.name} is at work already: wait for it, or cancel it")
-        context.client.submit(run, "analyze", methods=list(methods))
+        first = [name for name in (ViewState.method, *methods) if name in methods][:1]  # whose plans are measured
+        context.client.submit(run, "analyze", methods=list(dict.fromkeys([*first, *methods])), probe=bool(probe))
         return state.but(run=run.name), gr.Timer(active=True)
 
     return analyse
 
 
-def _run_shown(context: Context) -> Callable[[ViewState], Any]:
-    def shown(state: ViewState) -> tuple[Any, ...]:
-        """The run's model and calibration, in the fields and beside them."""
+def _run_shown(context: Context) -> Callable[..., Any]:
+    def shown(state: ViewState, filled: tuple[str, bool] | None, methods: list[str]) -> tuple[Any, ...]:
+        """The run's model and calibration, in the fields and beside them, once: what is written there since stays when a job has ended."""
+        if filled == (state.run, True):
+            return tuple(gr.skip() for _ in range(10))
         run = context.open(state)
         if run is None:
-            return gr.Dropdown(choices=context.models()), None, _no_model(), "", *[gr.skip() for _ in range(5)]
+            return (state.run, True), gr.Dropdown(choices=context.models()), None, _no_model(), "", *[gr.skip() for _ in range(5)]
         model, facts = context.model_name(run.identity.model), context.facts(run)
         used = Calibration.from_dict(dict(run.identity.calibration))
-        values = (used.dataset, used.samples, used.length, used.seed, used.batch)
-        named = gr.Dropdown(choices=context.models(), value=model)
+        values: tuple[Any, ...] = (used.dataset, used.samples, used.length, used.seed, used.batch)
+        fields = values
+        named = gr.Dropdown(choices=context.models(), value=model, allow_custom_value=True)
         if facts is None and Path(run.identity.model).is_dir():
             facts = inspect(run.identity.model, trust_remote_code=run.identity.remote_code).as_dict()
+        if filled == (state.run, False):
+            named, fields = gr.skip(), tuple(gr.skip() for _ in values)
         if facts is None:
-            return named, None, empty(model, "Its facts appear once the worker has looked at it."), "", *values
-        return named, facts, facts_html(model, f"run {run.name}", facts), _needs(context)(state, model, facts, *values), *values
+            return (state.run, False), named, None, empty(model, "Its facts appear once the worker has looked at it."), "", *fields
+        needs = _needs(context)(state, model, facts, *values, methods)
+        return (state.run, True), named, facts, facts_html(model, f"run {run.name}", facts), needs, *fields
 
     return shown
 

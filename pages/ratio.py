@@ -7,7 +7,7 @@ import gradio as gr
 
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import InputError
-from moesvd_core.live import fits, is_calibrated
+from moesvd_core.live import is_calibrated
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.bounded import has_curves
 from moesvd_core.runs.folder import RunFolder
@@ -17,11 +17,12 @@ from pages.components import figure, jobs, machine, recipe_controls
 from pages.components import ratio_figures as figures
 from pages.components import ratio_stage as stage
 from pages.components.context import Context
+from pages.components.handler import tell
 from pages.components.page import Page
 from pages.components.reach import flops_within, reach_percent, within_reach
 from pages.components.recipe_controls import keep_within_reach
 from pages.components.session import ViewState
-from pages.components.text import escape, recipe_name
+from pages.components.text import escape, recipe_name, sentence
 
 TEXT = Text(windows=32)
 """What plans are measured on while a person waits: enough to tell plans apart, since original and compressed read the same tokens."""
@@ -62,7 +63,7 @@ def build(context: Context) -> None:
         control.release(page.changes(_released), page.state, page.state, **_QUIET)
         expert_map.select(page.changes(_layer_chosen), page.state, page.state, **_QUIET)
         answered = [measured, curve, newest]
-        measured.change(page.changes(_measure_at_once(context)), page.state, answered, **_HEAVY)  # whenever it says “Measuring”
+        measured.change(page.changes(_measure_at_once(context)), [page.state, measured], answered, **_HEAVY)  # whenever it says “Measuring”
         newest.change(page.changes(_plans(context)), page.state, control, **_QUIET)  # each point may change what all plans are predicted
         plan.click(page.changes(_plan(context)), page.state, page.wake, **_QUIET)
         measure.click(page.changes(_measure(context)), page.state, page.wake, **_QUIET)
@@ -141,18 +142,31 @@ def _curve(context: Context) -> Callable[[ViewState], str]:
 
 
 def _measure_at_once(context: Context) -> Callable[[ViewState], Any]:
-    def measure(state: ViewState) -> Any:
-        """Swap the plan in and measure it, where that takes seconds."""
+    def measure(state: ViewState, card: str) -> Any:
+        """Swap the plan in and measure it, where that takes seconds; the card, which may tell of another plan yet, says what came of it."""
         run = context.open(state)
         recipe = None if run is None else recipe_of(run, state)
-        if run is None or recipe is None or figures.is_measured(run, recipe, TEXT):
+        if run is None or recipe is None or escape(_unmeasured(recipe)) in card:  # once is enough: the card may have come from here
             return gr.skip(), gr.skip(), gr.skip()
-        if not context.client.owns(run) or not answers_at_once(context, run):
+        if not figures.is_measured(run, recipe, TEXT):
+            if not context.client.owns(run) or not answers_at_once(context, run):  # a job may have come since the card was drawn
+                now = _measured(context)(state)[0]
+                return gr.skip() if now == card else now, gr.skip(), gr.skip()
+            try:
+                context.live.of(run).measure(recipe, TEXT)
+            except Exception as error:
+                return figures.nothing_measured(f"{_unmeasured(recipe)}: {tell(error, measure)}."), gr.skip(), gr.skip()
+        now = figures.measured_html(run, recipe, TEXT, "")
+        if now == card:
             return gr.skip(), gr.skip(), gr.skip()
-        context.live.of(run).measure(recipe, TEXT)
-        return figures.measured_html(run, recipe, TEXT, ""), figures.curve(run, state.method, TEXT, recipe.flops_ratio), recipe
+        return now, figures.curve(run, state.method, TEXT, recipe.flops_ratio), recipe
 
     return measure
+
+
+def _unmeasured(recipe: Recipe) -> str:
+    """What the card says of a plan that could not be measured at once, before the reason."""
+    return sentence(f"{recipe_name(recipe)} at {100 * recipe.ratio:.0f} % could not be measured")
 
 
 def _plan(context: Context) -> Callable[[ViewState], Any]:
@@ -188,4 +202,4 @@ def answers_at_once(context: Context, run: RunFolder) -> bool:
     if facts is None or not is_calibrated(run) or context.client.queue():
         return False
     tokens = (TEXT.windows or 0) * min(2048, facts["context_length"] or 2048)
-    return fits(facts["bytes"]) and machine.seconds(2 * facts["active_parameters"] * tokens) < AT_ONCE_SECONDS
+    return context.live.fits(run, facts["bytes"]) and machine.seconds(2 * facts["active_parameters"] * tokens) < AT_ONCE_SECONDS

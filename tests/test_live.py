@@ -14,7 +14,7 @@ from moesvd_core.checkpoint.apply import factored_modules
 from moesvd_core.errors import InputError, ResourceError, RunError
 from moesvd_core.evaluation.hidden import final_hidden
 from moesvd_core.evaluation.perplexity import Evaluation
-from moesvd_core.live import LiveModel, LiveModels, fits
+from moesvd_core.live import LiveModel, LiveModels, fits, live_memory
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import measurements
@@ -122,6 +122,18 @@ def test_what_cannot_be_live_says_why(run: RunFolder, tmp_path: Path, monkeypatc
         LiveModel(run).plan(Recipe(ratio=0.99))
     assert fits(1)
     assert not fits(2**60)
-    monkeypatch.setattr(live_module, "_free", lambda: 10_000)
+    monkeypatch.setattr(live_module, "free_for_models", lambda: 10_000)
     with pytest.raises(ResourceError, match=r"0.00 GiB are free; measure it by a job"):
         LiveModels().of(run)
+
+
+def test_a_model_that_is_live_is_not_asked_to_fit_a_second_time(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card is full of the very model that would be asked."""
+    models, size = LiveModels(), int(run.read_json("source.json")["facts"]["bytes"])
+    monkeypatch.setattr(live_module, "free_for_models", lambda: live_memory(size))
+    assert models.fits(run, size)
+    models.of(run)
+    monkeypatch.setattr(live_module, "free_for_models", lambda: live_memory(size) - 1)
+    assert models.fits(run, size)
+    assert not models.fits(new_run(tmp_path), size)
+    assert not LiveModels().fits(run, size)

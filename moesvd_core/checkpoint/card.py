@@ -1,9 +1,17 @@
-"""The model card of an export: what it is, what was measured, and the command that makes it again."""
+"""The model card of an export (what it is, what was measured, and the command that makes it again), and the same as facts for programs."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from moesvd_core import atomic
+from moesvd_core.checkpoint.manifest import renew_manifest, write_manifest
+from moesvd_core.checkpoint.staging import FACTS
+
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -142,3 +150,36 @@ def _cell(text: str) -> str:
 
 def _code(text: str) -> str:
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
+
+
+def describe(folder: Path, card: CardFacts, counts: Counts, format_name: str, dtype: str) -> None:
+    """Write card, facts, and the manifest of all that is there.
+
+    Args:
+        dtype: name of the experts' number format.
+    """
+    for name, text in _texts(card, counts, format_name, dtype).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    write_manifest(folder)
+
+
+def describe_again(folder: Path, card: CardFacts) -> None:
+    """Put figures that were measured since on the card of an export that is whole; weights stay as they are.
+
+    Whoever is killed between two of its files leaves an export that does not pass verification, and is made again.
+    """
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    if not card.figures or facts["figures"] == [list(row) for row in card.figures]:
+        return
+    counts = Counts(**{field.name: facts[field.name] for field in fields(Counts)})
+    card = replace(card, command=card.command or facts["command"])
+    texts = _texts(card, counts, facts["format"], facts["dtype"])
+    for name, text in texts.items():
+        atomic.write_text(folder / name, text)
+    renew_manifest(folder, texts)
+
+
+def _texts(card: CardFacts, counts: Counts, format_name: str, dtype: str) -> dict[str, str]:
+    """What card and facts say, by the name of the file."""
+    facts = {"format": format_name, "dtype": dtype, "ratio": counts.ratio, **asdict(counts), **asdict(card)}
+    return {CARD: model_card(card, counts, format_name), FACTS: json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}

@@ -8,7 +8,7 @@ anywhere. Either becomes visible under its name only after it was reloaded from 
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +26,9 @@ from moesvd_core.architectures.router import rerouted, router_step
 from moesvd_core.architectures.streaming import LayerStream
 from moesvd_core.checkpoint import fewer_experts
 from moesvd_core.checkpoint.apply import factored_modules, is_factored, replaced
-from moesvd_core.checkpoint.card import CardFacts, Counts, model_card
+from moesvd_core.checkpoint.card import CardFacts, Counts, describe
 from moesvd_core.checkpoint.factored import Spec, is_dense, layer_spec, layer_tensors
-from moesvd_core.checkpoint.manifest import MANIFEST, write_manifest
+from moesvd_core.checkpoint.manifest import MANIFEST
 from moesvd_core.checkpoint.native import native_copy
 from moesvd_core.checkpoint.neuron_order import neuron_order
 from moesvd_core.checkpoint.plugin import MoesvdConfig
@@ -116,7 +116,7 @@ def export_streamed(
         _write_config(folder, config, settings, type(stream.model).__name__, format, dtype)
         sizes = writer.parameters, _parameters(files), writer.bytes, files.bytes
         counts = Counts(*sizes, work.factored, len(stream.layers), len(work.refitted), _active(folder, format))
-        _describe(folder, card or CardFacts(files.folder.name), counts, format)
+        describe(folder, card or CardFacts(files.folder.name), counts, format, dtype_name(work.stored))
         verification = verify(folder, expected=expected, dtype=stream.dtype, device=stream.device, report=report)
     return Export(Path(destination), format, counts, verification)
 
@@ -144,6 +144,7 @@ class _Streamed:
                 self._keys[tensor.layer].append(key)
         first = next(iter(self._layers))
         self._main = self._files.header(self._keys[first][0])[0]
+        self.stored = dtype or self._main
 
     def write(self, report: Report) -> Tensor:
         """Write every tensor; returns the logits of `check_batch`."""
@@ -179,7 +180,7 @@ class _Streamed:
             return
         self._replaced.update(self._keys[layer.index])
         self.factored += 1
-        stored, model = self._dtype or self._main, self._stream.model
+        stored, model = self.stored, self._stream.model
         if self._format == "dense" and factors.kept is not None:
             yield from self._kept_layer(layer, factors, stored)
             return
@@ -278,9 +279,14 @@ def export(
         settings = MoesvdConfig(layers=[module.spec for module in modules.values()], refitted_routers=refitted)
         _write_config(folder, config, settings, type(model).__name__, format, None)
         counts = _counts(model, modules, ModelFiles.open(folder), len(refitted), _active(folder, format))
-        _describe(folder, card or CardFacts(), counts, format)
+        describe(folder, card or CardFacts(), counts, format, dtype_name(model.dtype))
         verification = verify(folder, expected=expected, dtype=model.dtype, report=report)
     return Export(Path(destination), format, counts, verification)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A floating type as configurations and moesvd.json call it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _check(format_name: str, config: dict[str, Any] | None) -> None:
@@ -315,7 +321,7 @@ def _write_config(
     """
     config = {name: value for name, value in source.items() if name != "auto_map"}
     if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["dtype"] = dtype_name(dtype)
         config.pop("torch_dtype", None)
     if format_name == "factored":
         config["quantization_config"] = settings.to_dict()
@@ -324,14 +330,6 @@ def _write_config(
         config["auto_map"] = auto_map(architecture)
         (folder / FILE).write_text(shim_source(architecture, format_name == "factored"), encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _describe(folder: Path, card: CardFacts, counts: Counts, format_name: Format) -> None:
-    """Card, facts, and the manifest of all that is there."""
-    (folder / "README.md").write_text(model_card(card, counts, format_name), encoding="utf-8")
-    facts = {"format": format_name, "ratio": counts.ratio, **asdict(counts), **asdict(card)}
-    (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_manifest(folder)
 
 
 def _parameters(files: ModelFiles) -> int:

@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from moesvd_core import atomic
 from moesvd_core.errors import CheckpointError
 
 MANIFEST = "SHA256SUMS"
@@ -12,8 +14,16 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
 def write_manifest(folder: Path) -> None:
     """Write the checksums of all files in `folder`."""
-    lines = [f"{_checksum(path)}  {path.name}" for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
-    (folder / MANIFEST).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write(folder, {path.name: _checksum(path) for path in folder.iterdir() if path.is_file() and path.name != MANIFEST})
+
+
+def renew_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Write the checksums of some files anew: those of weights take long to count."""
+    _write(folder, read_manifest(folder) | {name: _checksum(folder / name) for name in names})
+
+
+def _write(folder: Path, checksums: Mapping[str, str]) -> None:
+    atomic.write_text(folder / MANIFEST, "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums)))
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
@@ -40,7 +50,7 @@ def check_manifest(folder: Path) -> int:
     """Compare every file with its checksum; returns how many there are.
 
     Raises:
-        CheckpointError: the manifest is missing or damaged, or a file is missing, changed or not listed.
+        CheckpointError: the manifest is missing or damaged, or a file is missing, changed, unreadable or not listed.
     """
     listed = read_manifest(folder)
     present = {path.name for path in folder.iterdir() if path.name != MANIFEST}
@@ -54,5 +64,8 @@ def check_manifest(folder: Path) -> int:
 
 
 def _checksum(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); make the export again") from error

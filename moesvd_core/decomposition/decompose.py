@@ -168,7 +168,7 @@ def _decomposed(
 
 def is_outdated(path: Path) -> bool:
     """Whether a file is of an earlier version, whose decomposition has to be made again."""
-    return facts_in(path).get("format", FORMAT) != FORMAT
+    return bool(facts_in(path).get("format", FORMAT) != FORMAT)
 
 
 def load(

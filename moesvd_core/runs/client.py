@@ -4,24 +4,24 @@ Everything goes through files, so a client may come and go: closing a tab or res
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moesvd_core import atomic
 from moesvd_core.checkpoint.staging import discard
 from moesvd_core.errors import InputError, RunError
-from moesvd_core.runs.deletion import Held, held, require_deletable
+from moesvd_core.runs.deletion import Held, held, remove, require_deletable, set_aside, sweep
 from moesvd_core.runs.events import Event
 from moesvd_core.runs.exports import export_folder
-from moesvd_core.runs.folder import RunFolder, list_runs, runs_root
+from moesvd_core.runs.folder import ReadOnlyRunError, RunFolder, list_runs, runs_root
 from moesvd_core.runs.jobs import ENDED, INTERRUPTED, Job, JobState, read_jobs
 from moesvd_core.runs.process import name_of
 from moesvd_core.runs.queue import START_SECONDS, Queue
@@ -30,6 +30,8 @@ ActionName = Literal["analyze", "sensitivity", "similarity", "plan", "measure", 
 ACTION_NAMES: tuple[ActionName, ...] = get_args(ActionName)
 Launch = Callable[[RunFolder], None]
 """Starts a worker for a run and returns at once."""
+_STOPPED: frozenset[JobState] = frozenset({"cancelled", "interrupted"})
+"""States of a job that was ended from outside."""
 Who = Callable[[], str]
 """Name of the login on whose behalf this thread asks, "" for whoever sits at the machine, who may do everything."""
 
@@ -149,9 +151,10 @@ class Client:
             )
 
     def status(self, run: RunFolder) -> RunStatus:
-        """Where the run stands. A job whose worker has died is marked interrupted here."""
-        _mark_interrupted(run)
-        jobs = tuple(read_jobs(run.log).values())
+        """Where the run stands. A job whose worker has died is marked interrupted here, and told to be where nothing can be written."""
+        with suppress(ReadOnlyRunError, OSError):
+            _mark_interrupted(run)
+        jobs = tuple(_interrupted(job) if _abandoned(run, job) else job for job in read_jobs(run.log).values())
         identity = run.identity
         if not jobs:
             return RunStatus(run.name, identity.model, identity.created, "new", None, (), owner=identity.owner)
@@ -162,14 +165,17 @@ class Client:
         return RunStatus(run.name, identity.model, identity.created, job.state, job, jobs, place, hanging=hanging, owner=identity.owner)
 
     def runs(self) -> list[RunStatus]:
-        """All runs, newest first; damaged ones too, with the reason."""
-        found = []
-        for run in list_runs(self.root):
-            if isinstance(run, RunError):
-                found.append(RunStatus("", "", "", "damaged", None, (), error=str(run)))
-            else:
-                found.append(self.status(run))
-        return found
+        """All runs, newest first; damaged ones too, and those that cannot be read, with the reason."""
+        return [_damaged(run) if isinstance(run, RunError) else self._listed(run) for run in list_runs(self.root)]
+
+    def _listed(self, run: RunFolder) -> RunStatus:
+        """Where a run stands; one that cannot be read does not take the others from the list."""
+        try:
+            return self.status(run)
+        except RunError as error:
+            return _damaged(error)
+        except OSError as error:
+            return _damaged(RunError(f"run {run.name} cannot be read ({error.strerror}): give yourself the right to read {run.path}"))
 
     def queue(self) -> list[RunStatus]:
         """Runs with a job that runs or waits, in the order of their turns."""
@@ -206,7 +212,7 @@ class Client:
                 atomic.write_text(run.cancel_file, current.id)
 
     def resume(self, run: RunFolder) -> list[Job]:
-        """Ask again for every interrupted job, or else for the latest one if it failed or was cancelled. Finished work is not redone.
+        """Ask again for the latest job unless it finished, and for those that were stopped together with it. Finished work is not redone.
 
         Raises:
             RunError: there is nothing to resume, or it belongs to another login.
@@ -265,15 +271,11 @@ class Client:
             RunError: as `require_deletable`; or something in it could not be removed.
         """
         self.require_deletable(run)
+        sweep(run.path.resolve().parent)
         with run.locked():
             _require_ended(run)  # again: work may have been asked for meanwhile
-            gone, path = held(run), run.path.resolve()
-            (path / "run.json").unlink()  # first: what is left if this is interrupted is no run any more
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                reason = error.strerror or error
-                raise RunError(f"run {run.name} is deleted, but {path} could not be emptied ({reason}): remove that folder") from error
+            gone, aside = held(run), set_aside(run)
+        remove(run, aside)
         return gone
 
     def require_deletable_export(self, run: RunFolder, name: str) -> None:
@@ -346,17 +348,35 @@ def _require_written(run: RunFolder, export: Path) -> None:
             raise RunError(f"{export.name} is being written anew: wait for it, or cancel it")
 
 
+def _damaged(error: RunError) -> RunStatus:
+    """A run of which no more is known than what is wrong with it."""
+    return RunStatus("", "", "", "damaged", None, (), error=str(error))
+
+
 def _unfinished(jobs: tuple[Job, ...]) -> list[Job]:
-    """What `resume` asks for again: jobs that were asked for again later are not among them."""
-    latest = {(job.action, repr(sorted(job.arguments.items()))): job for job in jobs}
-    interrupted = [job for job in latest.values() if job.state == "interrupted"]
-    if interrupted:
-        return interrupted
-    return [job for job in jobs[-1:] if job.state in ("failed", "cancelled")]
+    """What `resume` asks for again: the latest job unless it finished, and what was stopped together with it, in their order."""
+    latest = jobs[-1:]
+    if latest and latest[0].state in _STOPPED:
+        return [job for job in jobs if job.state in _STOPPED and _overlap(job, latest[0])]
+    return [job for job in latest if job.state == "failed"]
+
+
+def _overlap(one: Job, other: Job) -> bool:
+    """Whether two jobs that have ended were open at once: neither began, or was asked for if it never began, after the other's end."""
+    return all((first.ended or 0.0) >= (then.started or then.submitted) for first, then in ((one, other), (other, one)))
+
+
+def _interrupted(job: Job) -> Job:
+    """A job whose worker has died, of which nothing can be written down."""
+    return replace(job, state="interrupted", error=INTERRUPTED, ended=job.updated or job.submitted)
 
 
 def _mark_interrupted(run: RunFolder) -> None:
-    """Write down that the worker has died, if it has."""
+    """Write down that the worker has died, if it has.
+
+    Raises:
+        ReadOnlyRunError, OSError: it has, and that cannot be written down.
+    """
     if not any(_abandoned(run, job) for job in read_jobs(run.log).values()):
         return
     with run.locked():  # look again: another client may have been faster, or a worker may have come

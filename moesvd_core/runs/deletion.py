@@ -1,6 +1,10 @@
-"""What a run's folder holds that is gone once the run is deleted, and which runs cannot be."""
+"""What a run's folder holds that is gone once the run is deleted, which runs cannot be, and how a folder goes in one step."""
 
 import os
+import re
+import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +15,8 @@ from moesvd_core.runs.votes import read_votes
 
 SHIPPED = Path(__file__).parents[2] / "assets"
 """What comes with the program; the run in it is copied among a person's own, and the copy is theirs."""
+_ASIDE = re.compile(r"\.deleted\.\d{19}\..+")
+"""Name of a folder that is being deleted."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,55 @@ class Held:
 
 
 def held(run: RunFolder) -> Held:
-    """Count what a run holds; links are not followed, and a file that goes meanwhile is not counted."""
-    total = 0
-    for folder, _, names in os.walk(run.path):
+    """Count what a run holds."""
+    return Held(sum(file_sizes(run.path)), len(list_exports(run)), len(read_votes(run)))
+
+
+def file_sizes(folder: Path) -> list[int]:
+    """Bytes of every file in a folder, deep down; links are not followed, and a file that goes meanwhile is not counted."""
+    sizes = []
+    for place, _, names in os.walk(folder):
         for name in names:
-            try:
-                total += os.lstat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:
-                continue
-    return Held(total, len(list_exports(run)), len(read_votes(run)))
+            with suppress(FileNotFoundError):
+                sizes.append(os.lstat(os.path.join(place, name)).st_size)
+    return sizes
+
+
+def set_aside(run: RunFolder) -> Path:
+    """Take a run out of sight in one step, so that its name never stands for half of it; returns where its folder lies then.
+
+    Raises:
+        RunError: its folder cannot be renamed; it is as it was.
+    """
+    folder = run.path.resolve()
+    aside = folder.with_name(f".deleted.{time.time_ns()}.{folder.name}")
+    try:
+        return folder.rename(aside)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"run {run.name} cannot be deleted: {folder} cannot be renamed ({reason}); remove that folder by hand") from error
+
+
+def remove(run: RunFolder, aside: Path) -> None:
+    """Empty and remove the folder of a run that was set aside, also while another process sweeps it.
+
+    Raises:
+        RunError: something in it cannot be removed.
+    """
+    try:
+        while aside.exists():
+            with suppress(FileNotFoundError):
+                shutil.rmtree(aside)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"run {run.name} is deleted, but {aside} could not be emptied ({reason}): remove that folder") from error
+
+
+def sweep(root: Path) -> None:
+    """Remove what interrupted deletions left among the runs; what cannot be removed now is left to the next time."""
+    for path in root.glob(".deleted.*"):
+        if _ASIDE.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def require_deletable(run: RunFolder) -> None:

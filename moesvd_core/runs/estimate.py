@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesvd_core.calibration.settings import Calibration
+from moesvd_core.calibration.statistics import SUMMARY
 from moesvd_core.calibration.text import DEFAULT_LENGTH
+from moesvd_core.checkpoint.export import SHARD_SIZE
 from moesvd_core.compensation import TOKENS
 from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import ResourceError
@@ -31,8 +33,8 @@ class Estimate:
 
     Attributes:
         memory: at the peak, above what is in use now.
-        run_disk: written into the run folder, all stations together.
-        export_disk: of the exported model; 0 when none is written.
+        run_disk: written into the run folder, all stations together, beside what it holds already.
+        export_disk: while the model is exported; 0 when none is written.
         flops: floating-point operations of calibration (forward and backward).
     """
 
@@ -48,6 +50,11 @@ def estimate(
     form: Literal["factored", "dense"] | None = None,
     methods: Iterable[str] = ("auto",),
     fitted: bool = False,
+    *,
+    ratio: float = 0.0,
+    dtype: str | None = None,
+    tokens: int = 0,
+    run: Path | None = None,
 ) -> Estimate:
     """What analysing a model needs, and writing it in a format.
 
@@ -56,6 +63,10 @@ def estimate(
         form: None: nothing is exported.
         methods: for which the model is decomposed.
         fitted: whether a finished model is fitted to the stream that it changes.
+        ratio: of the export's plan, which removes no less.
+        dtype: floating type of the export; None: the model's.
+        tokens: of the text on which the original and what is made of it are evaluated.
+        run: folder of the run, whose finished statistics and decomposed layers are not made again; None: nothing is there yet.
 
     Raises:
         InputError: no such method.
@@ -75,22 +86,43 @@ def estimate(
     batch = calibration.batch * length * (4 * (1 + labels) * hidden + 4 * facts["active"] * width) * 4
     return Estimate(
         memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * max(forward, backward) + batch,
-        run_disk=round((facts["layers"] + 2 * labels * pushed) * states)
-        + layers * ((forward + backward) // 4 + _factor_bytes(facts, methods))
-        + (_fitting_bytes(facts, calibration.samples * length, number) if fitted else 0),
-        export_disk=0 if form is None else int(facts["bytes"] * 1.1),
+        run_disk=_left(round((facts["layers"] + 2 * labels * pushed) * states) + layers * (forward + backward) // 4, run)
+        + _factor_bytes(facts, methods, run)
+        + (_fitting_bytes(facts, calibration.samples * length, number) if fitted else 0)
+        + 2 * tokens * hidden * number,
+        export_disk=0 if form is None else _export_bytes(facts, ratio if form == "factored" else 0.0, dtype),
         flops=round(2 * (1 + (1 + labels) * pushed) * facts["active_parameters"] * calibration.samples * length),
     )
 
 
-def _factor_bytes(facts: Mapping[str, Any], methods: Iterable[str]) -> int:
-    """Of one layer's files, at most: a basis of every expert's smaller spaces, curves, and matrices that all experts share."""
+def _left(calibration: int, run: Path | None) -> int:
+    """What a calibration has yet to write, of the bytes of its hidden states and statistics: nothing once it is finished."""
+    if run is None:
+        return calibration
+    folder = run / "statistics"
+    if (folder / SUMMARY).exists():
+        return 0
+    return max(0, calibration - sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
+
+
+def _export_bytes(facts: Mapping[str, Any], ratio: float, dtype: str | None) -> int:
+    """Of the tensors that an export holds, and of one file of them more, whose tensors lie beside it until it is whole."""
+    own = _BYTES.get(facts["dtype"], facts["bytes"] / facts["parameters"])
+    number = own if dtype is None else _BYTES[dtype]
+    stored: int = round(facts["bytes"] + facts["parameters"] * (number - own - ratio * number))
+    return stored + min(stored, SHARD_SIZE)
+
+
+def _factor_bytes(facts: Mapping[str, Any], methods: Iterable[str], run: Path | None) -> int:
+    """Of the files of all layers that are not decomposed yet, at most: a basis of every expert's smaller spaces, curves, and matrices that
+    all experts share."""
     kept = {decomposition_key(single) for name in methods for single in single_structures(method(name))}
-    experts, hidden, width = (int(facts[name]) for name in ("experts", "hidden", "width"))
+    layers, experts, hidden, width = (int(facts[name]) for name in ("moe_layers", "experts", "hidden", "width"))
     sides = (min(2 * width, hidden), min(width, hidden))
     bases = 4 * experts * sum(size**2 for size in sides)
     curves = 2 * 2 * 8 * experts * sum(sides)
-    return len(kept) * (bases + curves + 4 * 3 * hidden * width)
+    made = 0 if run is None else sum(len(list((run / "factors" / key).glob("layer-*.safetensors"))) for key in kept)
+    return (len(kept) * layers - made) * (bases + curves + 4 * 3 * hidden * width)
 
 
 def _fitting_bytes(facts: Mapping[str, Any], tokens: int, number: int) -> int:
@@ -119,10 +151,9 @@ def require(needed: Estimate, run: Path, output: Path | None) -> None:
             wanted[device] = (place, size + wanted.get(device, (place, 0))[1])
     for place, size in wanted.values():
         disk = shutil.disk_usage(place)
-        held = sum(file.stat().st_size for file in run.rglob("*.safetensors")) if run.stat().st_dev == place.stat().st_dev else 0
-        if size - held > disk.free - _SLACK * disk.total:
+        if size > disk.free - _SLACK * disk.total:
             raise ResourceError(
-                f"not enough disk at {place}: about {_gib(size - held)} are needed and {_gib(disk.free)} are free; "
+                f"not enough disk at {place}: about {_gib(size)} are needed and {_gib(disk.free)} are free; "
                 "make room, use fewer samples, or put run and output elsewhere"
             )
 

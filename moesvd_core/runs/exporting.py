@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.checkpoint.card import CardFacts
-from moesvd_core.checkpoint.export import Format, export_streamed
+from moesvd_core.checkpoint.card import CardFacts, describe_again
+from moesvd_core.checkpoint.export import Format, dtype_name, export_streamed
+from moesvd_core.checkpoint.manifest import MANIFEST, read_manifest
 from moesvd_core.checkpoint.staging import FACTS
 from moesvd_core.checkpoint.verify import verify
 from moesvd_core.decomposition.factors import LayerFactors
@@ -27,16 +28,20 @@ def write_export(bench: Workbench, plan: Plan, output: Path, form: Format, card:
 
     Of a dense export also active_parameters: the plan's are those of factors.
 
-    Nothing is written when this very export is already there: then an earlier worker was killed just after it had finished.
+    No weights are written when this very export is already there and whole: an earlier worker was killed just after it had finished, or the
+    plan was measured since, which the card then tells. One that is damaged is written anew, outside of the run only where overwriting is
+    allowed.
 
     Raises:
         InputError: the output is occupied.
-        CheckpointError: what was stored is not what was planned, or did not pass verification.
+        CheckpointError: what was stored is not what was planned, or did not pass verification; or a damaged export may not be overwritten.
     """
-    if not _same_export(output, plan, form):
+    if not _same_export(bench, plan, output, form):
         _write(bench, plan, output, form, card, overwrite)
+    elif _to_replace(bench, output, overwrite):
+        _write(bench, plan, output, form, card, overwrite=True)
     else:
-        verify(output, report=bench.report)
+        describe_again(output, card)
     facts = json.loads((output / FACTS).read_text(encoding="utf-8"))
     if form == "factored" and abs(facts["parameters"] - plan.parameters) > TOLERANCE * plan.parameters:
         stored, planned = f"{facts['parameters']:,}", f"{plan.parameters:,}"
@@ -57,13 +62,42 @@ def _write(bench: Workbench, plan: Plan, output: Path, form: Format, card: CardF
     export_streamed(source, factors, output, format=form, dtype=pipeline.dtype, card=card, overwrite=overwrite, report=bench.report)
 
 
-def _same_export(output: Path, plan: Plan, form: Format) -> bool:
-    """Whether the output is an export of this plan in this format."""
+def _to_replace(bench: Workbench, output: Path, overwrite: bool) -> bool:
+    """Whether an export that is to be made again is damaged, rather than whole.
+
+    Raises:
+        CheckpointError: it is damaged, and replacing it unasked could delete what is not ours.
+    """
+    try:
+        verify(output, report=bench.report)
+    except CheckpointError as error:
+        if not overwrite and not _ours_alone(bench, output):
+            advice = "name another folder or allow overwriting"
+            raise CheckpointError(f"{output} holds this very export, but damaged ({error}): {advice}") from error
+        return True
+    return False
+
+
+def _ours_alone(bench: Workbench, output: Path) -> bool:
+    """Whether the output lies among the run's exports and holds nothing beside what its manifest, where that can be read, lists."""
+    if output.resolve().parent != bench.run.station("exports").resolve():
+        return False
+    try:
+        listed = read_manifest(output).keys() | {MANIFEST}
+    except CheckpointError:
+        return True
+    return listed >= {path.name for path in output.iterdir()}
+
+
+def _same_export(bench: Workbench, plan: Plan, output: Path, form: Format) -> bool:
+    """Whether the output is an export of this plan in this format and number format, as far as it says; one that names none is not."""
     try:
         facts = json.loads((output / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(facts.get("format") == form and facts.get("plan") == json.loads(json.dumps(plan.as_dict())))
+    dtype = dtype_name(bench.pipeline.dtype or expert_dtype(bench.stream))
+    asked = {"format": form, "dtype": dtype, "plan": json.loads(json.dumps(plan.as_dict()))}
+    return isinstance(facts, dict) and all(facts.get(name) == value for name, value in asked.items())
 
 
 def card_facts(bench: Workbench, plan: Plan, known: Mapping[str, Any], command: str | None) -> CardFacts:

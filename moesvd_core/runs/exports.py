@@ -5,6 +5,7 @@ exist. An export that is being written has a name that begins with a dot, and is
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moesvd_core.checkpoint.card import CARD
 from moesvd_core.checkpoint.manifest import MANIFEST, read_manifest
 from moesvd_core.checkpoint.staging import FACTS
 from moesvd_core.errors import CheckpointError, RunError
@@ -19,7 +21,6 @@ from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,200}")
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class ExportFolder:
     Attributes:
         name: of its folder.
         path: its folder.
-        facts: content of moesvd.json: format, ratio, parameters, original_parameters, bytes, original_bytes, method, source, plan ...
+        facts: content of moesvd.json: format, dtype (since it is noted), ratio, parameters, original_parameters, bytes, original_bytes,
+            method, source, plan ...
         files: everything in it, largest first.
         created: UTC time, ISO 8601.
     """
@@ -73,6 +75,18 @@ class ExportFolder:
         return self.file(CARD).read_text(encoding="utf-8")
 
 
+class DamagedExportError(CheckpointError):
+    """An export that is there and cannot be used; the message says how it is damaged.
+
+    Attributes:
+        name: of its folder.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
 def export_name(model: str, recipe: Recipe, form: str, dtype: str | None = None) -> str:
     """Name of the folder that an export goes to: model, method, percent removed, format; then what else was chosen (operations, ...)."""
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-.")[:80] or "model"
@@ -81,15 +95,15 @@ def export_name(model: str, recipe: Recipe, form: str, dtype: str | None = None)
     return "-".join([readable, recipe.method, f"{100 * recipe.ratio:.4g}", form, *further])
 
 
-def list_exports(run: RunFolder) -> list[ExportFolder | CheckpointError]:
+def list_exports(run: RunFolder) -> list[ExportFolder | DamagedExportError]:
     """Exports of a run, newest first; one that is damaged is listed as the error that says how, behind the others."""
-    found: list[ExportFolder | CheckpointError] = []
+    found: list[ExportFolder | DamagedExportError] = []
     for path in _folders(run):
         try:
             found.append(_opened(path))
-        except CheckpointError as error:
-            found.append(error)
-    return sorted(found, key=lambda export: "" if isinstance(export, CheckpointError) else export.created, reverse=True)
+        except DamagedExportError as damaged:
+            found.append(damaged)
+    return sorted(found, key=lambda export: "" if isinstance(export, DamagedExportError) else export.created, reverse=True)
 
 
 def open_export(run: RunFolder, name: str) -> ExportFolder:
@@ -97,7 +111,7 @@ def open_export(run: RunFolder, name: str) -> ExportFolder:
 
     Raises:
         RunError: no such export.
-        CheckpointError: it is damaged.
+        DamagedExportError: it is damaged.
     """
     return _opened(export_folder(run, name))
 
@@ -119,7 +133,8 @@ def _folders(run: RunFolder) -> Iterator[Path]:
     if root.is_symlink() or not root.is_dir():
         return
     for path in sorted(root.iterdir()):
-        if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and (path / FACTS).is_file():
+        ours = any((path / name).is_file() for name in (FACTS, MANIFEST))  # one that has lost either is damaged
+        if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and ours:
             yield path
 
 
@@ -127,20 +142,24 @@ def _opened(path: Path) -> ExportFolder:
     """Read what an export says of itself, and look at its files.
 
     Raises:
-        CheckpointError: its facts or its manifest are damaged, or a file is missing or a link.
+        DamagedExportError: its facts or its manifest are damaged, or a file is missing or a link.
     """
-    listed = read_manifest(path) | {MANIFEST: ""}
+    try:
+        listed = read_manifest(path) | {MANIFEST: ""}
+    except CheckpointError as error:
+        reason = str(error).replace(f"{path}{os.sep}", f"{path.name}/")  # pages tell it to those who need not know where runs lie
+        raise DamagedExportError(path.name, reason) from error
     files = []
     for name, checksum in listed.items():
         file = path / name
         if file.is_symlink() or not file.is_file():
-            raise CheckpointError(f"{path.name}/{name}: is missing, or no regular file; make the export again")
+            raise DamagedExportError(path.name, f"{path.name}/{name}: is missing, or no regular file; make the export again")
         files.append(ExportFile(name, file.stat().st_size, checksum))
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         ratio, form = float(facts["ratio"]), facts["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path.name}/{FACTS}: is damaged ({type(error).__name__}); make the export again") from error
+        raise DamagedExportError(path.name, f"{path.name}/{FACTS}: is damaged ({type(error).__name__}); make the export again") from error
     created = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime, UTC).isoformat(timespec="seconds")
     files.sort(key=lambda file: -file.size)
     return ExportFolder(path.name, path, {**facts, "ratio": ratio, "format": form}, tuple(files), created)

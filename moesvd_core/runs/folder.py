@@ -61,13 +61,22 @@ class Identity:
     owner: str = ""
 
 
+def _is_empty_station(path: Path) -> bool:
+    """Whether a folder is what making a run leaves that was killed before it was one."""
+    return path.name in STATIONS and path.is_dir() and not any(path.iterdir())
+
+
 def runs_root() -> Path:
     """Where runs lie unless said otherwise: `$MOESVD_RUNS`, else ./runs."""
     return Path(os.environ.get(ROOT_VARIABLE) or "runs")
 
 
 def run_id(model: str, fingerprint: str, calibration: Mapping[str, Any]) -> str:
-    """Readable name of the model, then eight digits that stand for its content and the calibration."""
+    """Readable name of the model, then eight digits that stand for its content and the calibration.
+
+    Args:
+        fingerprint: of the model's files, and of a text file that it is calibrated on.
+    """
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-.")[:60] or "model"
     digest = hashlib.sha256(f"{fingerprint}\n{json.dumps(dict(calibration), sort_keys=True)}".encode()).hexdigest()
     return f"{name}-{digest[:8]}"
@@ -76,6 +85,10 @@ def run_id(model: str, fingerprint: str, calibration: Mapping[str, Any]) -> str:
 def is_run_id(text: str) -> bool:
     """Whether a run's folder can be chosen by this name; one that comes from a URL is no path out of the folder of runs."""
     return _ID.fullmatch(text) is not None
+
+
+class ReadOnlyRunError(RunError):
+    """A run that can be looked at and not changed: its folder belongs to another user, or the disk is read-only."""
 
 
 class RunFolder:
@@ -104,7 +117,7 @@ class RunFolder:
                 held = run.identity
                 raise RunError(f"{path} holds run {held.id} of {held.model} with calibration {dict(held.calibration)}: name another folder")
             return run
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not all(_is_empty_station(each) for each in path.iterdir()):
             raise RunError(f"{path} is not empty and holds no run: name an empty or a new folder")
         try:
             for station in STATIONS:
@@ -119,13 +132,15 @@ class RunFolder:
         """Open an existing run.
 
         Raises:
-            RunError: there is no run, its run.json is damaged, or another version of this program made it.
+            RunError: there is no run, its run.json is damaged or cannot be read, or another version of this program made it.
         """
         try:
             fields = json.loads((path / "run.json").read_text(encoding="utf-8"))
             identity = Identity(**fields)
         except FileNotFoundError:
             raise RunError(f"no run in {path}: run.json is missing") from None
+        except OSError as error:
+            raise RunError(f"{path / 'run.json'} cannot be read ({error.strerror}): give yourself the right to read it") from error
         except (ValueError, TypeError) as error:
             raise RunError(f"{path / 'run.json'} is damaged ({error}): restore it, or remove the folder") from None
         if identity.format != FORMAT:
@@ -174,6 +189,7 @@ class RunFolder:
         """Hold the run for a moment: between looking at who works on it and changing that. Not for the length of a job.
 
         Raises:
+            ReadOnlyRunError: nothing can be changed in it.
             RunError: somebody else has deleted the run meanwhile.
         """
         gone = f"run {self.name} is not here any more: it was deleted"
@@ -181,6 +197,9 @@ class RunFolder:
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
             raise RunError(gone) from None
+        except OSError as error:
+            fix = "give yourself the right to write there, or work on a copy"
+            raise ReadOnlyRunError(f"run {self.name} cannot be changed: {self.path} is read-only ({error.strerror}); {fix}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not (self.path / "run.json").exists():
@@ -243,7 +262,7 @@ def list_runs(root: Path) -> list[RunFolder | RunError]:
     if not root.is_dir():
         return []
     for path in sorted(root.iterdir()):
-        if path.is_symlink() or path.name.startswith(".") or not (path / "run.json").exists():
+        if path.is_symlink() or path.name.startswith(".") or not _may_be_run(path):
             continue
         try:
             run = RunFolder.named(root, path.name)
@@ -251,6 +270,14 @@ def list_runs(root: Path) -> list[RunFolder | RunError]:
         except RunError as error:
             found.append(("", error))
     return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def _may_be_run(path: Path) -> bool:
+    """Whether a folder holds a run, or is named like one and cannot be looked into."""
+    try:
+        return (path / "run.json").exists()
+    except OSError:
+        return is_run_id(path.name)
 
 
 def now() -> str:

@@ -5,8 +5,9 @@ checked here.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import count
+from math import floor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from moesvd_core import atomic
+from moesvd_core.calibration.text import DEFAULT_LENGTH
 from moesvd_core.checkpoint.export import FORMATS, Format
 from moesvd_core.checkpoint.staging import refuse_occupied
 from moesvd_core.errors import InputError, RunError
@@ -30,6 +32,8 @@ from moesvd_core.runs.worker import Action
 from moesvd_core.sensitivity import Effect, correlations, expert_table, layer_table, measure
 from moesvd_core.similarity import Sampling
 
+PROBES = (0.35, 0.6, 0.85)
+"""Shares of a method's reach at which an analysis measures plans: as many as a law of losses takes, none so small that noise hides it."""
 Arguments = Mapping[str, Any]
 Record = Mapping[str, Any]
 
@@ -37,13 +41,19 @@ Record = Mapping[str, Any]
 def analyze(run: RunFolder, arguments: Arguments, report: Report) -> Record:
     """Calibrate, decompose, and plan every ratio, for each of `methods`; then evaluate the original on `text`.
 
-    Arguments: methods (list of names, default ["auto"]), text (fields of `Text`).
+    Arguments: methods (list of names, default ["auto"]), text (fields of `Text`), probe (whether to evaluate plans of the first method at
+    `PROBES` too, from which its predicted losses get their scale; default no).
     """
-    recipes = [Recipe(method=name) for name in _known(arguments, "methods", "text").get("methods", ["auto"])]
-    bench = _started(run, report, *(recipe.method for recipe in recipes))
+    known = _known(arguments, "methods", "text", "probe")
+    recipes = [Recipe(method=name) for name in known.get("methods", ["auto"])]
+    text = _text(arguments)
+    bench = _started(run, report, *(recipe.method for recipe in recipes), text=text)
     tables = [bench.all_plans(recipe) for recipe in recipes]
     _write_sensitivity(bench, "sensitivity", None, None)
-    evaluation = bench.original(_text(arguments))
+    evaluation = bench.original(text)
+    for share in PROBES if known.get("probe") else ():
+        recipe = replace(recipes[0], ratio=floor(100 * share * tables[0]["max_ratio"]) / 100)
+        _recorded(bench, recipe, bench.pipeline.plan(recipe, report), text)
     bench.tidy()
     return {
         "methods": {recipe.method: {"max_ratio": table["max_ratio"]} for recipe, table in zip(recipes, tables, strict=True)},
@@ -58,7 +68,7 @@ def sensitivity(run: RunFolder, arguments: Arguments, report: Report) -> Record:
     """
     recipe = Recipe.from_dict(dict(_known(arguments, "recipe", "text").get("recipe", {})))
     text = _text(arguments)
-    bench = _started(run, report, recipe.method, fitted=bool(recipe.fits))
+    bench = _started(run, report, recipe.method, fitted=bool(recipe.fits), text=text)
     plans = bench.pipeline.layer_plans(recipe, report)
     bench.original(text)
     done = count()
@@ -74,7 +84,7 @@ def sensitivity(run: RunFolder, arguments: Arguments, report: Report) -> Record:
 
     effects = measure(plans, effect, report)
     name = f"sensitivity-{plan_key(recipe)}"
-    _write_sensitivity(bench, name, {index: plan.predicted_loss for index, plan in plans.items()}, effects)
+    _write_sensitivity(bench, name, {index: plan.predicted_loss for index, plan in plans.items()}, effects, text)
     bench.tidy()
     return {"file": f"evaluations/{name}.json"}
 
@@ -99,9 +109,10 @@ def measure_plan(run: RunFolder, arguments: Arguments, report: Report) -> Record
     Arguments: recipe, text.
     """
     recipe = Recipe.from_dict(dict(_known(arguments, "recipe", "text").get("recipe", {})))
-    bench = _started(run, report, recipe.method, fitted=bool(recipe.fits))
+    text = _text(arguments)
+    bench = _started(run, report, recipe.method, fitted=bool(recipe.fits), text=text)
     plan = bench.plan(recipe)
-    return _recorded(bench, recipe, plan, _text(arguments))
+    return _recorded(bench, recipe, plan, text)
 
 
 def compress(run: RunFolder, arguments: Arguments, report: Report) -> Record:
@@ -120,7 +131,8 @@ def compress(run: RunFolder, arguments: Arguments, report: Report) -> Record:
     text = None if known.get("text", {}) is None else _text(arguments)
     method_of(recipe)
     refuse_occupied(output, overwrite=True)
-    bench = _started(run, report, recipe.method, output=output, form=form, fitted=bool(recipe.fits))
+    kind = {"form": form, "ratio": recipe.ratio, "dtype": known.get("dtype")}
+    bench = _started(run, report, recipe.method, output=output, text=text, fitted=bool(recipe.fits), **kind)
     refuse_out_of_reach(recipe, bench.source.facts)
     bench.pipeline.dtype = dtype
     plan = bench.plan(recipe)
@@ -138,8 +150,9 @@ def export(run: RunFolder, arguments: Arguments, report: Report) -> Record:
 def evaluate(run: RunFolder, arguments: Arguments, report: Report) -> Record:
     """Evaluate the original on a text. Arguments: text."""
     _known(arguments, "text")
-    bench = _started(run, report)
-    evaluation = bench.original(_text(arguments))
+    text = _text(arguments)
+    bench = _started(run, report, text=text)
+    evaluation = bench.original(text)
     bench.tidy()
     return evaluation.as_dict()
 
@@ -154,20 +167,25 @@ ACTIONS: Mapping[str, Action] = MappingProxyType({
 
 
 def _started(
-    run: RunFolder, report: Report, *methods: str, output: Path | None = None, form: Format = "factored", fitted: bool = False
+    run: RunFolder, report: Report, *methods: str, output: Path | None = None, text: Text | None = None, **needs: Any
 ) -> Workbench:
     """A workbench for a run whose needs this machine can meet.
 
     Args:
         methods: for which the model will be decomposed.
-        fitted: whether a finished model is fitted to the stream that it changes.
+        output: where an export will be written.
+        text: on which the model will be evaluated.
+        needs: what else `estimate` takes into account, by name.
 
     Raises:
         InputError: no such method.
         ResourceError: it cannot.
     """
     bench = Workbench(run, report)
-    require(estimate(bench.source.facts, bench.calibration, form if output else None, methods, fitted), run.path, output)
+    facts = bench.source.facts
+    length = DEFAULT_LENGTH if text is None or text.length is None else text.length
+    tokens = 0 if text is None else (text.windows or 0) * min(length, facts["context_length"] or length)
+    require(estimate(facts, bench.calibration, methods=methods, tokens=tokens, run=run.path, **needs), run.path, output)
     for station in (run.station(name) for name in STATIONS if name != "exports"):
         for folder in (station, *(path for path in station.iterdir() if path.is_dir())):
             atomic.sweep(folder)
@@ -209,11 +227,16 @@ def _recorded(bench: Workbench, recipe: Recipe, plan: Plan, text: Text | None) -
     return {"file": file, "ratio": plan.ratio, "perplexity": evaluation.perplexity, "kl_mean": evaluation.kl_mean}
 
 
-def _write_sensitivity(bench: Workbench, name: str, predicted: Mapping[int, float] | None, effects: Mapping[int, Effect] | None) -> None:
-    """Tables of layers and experts, and how well each metric ranks the layers."""
+def _write_sensitivity(
+    bench: Workbench, name: str, predicted: Mapping[int, float] | None, effects: Mapping[int, Effect] | None, text: Text | None = None
+) -> None:
+    """Tables of layers and experts, how well each metric ranks the layers, and what effects were measured on."""
     layers = bench.pipeline.sensitivities
     table = layer_table(layers, predicted, effects)
-    data = {"layers": _rows(table), "experts": _rows(expert_table(layers)), "correlations": _rows(correlations(table))}
+    data: dict[str, Any] = {"layers": _rows(table), "experts": _rows(expert_table(layers)), "correlations": _rows(correlations(table))}
+    if text is not None:
+        on = bench.original(text).as_dict()
+        data["text"] = {part: on[part] for part in ("dataset", "windows", "length", "tokens")}
     atomic.write_json(bench.run.station("evaluations") / f"{name}.json", data)
 
 

@@ -29,6 +29,7 @@ class Sensitivity:
     Attributes:
         name: of the file, without ending.
         label: the reference cut that was measured, for people; "" when nothing was measured.
+        text: what it was measured on, for people; "" in files that do not tell.
         layers: `sensitivity.layer_table`.
         experts: `sensitivity.expert_table`.
         correlations: `sensitivity.correlations`.
@@ -36,9 +37,15 @@ class Sensitivity:
 
     name: str
     label: str
+    text: str
     layers: pd.DataFrame
     experts: pd.DataFrame
     correlations: pd.DataFrame
+
+    @property
+    def cut(self) -> str:
+        """What was measured, and on what, for captions."""
+        return f"{self.label}, on {self.text}" if self.text else self.label
 
     @property
     def measured(self) -> bool:
@@ -66,9 +73,10 @@ def sensitivity(run: RunFolder, name: str | None = None) -> Sensitivity | None:
     try:
         frames = [pd.DataFrame(data[part]) for part in ("layers", "experts", "correlations")]
         frames[0] = frames[0].astype({column: float for column in frames[0].columns if column != "layer"})
+        text = _text(data["text"]) if "text" in data else ""
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"evaluations/{chosen}.json is damaged ({error}): delete it and analyse again") from error
-    return Sensitivity(chosen, _cut(chosen), *frames)
+    return Sensitivity(chosen, _cut(chosen), text, *frames)
 
 
 def plan_tables(run: RunFolder) -> dict[str, Mapping[str, Any]]:
@@ -132,6 +140,11 @@ def _parsed(path: Path, changed: int) -> Mapping[str, Any]:
 def _slim_plan(plan: Mapping[str, Any]) -> Mapping[str, Any]:
     layers = [{**layer, "ranks": {side: Ranks.of(ranks) for side, ranks in layer["ranks"].items()}} for layer in plan["layers"]]
     return {"asked_ratio": float(plan["asked_ratio"]), "layers": layers}
+
+
+def _text(noted: Mapping[str, Any]) -> str:
+    """A text that was measured on as "16 held-out windows of sotu, 4,080 tokens"."""
+    return f"{noted['windows']:,} held-out windows of {Path(noted['dataset']).name}, {noted['tokens']:,} tokens"
 
 
 def _cut(name: str) -> str:

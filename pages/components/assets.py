@@ -1,5 +1,6 @@
 """The browser's half of the explorer: style, scripts and plotly, all served from this machine, and the rules it lives by."""
 
+import os
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -62,8 +63,9 @@ def routes(runs: Path) -> Sequence[BaseRoute]:
         return FileResponse(path, media_type="text/javascript", headers={"cache-control": "no-cache"})
 
     def health(request: Request) -> Response:
-        kept = runs.is_dir()
-        return JSONResponse({"status": "ok" if kept else "no folder of runs", "version": __version__}, status_code=200 if kept else 503)
+        writable = os.access(runs, os.W_OK | os.X_OK)
+        status = "no folder of runs" if not runs.is_dir() else "ok" if writable else "the folder of runs is read-only"
+        return JSONResponse({"status": status, "version": __version__}, status_code=200 if status == "ok" else 503)
 
     return [Route("/explorer/{name}", serve), Route("/healthz", health)]
 

@@ -1,12 +1,14 @@
 """Deleting one export of a run, the one that is chosen."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from moesvd_core.errors import InputError, RunError
-from moesvd_core.runs.exports import ExportFolder, open_export
+from moesvd_core.runs.deletion import file_sizes
+from moesvd_core.runs.exports import export_folder
 from pages.components.page import Page
 from pages.components.question import Question
 from pages.components.session import ViewState
@@ -34,7 +36,8 @@ class ExportDeletion:
     def _ask(self, state: ViewState, name: str | None) -> tuple[Any, ...]:
         """What would go."""
         export = self._deletable(state, name or "")
-        goes = f"{size(export.size)} in {len(export.files)} files go with it"
+        sizes = file_sizes(export)
+        goes = f"{size(sum(sizes))} in {len(sizes)} files go with it"
         return self._question.of(export.name, f"Delete export {export.name}? {goes}; the run stays, and can write it again.")
 
     def _delete(self, state: ViewState, asked: str) -> tuple[Any, ...]:
@@ -42,12 +45,13 @@ class ExportDeletion:
         if not asked:
             raise InputError("no export is to be deleted: press “Delete this export” first")
         export = self._deletable(state, asked)
+        freed = sum(file_sizes(export))
         self._context.client.delete_export(self._context.require_run(state), export.name)
-        gr.Info(escape(f"Export {asked} is deleted: {size(export.size)} are free again."), title="Deleted")
+        gr.Info(escape(f"Export {asked} is deleted: {size(freed)} are free again."), title="Deleted")
         return self._drawn(state), *self._question.none()
 
-    def _deletable(self, state: ViewState, name: str) -> ExportFolder:
-        """The export by its name.
+    def _deletable(self, state: ViewState, name: str) -> Path:
+        """The folder of an export, damaged or not, by its name.
 
         Raises:
             InputError: this is a public demo.
@@ -56,7 +60,7 @@ class ExportDeletion:
         self._context.require_rights()
         run = self._context.require_run(state)
         self._context.client.require_deletable_export(run, name)
-        export = open_export(run, name)
-        if self._context.pushes.busy_in(export.path):
+        export = export_folder(run, name)
+        if self._context.pushes.busy_in(export):
             raise RunError(f"{export.name} is being pushed to the hub: wait until that has ended")
         return export

@@ -4,17 +4,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moesvd_core.planning import Plan, Recipe
+from moesvd_core.architectures.files import CONFIG, read_config
+from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.checkpoint import fewer_experts
+from moesvd_core.checkpoint.card import CARD
+from moesvd_core.decomposition.registry import METHODS
+from moesvd_core.errors import InputError
+from moesvd_core.planning import DENSE, Plan, Recipe
 from moesvd_core.planning.loss_law import layer_losses
 from moesvd_core.runs.command_line import compress_command, export_command
-from moesvd_core.runs.exports import CARD, ExportFolder
+from moesvd_core.runs.exports import ExportFolder
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import loss_laws, measurements
 from moesvd_core.runs.pushes import Push
+from moesvd_core.runs.source import SOURCE_FILE
 from moesvd_core.runs.workbench import Text
 from pages.components import code, tables
 from pages.components.downloads import archive_address, file_address
-from pages.components.text import count, duration, empty, escape, moment, notice, number, share, size
+from pages.components.text import count, duration, empty, escape, moment, notice, number, sentence, share, size
 
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -25,32 +32,71 @@ def planned_bytes(plan: Plan | None, recipe: Recipe, form: str, dtype: str | Non
     Args:
         facts: `ModelFacts.as_dict()` of the original.
     """
-    original = int(facts["bytes"])
-    if form == "dense":
+    original, own = int(facts["bytes"]), _NUMBER_BYTES.get(str(facts["dtype"]))
+    if form == "dense" and not _prunes_experts(recipe):
         stored = float(original)
+    elif plan is None:
+        stored = original * (1 - recipe.ratio)
     else:
-        stored = plan.bytes if plan else original * (1 - recipe.ratio)
-    own = _NUMBER_BYTES.get(str(facts["dtype"]))
+        stored = plan.bytes - (own or 2) * (_router_parameters(plan, facts) if form == "dense" else 0)
     return round(stored * (_NUMBER_BYTES[dtype] / own if dtype and own else 1))
+
+
+def kept_experts(plan: Plan, facts: Mapping[str, Any]) -> dict[int, list[int]]:
+    """Experts that each layer keeps, by its index, of layers in which some are pruned.
+
+    Args:
+        facts: `ModelFacts.as_dict()` of the original.
+    """
+    planned = {layer["index"]: plan.layer(layer["index"]) for layer in facts["expert_layers"]}
+    return {
+        index: [expert for expert, rank in enumerate(layer.input.ranks) if rank == DENSE]
+        for index, layer in planned.items()
+        if layer is not None and layer.selected and layer.input.structure == "kept-experts"
+    }
+
+
+def refusal(run: RunFolder, plan: Plan | None, form: str, facts: Mapping[str, Any]) -> str:
+    """Why a plan cannot be written in a format, in a sentence; "" where it can, or where that is not known yet.
+
+    Args:
+        facts: `ModelFacts.as_dict()` of the original.
+    """
+    kept = kept_experts(plan, facts) if plan is not None and form == "dense" else {}
+    if not kept:
+        return ""
+    folder = Path((run.read_json(SOURCE_FILE) or {"path": "gone"})["path"])
+    config = read_config(folder) if (folder / CONFIG).exists() else {}
+    try:
+        fewer_experts.check([ExpertLayer(**layer) for layer in facts["expert_layers"]], kept, config.get("text_config") or config)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def summary_html(
     run: RunFolder, plan: Plan | None, recipe: Recipe, *, name: str, form: str, dtype: str | None, facts: Mapping[str, Any], free: int
 ) -> str:
-    """What would be written: size beside the original's and the free disk, parameters, and what is known of its quality."""
+    """What would be written: size beside the original's and the free disk, parameters, and its quality; or why it cannot be."""
+    if refused := refusal(run, plan, form, facts):
+        return notice(f"{sentence(refused)}.", "error")
     needed = planned_bytes(plan, recipe, form, dtype, facts)
-    about = "" if plan and not dtype else "about "
-    if form == "dense" or plan is None:
-        kept = ("Parameters", count(facts["parameters"]), "as many as the original") if form == "dense" else _unknown(recipe, facts)
+    whole = form == "dense" and not _prunes_experts(recipe)
+    about = "" if (plan or whole) and not dtype else "about "
+    if whole:
+        kept = ("Parameters", count(facts["parameters"]), "as many as the original")
+    elif plan is None:
+        kept = ("Parameters", f"about {count(facts['parameters'] * (1 - recipe.ratio))}", f"{share(recipe.ratio)} removed")
     else:
-        kept = ("Parameters", count(plan.parameters), f"{share(plan.ratio)} removed of {count(plan.original_parameters)}")
-    active = count(plan.active_parameters) if plan and form == "factored" else count(facts["active_parameters"])
+        left = plan.parameters - (_router_parameters(plan, facts) if form == "dense" else 0)
+        kept = ("Parameters", count(left), f"{share(1 - left / plan.original_parameters)} removed of {count(plan.original_parameters)}")
+    active = count(plan.active_parameters) if plan and not whole else count(facts["active_parameters"])
     computed = [("Operations a token", count(plan.flops), f"the original does {count(plan.original_flops)}")] if plan else []
     bars = [("Original", int(facts["bytes"]), ""), ("This export", needed, about)]
     pairs = [
         kept,
         ("Active a token", active, f"the original has {count(facts['active_parameters'])}"),
-        *(computed if form == "factored" else []),
+        *([] if whole else computed),
         _quality(run, recipe, plan),
     ]
     notes = [notice(f"It will be written to exports/{name} of this run; {size(free)} are free there.")]
@@ -72,8 +118,16 @@ def _bars(rows: Sequence[tuple[str, int, str]]) -> str:
     )
 
 
-def _unknown(recipe: Recipe, facts: Mapping[str, Any]) -> tuple[str, str, str]:
-    return "Parameters", f"about {count(facts['parameters'] * (1 - recipe.ratio))}", f"{share(recipe.ratio)} removed"
+def _prunes_experts(recipe: Recipe) -> bool:
+    """Whether a dense export is a smaller model too: one with fewer experts."""
+    return METHODS[recipe.method].structures == ("kept-experts",)
+
+
+def _router_parameters(plan: Plan, facts: Mapping[str, Any]) -> int:
+    """Of the rows of routers that go with their experts, which the plan's own form keeps."""
+    layers = {layer["index"]: layer for layer in facts["expert_layers"]}
+    kept = kept_experts(plan, facts)
+    return sum(int(layers[index]["hidden"]) * (int(layers[index]["experts"]) - len(experts)) for index, experts in kept.items())
 
 
 def _quality(run: RunFolder, recipe: Recipe, plan: Plan | None) -> tuple[str, str, str]:
@@ -86,8 +140,9 @@ def _quality(run: RunFolder, recipe: Recipe, plan: Plan | None) -> tuple[str, st
             return "Perplexity", number(figures["perplexity"], 4), f"{words}; KL {number(figures['kl_mean'])} nats a token"
     if plan is not None:
         law = loss_laws(run, [recipe.method], Text().dataset).get(recipe.method)
-        loss = plan.predicted_loss if law is None else law.loss(layer_losses(plan))
-        return "Predicted loss", number(loss), "nats a token; not measured yet"
+        if law is None:
+            return "Predicted loss", number(plan.predicted_loss), "nats a token, from calibration alone: several times too small"
+        return "Predicted loss", number(law.loss(layer_losses(plan))), f"nats a token, ± {share(law.error)}; not measured yet"
     return "Quality", "–", "not measured yet"
 
 

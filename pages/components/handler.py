@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from moesvd_core.atomic import is_disk_full
 from moesvd_core.errors import MoesvdError
 from pages.components.session import ViewState
 from pages.components.text import escape
@@ -40,7 +41,7 @@ def explained(function: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 yield from function(*_whole(arguments), **named)
             except Exception as error:
-                _tell(error, function)
+                tell(error, function)
                 yield gr.skip()
 
         return generator
@@ -50,7 +51,7 @@ def explained(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*_whole(arguments), **named)
         except Exception as error:
-            _tell(error, function)
+            tell(error, function)
             return gr.skip()
 
     return plain
@@ -60,9 +61,13 @@ def _whole(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(remembered(each) if isinstance(each, ViewState) else each for each in arguments)
 
 
-def _tell(error: Exception, function: Callable[..., Any]) -> None:
+def tell(error: Exception, function: Callable[..., Any]) -> str:
+    """Show over the page what ended a handler, while it is being handled; gives the sentence."""
     if isinstance(error, MoesvdError):
         refuse(error)
-    else:
-        log.exception("%s.%s failed", function.__module__, function.__qualname__)
-        warn(f"unexpected {type(error).__name__}: the server's log has the details", "Something broke")
+        return str(error)
+    log.exception("%s.%s failed", function.__module__, function.__qualname__)
+    known = "the disk is full: make room, then ask again" if is_disk_full(error) else ""
+    message = known or f"unexpected {type(error).__name__}: the server's log has the details"
+    warn(message, "Something broke")
+    return message

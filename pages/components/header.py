@@ -50,7 +50,7 @@ def worker(status: RunStatus | None) -> str:
         return "starting"
     if job.done >= job.total:  # of a stage: the next one has not told of itself yet
         return f"{job.stage} done"
-    left = "" if job.eta_seconds is None else f", {duration(job.eta_seconds)} left"
+    left = "" if job.eta_seconds is None else f", {duration(job.eta_seconds)} left in this stage"
     return f"{job.stage} {share(job.done / job.total, 0)}{left}"
 
 

@@ -94,7 +94,7 @@ def draw(status: RunStatus | None) -> str:
 
 
 def summary(status: RunStatus) -> str:
-    """The state of a run's work in a line: "Analysis finished", "Analysis calibrate 44 %, 58 s left"."""
+    """The state of a run's work in a line: "Analysis finished", "Analysis calibrate 44 %, 58 s left in this stage"."""
     if status.state == "damaged":
         return status.error
     if status.job is None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moesvd_core.live import live_memory
 from moesvd_core.runs.estimate import Estimate
 from pages.components import tables
 from pages.components.machine import Machine
@@ -36,14 +37,25 @@ def facts_html(name: str, remark: str, facts: Mapping[str, Any]) -> str:
     return f"{head}{tables.facts(pairs, f'Facts of {name}')}<div class=notices>{''.join(warnings)}</div>"
 
 
-def needs_html(facts: Mapping[str, Any], needed: Estimate, calibration_seconds: float, machine: Machine) -> str:
-    """What analysis and comparison need, each against what there is; says in words whether it fits."""
-    comparison = 2 * int(facts["bytes"])
+def needs_html(facts: Mapping[str, Any], needed: Estimate, calibration_seconds: float, machine: Machine, download: int = 0) -> str:
+    """What analysis and comparison need, each against what there is; says in words whether it fits.
+
+    Args:
+        download: bytes that are to be fetched from the hub first.
+    """
+    disk, written = needed.run_disk, "statistics, factors, hidden states"
+    if download and machine.hub_free is None:
+        disk, written = disk + download, f"{size(download)} to download, then {written}"
     rows = [
         _need("Memory to analyse", needed.memory, machine.memory_free, "one layer at a time"),
-        _need("Disk to analyse", needed.run_disk, machine.disk_free, "statistics, factors, hidden states"),
-        _need("Memory to compare", comparison, machine.memory_free, "original and compressed side by side"),
+        _need("Disk to analyse", disk, machine.disk_free, written),
+        _need(
+            "Memory to compare", live_memory(int(facts["bytes"])), machine.models_free,
+            f"original and compressed side by side{', on the graphics card' if machine.gpus else ''}",
+        ),
     ]
+    if download and machine.hub_free is not None:
+        rows.insert(1, _need("Disk to download", download, machine.hub_free, "weights, kept in the hub's cache"))
     time = f"<dd>about {duration(_rounded(calibration_seconds))}<span>roughly, when nothing else runs</span></dd>"
     rows.append(f"<div class=need><dt>Time to calibrate</dt>{time}</div>")
     cards = f", {', '.join(machine.gpus)}" if machine.gpus else ", no graphics card"

@@ -8,7 +8,8 @@
 
 There is one flow: an event returns a new `ViewState`; header, address and every view that depends on a changed field follow. A view is
 a function of the state, and of controls of its page that are not worth an address. While the run works, one event every few seconds
-keeps header and `ticks` up to date; when a job has ended, all views are drawn again.
+keeps header and `ticks` up to date, and a slower one does while other runs work, or always on a page that `watches` them; when a job has
+ended, all views are drawn again.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ from pages.components.session import ViewState, read_query
 from pages.components.visitor import remembered
 
 TICK_SECONDS = 2.0
+SLOW_SECONDS = 10.0
+"""Between two looks at what others do: another tab, another login, the command line."""
 FIELDS = ("run", "layer", "method", "ratio", "flops_ratio")
 """Of `ViewState`: what a view may depend on."""
 Draw = Callable[..., Any]
@@ -43,6 +46,7 @@ class _View:
     outputs: Sequence[Any]
     fields: tuple[str, ...]
     controls: Sequence[Any] = ()
+    reads: Sequence[Any] = ()
 
     def values(self, *arguments: Any) -> list[Any]:
         """One value an output; what cannot be drawn stays as it is, with a word to the person."""
@@ -66,7 +70,7 @@ class Page:
     Attributes:
         context: what every page is given.
         state: component with the `ViewState`; events take it as input and return it changed.
-        wake: the clock; an event that submits work without changing the state returns `gr.Timer(active=True)` to it.
+        wake: the clock of the run's own work; an event that submits work without changing the state returns `gr.Timer(active=True)` to it.
     """
 
     def __init__(self, context: Context, title: str, purpose: str) -> None:
@@ -77,25 +81,35 @@ class Page:
         self._ended = gr.State(-1)
         self._head = header.box(header.draw(context, title, purpose, ViewState(), None))
         self.wake = gr.Timer(TICK_SECONDS, active=False)
+        self._glance = gr.Timer(SLOW_SECONDS, active=False)
         self._views: list[_View] = []
         self._ticks: list[_View] = []
+        self._watches = False
 
-    def view(self, draw: Draw, outputs: Sequence[Any], fields: tuple[str, ...] = FIELDS, controls: Sequence[Any] = ()) -> None:
+    def view(
+        self, draw: Draw, outputs: Sequence[Any], fields: tuple[str, ...] = FIELDS, controls: Sequence[Any] = (), reads: Sequence[Any] = (),
+    ) -> None:
         """Draw `outputs` from the state: when the page opens, when one of `fields` changes, and when a job of the run has ended.
 
         Args:
             controls: components of this page whose values `draw` takes after the state; a person who changes one redraws the view.
+            reads: more of them, whose values `draw` takes last, and whose changes redraw nothing.
         """
-        self._views.append(_View(draw, outputs, fields, controls))
+        self._views.append(_View(draw, outputs, fields, controls, reads))
         if controls:
             gr.on(
-                [control.input for control in controls], explained(draw), [self.state, *controls], list(outputs),
+                [control.input for control in controls], explained(draw), [self.state, *controls, *reads], list(outputs),
                 show_progress="hidden", trigger_mode="always_last", api_visibility="private",
             )
 
     def ticks(self, draw: DrawStatus, outputs: Sequence[Any]) -> None:
         """Draw `outputs` from the state and the run's status: as `view`, and every two seconds while the run works."""
         self._ticks.append(_View(draw, outputs, ("run",)))
+
+    def watches(self, draw: DrawStatus, outputs: Sequence[Any]) -> None:
+        """As `ticks`, for what other runs do too: the clock goes on slowly while this run is idle."""
+        self.ticks(draw, outputs)
+        self._watches = True
 
     def changes(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A handler that shows its errors in the page. Every handler of a page is wrapped in it."""
@@ -108,19 +122,20 @@ class Page:
         if kind is not None:
             return
         followers = [output for view in (*self._ticks, *self._views) for output in view.outputs]
-        outputs = [self._shown, self._ended, self._head, self.wake, *followers]
+        outputs = [self._shown, self._ended, self._head, self.wake, self._glance, *followers]
         blocks = Drawing.root_block
         if blocks is None:
             raise RuntimeError("a Page is laid out inside gr.Blocks() or one of its routes")
-        controls = [control for view in self._views for control in view.controls]
+        controls = [control for view in self._views for control in (*view.controls, *view.reads)]
         blocks.load(self._open, controls, [self.state, *outputs], show_progress="hidden", api_visibility="private")
         gr.on(
             [self.state.change, self._ended.change], self._follow, [self.state, self._shown, *controls], outputs,
             show_progress="hidden", trigger_mode="always_last", api_visibility="private",
         )
         ticking = [output for view in self._ticks for output in view.outputs]
-        self.wake.tick(
-            self._tick, self.state, [self._ended, self._head, self.wake, *ticking], show_progress="hidden", api_visibility="private",
+        gr.on(
+            [self.wake.tick, self._glance.tick], self._tick, [self.state, self._shown],
+            [self._ended, self._head, self.wake, self._glance, *ticking], show_progress="hidden", api_visibility="private",
         )
 
     def _open(self, request: gr.Request, *controls: Any) -> list[Any]:
@@ -149,33 +164,43 @@ class Page:
     def _follow(self, state: ViewState, shown: _Shown, *controls: Any) -> list[Any]:
         """Everything that depends on the state, where it changed."""
         state = remembered(state)
-        state, status, head = self._look(state)
+        asked = state.run
+        state, status, head, problem = self._look(state)
+        if problem and (shown.state is None or shown.state.run == asked):
+            warn(problem)
         now = _Shown(state, _ended(status))
         if now == shown:
-            return [gr.skip() for _ in range(4)] + [gr.skip() for view in (*self._ticks, *self._views) for _ in view.outputs]
+            return [gr.skip() for _ in range(5)] + [gr.skip() for view in (*self._ticks, *self._views) for _ in view.outputs]
         values = [value for view in self._ticks for value in view.values(state, status)]
         given = iter(controls)
         for view in self._views:
-            own = [next(given) for _ in view.controls]
+            own = [next(given) for _ in (*view.controls, *view.reads)]
             stale = shown.state is None or now.ended != shown.ended or any(_differ(state, shown.state, name) for name in view.fields)
             values += view.values(state, *own) if stale else [gr.skip() for _ in view.outputs]
-        return [now, now.ended, head, gr.Timer(active=status is not None and status.busy), *values]
+        return [now, now.ended, head, *self._clocks(status), *values]
 
-    def _tick(self, state: ViewState) -> list[Any]:
-        """Header and ticking views; the rest follows when a job has ended."""
+    def _tick(self, state: ViewState, shown: _Shown) -> list[Any]:
+        """Header and ticking views; the rest follows when a job has ended, or the run is gone, which is told there, once."""
         state = remembered(state)
-        state, status, head = self._look(state)
+        asked = state.run
+        state, status, head, problem = self._look(state)
+        gone = bool(problem) and shown.state is not None and shown.state.run == asked
         values = [value for view in self._ticks for value in view.values(state, status)]
-        return [_ended(status), head, gr.Timer(active=status is not None and status.busy), *values]
+        return [-1 if gone else _ended(status), head, *self._clocks(status), *values]
 
-    def _look(self, state: ViewState) -> tuple[ViewState, RunStatus | None, str]:
-        """The view, its run's status and the header; a run that is gone is one sentence, and the view one without a run."""
+    def _clocks(self, status: RunStatus | None) -> tuple[gr.Timer, gr.Timer]:
+        """The clock of the run's own work, and the slow one of what others do: one of them goes, or none."""
+        busy = status is not None and status.busy
+        return gr.Timer(active=busy), gr.Timer(active=not busy and (self._watches or bool(self.context.client.queue())))
+
+    def _look(self, state: ViewState) -> tuple[ViewState, RunStatus | None, str, str]:
+        """The view, its run's status and the header; of a run that is gone the view without it, and a sentence, else ""."""
+        problem = ""
         try:
             status = self.context.status(state)
         except RunError as error:
-            warn(str(error))
-            state, status = state.without_run(), None
-        return state, status, header.draw(self.context, self._title, self._purpose, state, status)
+            state, status, problem = state.without_run(), None, str(error)
+        return state, status, header.draw(self.context, self._title, self._purpose, state, status), problem
 
 
 def _ended(status: RunStatus | None) -> int:

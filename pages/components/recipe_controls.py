@@ -38,10 +38,10 @@ class RecipeControls:
             event.failure(page.changes(self._values), page.state, [method, ratio, fewer], **_EVENT)
 
     def _values(self, state: ViewState) -> tuple[Any, ...]:
-        """The view's method and ratio; methods that were analysed come first, and the slider ends where the method does."""
+        """The view's method and ratio; methods that are planned come first, and the slider ends where the method does."""
         run = self._page.context.open(state)
         ready = [] if run is None else analysed(run)
-        choices = [(name, name) for name in ready] + [(f"{name} (not analysed yet)", name) for name in METHODS if name not in ready]
+        choices = [(name, name) for name in ready] + [(f"{name} (not planned yet)", name) for name in METHODS if name not in ready]
         most = None if run is None else reach_percent(run, state.method)
         percent = _HIGHEST if most is None else max(1, most)
         weighs = METHODS[state.method].bounds_flops

@@ -90,7 +90,7 @@ def metric_map(found: Sensitivity, chosen: int | None) -> str:
         hovertemplate="Layer %{y}, %{customdata}<extra></extra>",
     )
     layout = {"yaxis": down(len(table)), "xaxis": {"side": "top", "showgrid": False, "tickangle": 0}, "shapes": frame(chosen, len(names))}
-    cut = f"Losses in thousandths of a nat a token (mnat), {found.label}. " if found.label else "Nothing was measured yet. "
+    cut = f"Losses in thousandths of a nat a token (mnat), {found.cut}. " if found.label else "Nothing was measured yet. "
     caption = f"{cut}Colour runs from the least (dark) to the most (bright) of each column. Choose a layer by its row."
     return figure.drawing(go.Figure(heat, layout), _with_units(table), caption, found.name)
 
@@ -138,7 +138,7 @@ def lines(found: Sensitivity, chosen: int | None) -> str:
             marker={"symbol": metric.line.symbol, "size": 8, "color": metric.line.color},
             hovertemplate=f"Layer %{{x}}<br>{metric.title} %{{customdata}} {metric.unit}<extra></extra>",
         )
-    caption = f"Each layer alone, {found.label}: a metric that ranks layers well rises and falls with the bars."
+    caption = f"Each layer alone, {found.cut}: a metric that ranks layers well rises and falls with the bars."
     return figure.drawing(drawn, _with_units(table), caption, f"{found.name}-by-layer")
 
 
@@ -162,7 +162,7 @@ def correlation_table(found: Sensitivity) -> str:
     chance = 1.96 / np.sqrt(count - 1) if count > 1 else 1.0
     return made + (
         f'<p class="figure-remark">Spearman: 1 ranks the layers as measuring does, 0 is no relation, −1 the reverse. With {count} layers, '
-        f"anything within ±{min(chance, 1):.2f} may be chance.</p>"
+        f"anything within ±{min(chance, 1):.2f} may be chance. Measured: {escape(found.cut)}.</p>"
     )
 
 

@@ -162,7 +162,7 @@ def test_an_export_goes_from_the_button_to_the_visitor_s_disk(export: Open, run:
     page = export()
     expect(page.locator("#export-summary")).to_contain_text("model-mixtral-auto-20-factored-compensated")
     page.get_by_role("button", name="Write and verify").click()
-    expect(page.locator(".job.finished .job-title")).to_have_text("Export finished", timeout=120_000)
+    expect(page.locator(".job.finished .job-title")).to_have_text("Compression finished", timeout=120_000)
     name = "model-mixtral-auto-20-factored-compensated"
     expect(page.get_by_role("combobox", name="Export")).to_have_value(name, timeout=15_000)
     expect(page.locator("#export-card")).to_contain_text("compressed by")
@@ -233,3 +233,20 @@ def test_an_export_is_deleted_once_that_was_confirmed(export: Open, run: RunFold
     expect(page.locator("#export-files")).not_to_contain_text("extra-export")
     expect(page.locator("#export-question")).to_be_hidden()
     assert not extra.exists()
+
+
+def test_a_damaged_export_is_marked_tells_how_and_is_deleted(export: Open, run: RunFolder) -> None:
+    damaged = add_export(run, "broken-export")
+    (damaged / "README.md").unlink()
+    page = export()
+    field = page.get_by_role("combobox", name="Export")
+    field.click()
+    page.get_by_role("option", name="broken-export (damaged)").click()
+    expect(page.locator("#export-files [role=alert]")).to_contain_text("broken-export/README.md: is missing")
+    expect(page.get_by_text("Push to the Hugging Face hub")).to_be_hidden()
+    page.get_by_role("button", name="Delete this export").click()
+    page.get_by_role("button", name="Delete export", exact=True).click()
+    expect(page.get_by_text("Export broken-export is deleted")).to_be_visible()
+    expect(page.locator("#export-files table")).to_be_visible()
+    expect(page.get_by_text("Push to the Hugging Face hub")).to_be_visible()
+    assert not damaged.exists()

@@ -23,6 +23,7 @@ from moesvd_core.calibration.settings import Calibration
 from moesvd_core.runs.client import Client
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.source import prepare
+from pages.model import PLANNED
 
 MODEL, METHOD = "tiny-mixtral", "svd-llm"
 CALIBRATION = Calibration(samples=200, length=24, batch=1)
@@ -44,7 +45,7 @@ def undisturbed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFo
     """The same analysis, done in this process with as many threads."""
     torch.set_num_threads(1)
     run = prepare(str(models / MODEL), CALIBRATION, folder=tmp_path_factory.mktemp("undisturbed") / "run")
-    job = do(run, "analyze", methods=[METHOD])
+    job = do(run, "analyze", methods=[METHOD], probe=True)
     assert job.state == "finished", job.error
     return run
 
@@ -75,7 +76,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     opened.get_by_label("Windows", exact=True).fill(str(CALIBRATION.samples))
     opened.get_by_label("Tokens a window").fill(str(CALIBRATION.length))
     opened.get_by_label("Windows at once").fill(str(CALIBRATION.batch))
-    for method in ("auto", "moe-svd"):
+    for method in set(PLANNED) - {METHOD}:
         opened.get_by_role("checkbox", name=method, exact=True).uncheck()
     opened.get_by_role("button", name="Analyse", exact=True).click()
     expect(opened.locator(".job.running .job-text")).to_contain_text("calibrate", timeout=60_000)

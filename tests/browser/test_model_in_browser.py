@@ -1,12 +1,16 @@
 """The first page: it opens, tells what a model is, starts, cancels and finds work again."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from browser.serving import serving
 from playwright.sync_api import Browser, Page, expect
 from runs.run_helpers import new_run
+
+from moesvd_core.runs.client import Client
+from pages.components.page import SLOW_SECONDS
 
 Open = Callable[..., Page]
 
@@ -142,6 +146,38 @@ def test_a_run_is_deleted_once_that_was_confirmed_and_other_tabs_are_told(visit:
     other.reload()
     expect(told).to_be_visible()
     expect(settled(other).locator(".strip")).to_contain_text("tiny-0000000f")
+
+
+def test_what_others_start_is_seen_and_disturbs_nobody(visit: Open, runs: Path) -> None:
+    own, others = (new_run(runs, name) for name in ("own-1", "others-1"))
+    page = settled(visit("/?run=own-1"))
+    field = page.get_by_role("combobox", name="Model")
+    field.fill("half a na")
+    page.get_by_role("button", name="Calibration settings").click()
+    page.get_by_label("Seed", exact=True).fill("17")
+    client = Client(runs, launch=lambda run: None)
+    row = page.locator("#runs tr", has_text="others-1")
+    try:
+        field.focus()
+        client.submit(others, "similarity")
+        expect(row).to_contain_text("Comparing experts starting", timeout=15_000)
+        expect(page.locator(".strip .worker")).to_have_text("nothing asked yet")
+        expect(field).to_be_focused()
+        expect(field).to_have_value("half a na")
+        own.log.append("submitted", "1", action="evaluate", arguments={})
+        own.log.append("finished", "1", result={})
+        expect(page.locator(".job-title")).to_have_text("Evaluation finished", timeout=15_000)
+        expect(field).to_have_value("half a na")
+        expect(page.get_by_label("Seed", exact=True)).to_have_value("17")
+        expect(page.locator(".strip .worker")).to_have_text("idle")
+        expect(row).to_contain_text("interrupted", timeout=25_000)  # its worker never came
+        pressed = page.get_by_role("button", name="Delete run own-1")
+        pressed.focus()
+        page.wait_for_timeout(1000 * SLOW_SECONDS + 1000)
+        expect(pressed).to_be_focused()  # nothing changed, so nothing was drawn
+    finally:
+        for made in (own, others):
+            shutil.rmtree(made.path)
 
 
 def test_without_its_last_run_the_page_and_its_address_are_as_at_the_start(browser: Browser, tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_dragging_shows_every_plan_and_asks_nobody(ratio: Open, run: RunFolder) 
     place = int(page.locator(PERCENT).inner_text().removesuffix(" %"))
     plan = run.read_json("plans", "all-auto.json")["plans"][place]
     expect(page.locator('[data-part="size"]')).to_have_text(size(plan["bytes"]))
+    whole = f"of {size(plan['original_bytes'])}, on disk and loaded into memory"
+    expect(page.locator('[data-part="size-remark"]')).to_have_text(whole)
     rows = page.locator(ROWS)
     expect(rows).to_have_count(len(plan["layers"]))
     for row, layer in zip(rows.all(), plan["layers"], strict=True):

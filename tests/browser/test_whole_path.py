@@ -10,6 +10,8 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
+from pages.model import PLANNED
+
 Open = Callable[..., Page]
 PERCENT = 40
 PROBE = """
@@ -50,7 +52,7 @@ def test_from_a_model_to_a_checkpoint_that_loads(visit: Open, tmp_path: Path) ->
     page.get_by_role("button", name="Calibration settings").click()  # analyse
     page.get_by_label("Windows", exact=True).fill("12")
     page.get_by_label("Tokens a window").fill("64")
-    for method in ("moe-svd", "svd-llm"):
+    for method in set(PLANNED) - {"auto"}:
         page.get_by_role("checkbox", name=method, exact=True).uncheck()
     page.get_by_role("button", name="Analyse", exact=True).click()
     page.wait_for_function("location.search.includes('run=demo-moe-')", timeout=30_000)
@@ -82,9 +84,10 @@ def test_from_a_model_to_a_checkpoint_that_loads(visit: Open, tmp_path: Path) ->
 
     go(page, "Export")  # export
     page.get_by_role("button", name="Write and verify").click()
-    expect(page.locator(".job.finished .job-title")).to_have_text("Export finished", timeout=240_000)
+    expect(page.locator(".job.finished .job-title")).to_have_text("Compression finished", timeout=240_000)
     name = f"demo-moe-auto-{PERCENT}-factored-compensated"
     expect(page.get_by_role("combobox", name="Export")).to_have_value(name, timeout=15_000)
+    expect(page.locator("#export-card")).to_contain_text("perplexity (sotu, 64 windows of 256 tokens)")
     with page.expect_download() as download:
         page.get_by_role("link", name="Download everything").click()
     with tarfile.open(download.value.path()) as tar:

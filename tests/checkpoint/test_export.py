@@ -335,6 +335,14 @@ def test_the_card_of_a_dense_export_tells_the_plan_s_ratio_and_counts_whole_matr
     assert "# tiny, compressed, then multiplied out\n" in (unknown.path / "README.md").read_text()
 
 
+def test_the_facts_name_the_number_format_of_the_experts(source: Path, tmp_path: Path) -> None:
+    for dtype, name in ((None, "float32"), (torch.bfloat16, "bfloat16")):
+        made = export_streamed(ModelFiles.open(source), factors_of, tmp_path / name, dtype=dtype)
+        assert json.loads((made.path / "moesvd.json").read_text())["dtype"] == name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16", dtype="auto")
+    assert json.loads((export(model, None, tmp_path / "again").path / "moesvd.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_the_card_of_fewer_whole_experts_says_what_they_save() -> None:
     counts = Counts(75, 100, 150, 200, 2, 3, active_parameters=39)
     plan = {"ratio": 0.24, "original_active_parameters": 40, "active_parameters": 40}

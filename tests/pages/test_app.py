@@ -1,6 +1,7 @@
 """The app as a whole: its pages, its own addresses, the run it ships."""
 
 import json
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from starlette.testclient import TestClient
 import app
 from moesvd_core import atomic
 from moesvd_core.errors import InputError
-from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.folder import RunFolder, list_runs
 from pages.components import assets, demo
 from pages.components.settings import Settings
 
@@ -44,6 +45,12 @@ def test_health_tells_whether_runs_can_be_kept(client: TestClient, tmp_path: Pat
     assert client.get("/healthz").json()["status"] == "ok"
     tmp_path.rmdir()
     assert client.get("/healthz").status_code == 503
+
+
+def test_health_tells_of_runs_that_cannot_be_written(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: not (place == tmp_path and mode & os.W_OK))  # root may write anywhere
+    answer = client.get("/healthz")
+    assert (answer.status_code, answer.json()["status"]) == (503, "the folder of runs is read-only")
 
 
 def test_only_the_app_s_own_files_are_served_and_nothing_may_be_fetched_elsewhere(client: TestClient) -> None:
@@ -91,3 +98,35 @@ def test_the_shipped_run_is_copied_once_and_finds_the_model_of_this_machine(tmp_
     assert (copied.path / "mark").exists()
     assert json.loads((shipped.path / "run.json").read_text())["model"] == "tiny"  # what is shipped stays as it is
     assert demo.install(runs, tmp_path / "nothing", model) == ""
+
+
+@pytest.mark.parametrize("left", [{}, {"events.jsonl": "{}", "thesis.tex": "mine"}], ids=["empty", "files"])
+def test_a_folder_without_a_run_makes_room_for_the_demo_run_and_loses_nothing(tmp_path: Path, left: dict[str, str]) -> None:
+    shipped = new_run(tmp_path / "shipped")
+    atomic.write_json(shipped.path / "source.json", {"path": "elsewhere", "fingerprint": "1", "facts": {}})
+    runs = tmp_path / "runs"
+    place = runs / "tiny-00000001"
+    place.mkdir(parents=True)
+    for name, content in left.items():
+        (place / name).write_text(content)
+    assert demo.install(runs, shipped.path, tmp_path / "model") == place.name
+    assert RunFolder.open(place).identity.model == str(tmp_path / "model")
+    kept = [path for path in runs.iterdir() if path != place]
+    assert {path.name: path.read_text() for folder in kept for path in folder.iterdir()} == left
+    assert [run.name for run in list_runs(runs) if isinstance(run, RunFolder)] == [place.name]
+
+
+def test_a_damaged_demo_run_ends_the_start_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / RunFolder.open(demo.SHIPPED).identity.id
+    place.mkdir()
+    (place / "run.json").write_text("{")
+    assert app.main(["--port", "0", "--runs", str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {place / 'run.json'} is damaged") and line.endswith("restore it, or remove the folder")
+
+
+def test_what_interrupted_deletions_left_is_gone_after_a_start(tmp_path: Path) -> None:
+    left = tmp_path / ".deleted.1764000000000000000.tiny-00000001"
+    left.mkdir()
+    app.create(Settings(runs=tmp_path, demo=False))
+    assert not left.exists()

@@ -10,10 +10,13 @@ import torch
 from runs.run_helpers import new_run
 from runs.tiny_runs import TEXT, analysed_tiny_run, do
 
+from moesvd_core import atomic
 from moesvd_core.errors import InputError, MoesvdError, RunError
 from moesvd_core.evaluation.generation import Sampling, answer
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.client import Client
+from moesvd_core.runs.jobs import read_jobs
+from moesvd_core.runs.process import this_process
 from moesvd_core.runs.votes import read_votes
 from pages import compare
 from pages.components.context import Context
@@ -158,6 +161,48 @@ def test_a_run_without_analysis_is_explained(context: Context, tmp_path: Path) -
         list(compare._ask(context)(state(run="fresh-1"), "x", False, *SETTINGS))
     with pytest.raises(MoesvdError, match="no run is chosen"):
         compare._score(context)(ViewState(), "some words")
+
+
+def test_the_server_decomposes_for_nobody(context: Context) -> None:
+    run = context.client.open(RUN)
+    before = {path.name for path in (run.path / "factors").iterdir()}
+    for ask in (lambda view: list(compare._ask(context)(view, "x", False, *SETTINGS)), lambda view: compare._score(context)(view, "a b c")):
+        with pytest.raises(InputError, match="svd is not planned yet: press “Plan this method” on the Ratio page first"):
+            ask(state(method="svd"))
+        with pytest.raises(InputError, match=r"ratio must be in \[0, 0\.\d+\] for auto on this model, got 0.99"):
+            ask(state(ratio=0.99))
+    assert {path.name for path in (run.path / "factors").iterdir()} == before
+    frames: list[Any] = []
+    with pytest.raises(InputError):
+        frames += compare._ask(context)(state(method="svd"), "x", False, *SETTINGS)
+    assert all("Loading" not in frame[1] for frame in frames)
+
+
+def test_a_run_at_work_says_that_what_is_needed_is_being_made(context: Context) -> None:
+    run = new_run(context.settings.runs, "busy-00000001")
+    for action, arguments, words in (
+        ("similarity", {}, "no statistics yet: press “Analyse” on the Model page"),
+        ("analyze", {"methods": ["svd"]}, r"are still being made \(.+\): ask again when that is done"),
+    ):
+        run.log.append("submitted", str(len(read_jobs(run.log)) + 1), action=action, arguments=arguments)
+        with pytest.raises(RunError, match=words):
+            list(compare._ask(context)(state(run=run.name), "x", False, *SETTINGS))
+    (run.station("statistics") / "statistics.json").write_text("{}")
+    with pytest.raises(RunError, match=r"svd is still being planned \(.+\): ask again when that is done"):
+        compare._score(context)(state(run=run.name, method="svd"), "a b c")
+    with pytest.raises(InputError, match="owl is not planned yet"):
+        compare._score(context)(state(run=run.name, method="owl"), "a b c")
+
+
+def test_time_left_is_told_with_what_is_being_made(context: Context) -> None:
+    run = new_run(context.settings.runs, "busy-00000002")
+    atomic.write_json(run.worker_file, this_process().as_dict())
+    run.log.append("submitted", "1", action="analyze", arguments={})
+    run.log.append("started", "1")
+    for done in (1, 2, 3):
+        run.log.append("progress", "1", stage="calibrate", done=done, total=4, message="")
+    with pytest.raises(RunError, match=r"are still being made \(calibrate 75 %, \d+ s left in this stage\)"):
+        compare._score(context)(state(run=run.name), "a b c")
 
 
 def test_a_text_is_coloured_token_by_token(context: Context) -> None:

@@ -70,8 +70,8 @@ def test_every_method_is_drawn_in_its_own_way() -> None:
 
 
 def test_what_does_not_fit_is_said_in_words() -> None:
-    machine = Machine(2, 10 * 10**9, 16 * 10**9, 500 * 10**9)
+    machine = Machine(2, 10 * 10**9, 16 * 10**9, 10 * 10**9, 500 * 10**9)
     made = needs_html(FACTS, Estimate(memory=12 * 10**9, run_disk=10**9, export_disk=0, flops=1), 3700.0, machine)
     assert "12.0 GB of 10.0 GB free <strong>does not fit: 2.00 GB short</strong>" in made
-    assert made.count("does not fit") == 2  # nor does a comparison, at twice the model's size
+    assert made.count("does not fit") == 2  # nor does a comparison, at two and a half times the model's size
     assert "about 1 h" in made

@@ -68,6 +68,16 @@ def test_a_deleted_export_leaves_the_others(context: Context, run: RunFolder) ->
     assert (choice.choices, choice.value, choice.visible) == ([], None, False)
 
 
+@pytest.mark.parametrize("lost", ["README.md", "SHA256SUMS", "moesvd.json"])
+def test_a_damaged_export_is_deleted_like_any_other(context: Context, run: RunFolder, lost: str) -> None:
+    (run.path / "exports" / NAME / lost).unlink()
+    asked, _, question = deletion_of(context)._ask(VIEW, NAME)
+    assert asked == NAME and f"Delete export {NAME}? 2.00 MB in 3 files go with it" in question
+    choice, *_ = deletion_of(context)._delete(VIEW, NAME)
+    assert ([value for _, value in choice.choices], names(run)) == ([OTHER], [OTHER])
+    assert not (run.path / "exports" / NAME).exists()
+
+
 @pytest.mark.parametrize("name", ["", "gone", "../exports", "..", ".hidden", "<img src=x>"])
 def test_what_is_no_export_is_not_deleted(context: Context, run: RunFolder, name: str) -> None:
     for act in (deletion_of(context)._ask, deletion_of(context)._delete):

@@ -1,9 +1,10 @@
 """The handlers of the export page, without a browser."""
 
+import re
 import shlex
 import threading
 from collections.abc import Iterator
-from math import exp
+from math import exp, prod
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 import torch
 from run_exports import NAME, add_export
 from runs.run_helpers import until
-from runs.tiny_runs import analysed_tiny_run
+from runs.tiny_runs import TEXT, analysed_tiny_run, do, named, tiny_run
 
+from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.checkpoint import hub
-from moesvd_core.errors import HubError, InputError, RunError
-from moesvd_core.planning import Recipe
+from moesvd_core.errors import CheckpointError, HubError, InputError, RunError
+from moesvd_core.planning import DENSE, Recipe
 from moesvd_core.runs.client import Client
 from moesvd_core.runs.folder import Identity, RunFolder
 from moesvd_core.runs.known import known_plan
@@ -29,7 +31,7 @@ from pages.components import export_parts as parts
 from pages.components.context import Context
 from pages.components.session import ViewState
 from pages.components.settings import Settings
-from pages.components.text import number
+from pages.components.text import count, number, share, size
 
 RUN = "run"
 EVIL = "<img src=x onerror=alert(1)>"
@@ -83,6 +85,69 @@ def test_the_preview_is_the_plan_s_size_before_anything_is_written(context: Cont
     assert button.interactive
 
 
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    """With a run that is planned by pruning experts."""
+    root = tmp_path_factory.mktemp("pruned")
+    run = tiny_run(root / RUN)
+    assert do(run, "analyze", methods=["expert-pruning"], text=TEXT).state == "finished"
+    named(run, RUN)
+    made = Context(Settings(runs=root))
+    object.__setattr__(made, "client", Client(root, launch=lambda run: None))
+    return made
+
+
+def pruned_at(context: Context, *, even: bool) -> float:
+    """A ratio at which some experts go, of every layer as many, or not."""
+    plans = context.client.open(RUN).read_json("plans", "all-expert-pruning.json")["plans"]
+
+    def kept(layer: dict[str, Any]) -> int | None:
+        return sum(rank == DENSE for rank in layer["ranks"]["input"]) if layer["selected"] else None
+
+    counts = {plan["asked_ratio"]: {kept(layer) for layer in plan["layers"]} for plan in plans}
+    return next(ratio for ratio, found in counts.items() if found != {None} and (len(found) == 1) is even)
+
+
+def test_a_dense_model_with_fewer_experts_is_as_small_as_it_is_written(pruned: Context) -> None:
+    run, facts = pruned.client.open(RUN), pruned.facts(pruned.client.open(RUN))
+    recipe = Recipe(method="expert-pruning", ratio=pruned_at(pruned, even=True))
+    plan = known_plan(run, recipe)
+    assert plan is not None and facts is not None
+    shown, _, button = preview(pruned, state(method=recipe.method, ratio=recipe.ratio), "dense")
+    job = do(run, "export", recipe=recipe.as_dict(), output=str(run.station("exports") / "small"), format="dense")
+    assert job.state == "finished", job.error
+    files = ModelFiles.open(run.path / "exports" / "small")
+    assert parts.planned_bytes(plan, recipe, "dense", None, facts) == files.bytes < facts["bytes"]
+    assert f"<strong>{size(files.bytes)}</strong>" in shown
+    numbers = sum(prod(files.header(key)[1]) for key in files.weight_map)
+    assert count(numbers) in shown
+    assert f"{share(1 - numbers / facts['parameters'])} removed" in shown
+    assert "as many as the original" not in shown
+    assert button.interactive
+
+
+def test_layers_that_keep_different_numbers_of_experts_are_no_dense_model(pruned: Context) -> None:
+    view = state(method="expert-pruning", ratio=pruned_at(pruned, even=False))
+    shown, _, button = preview(pruned, view, "dense")
+    assert "Format must be factored where layers keep different numbers of experts, got dense with" in shown
+    assert "choose a ratio at which all keep the same number" in shown
+    assert not button.interactive
+    assert preview(pruned, view)[2].interactive
+    run = pruned.client.open(RUN)
+    recipe = Recipe(method=view.method, ratio=view.ratio)
+    job = do(run, "export", recipe=recipe.as_dict(), output=str(run.station("exports") / "uneven"), format="dense")
+    assert job.state == "failed"
+    assert parts.refusal(run, known_plan(run, recipe), "dense", pruned.facts(run) or {}) == job.error
+
+
+def test_pruned_experts_that_are_not_planned_yet_are_about_as_many(context: Context) -> None:
+    shown, _, button = preview(context, state(method="expert-pruning"), "dense")
+    facts = context.facts(context.client.open(RUN)) or {}
+    assert f"about {size(0.8 * facts['bytes'])}" in shown
+    assert button.interactive
+    assert f"<strong>{size(facts['bytes'])}</strong>" in preview(context, state(method="latent"), "dense")[0]
+
+
 def test_a_measured_perplexity_stands_beside_the_original_s_of_the_same_text(tmp_path: Path) -> None:
     run = planned_run.planned_run(tmp_path)
     recipe = Recipe(ratio=0.2)
@@ -92,6 +157,19 @@ def test_a_measured_perplexity_stands_beside_the_original_s_of_the_same_text(tmp
     assert words == f"original {number(exp(planned_run.NLL), 4)} on the same 64 windows of sotu; KL 0.1 nats a token"
     fitted = parts._quality(run, Recipe(ratio=0.2, compensate=True), None)
     assert fitted == (name, perplexity, words.replace(";", ", before it is fitted;"))
+
+
+def test_a_predicted_loss_says_how_far_it_may_be_off(tmp_path: Path) -> None:
+    run = planned_run.planned_run(tmp_path)
+    recipe = Recipe(ratio=0.3)
+    plan = known_plan(run, recipe)
+    assert plan is not None
+    name, loss, words = parts._quality(run, recipe, plan)
+    assert (name, loss) == ("Predicted loss", number(plan.predicted_loss))
+    assert words == "nats a token, from calibration alone: several times too small"
+    for ratio, lost in ((0.1, 0.05), (0.2, 0.1), (0.4, 0.4)):
+        planned_run.measured(run, Recipe(ratio=ratio), lost)
+    assert re.fullmatch(r"nats a token, ± [\d.]+ %; not measured yet", parts._quality(run, recipe, plan)[2])
 
 
 def test_fewer_operations_go_into_size_name_and_commands(context: Context) -> None:
@@ -133,33 +211,43 @@ def test_forged_choices_are_refused(context: Context, form: str, dtype: str) -> 
     with pytest.raises(InputError, match="format must be one of"):
         preview(context, state(), form, dtype)
     with pytest.raises(InputError, match="format must be one of"):
-        export._write(context)(state(), form, dtype, False, False)
+        export._write(context)(state(), form, dtype, False, False, False)
 
 
 def test_an_export_is_written_into_its_run_verified_and_shown(context: Context) -> None:
     view, run = state(), context.client.open(RUN)
-    export._write(context)(view, "factored", "bfloat16", True, False)
+    export._write(context)(view, "factored", "bfloat16", True, False, False)
     with pytest.raises(InputError, match="is being written already"):
-        export._write(context)(view, "factored", "bfloat16", True, False)
+        export._write(context)(view, "factored", "bfloat16", True, False, False)
     (job,) = work(run)
     assert job.state == "finished", job.error
     name = "model-mixtral-auto-20-factored-compensated-bfloat16"
     assert Path(job.result["output"]) == (run.path / "exports" / name).absolute()
     listed = export._listed(context)(view)
     assert (listed.value, listed.visible) == (name, True)
-    files, column, card, pushed, clock = export._shown(context, Pushes())(view, name)
+    files, column, card, pushed, clock, pushing = export._shown(context, Pushes())(view, name)
     assert "model.safetensors" in files
     assert f"./download/{RUN}/{name}.tar" in files
-    assert column.visible
+    assert column.visible and pushing.visible
     assert card.startswith("## model-mixtral, compressed by 2")
     assert "library_name" not in card
     assert f"`moesvd export {RUN} --method auto --ratio 0.2 --output out/{name} --format factored --dtype bfloat16`" in card
     assert (pushed, clock.active) == ("", False)
 
 
+def test_an_export_may_be_measured_for_its_card(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(context.client, "submit", lambda run, action, **arguments: asked.append((action, arguments)))
+    for measured in (True, False):
+        export._write(context)(state(), "factored", export.OWN, False, False, measured)
+    (first, its), (second, others) = asked
+    assert (first, second) == ("compress", "export")
+    assert its == others
+
+
 def test_an_export_with_refitted_routers_says_so(context: Context) -> None:
     run = context.client.open(RUN)
-    export._write(context)(state(), "factored", export.OWN, False, True)
+    export._write(context)(state(), "factored", export.OWN, False, True, False)
     (job,) = work(run)
     assert job.state == "finished", job.error
     name = "model-mixtral-auto-20-factored-router-refitted"
@@ -167,6 +255,36 @@ def test_an_export_with_refitted_routers_says_so(context: Context) -> None:
     assert "- Method: `auto, router refitted`" in card
     assert "2 routers were refitted to what the layers before them have changed; all other routers" in card
     assert "--no-compensate --refit-router" in card
+
+
+def test_a_damaged_export_is_listed_as_such_and_not_offered_to_be_pushed(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / RUN, Identity(RUN, "tiny", {"samples": 1}, "2026-01-01T00:00:00+00:00"))
+    context = Context(Settings(runs=tmp_path))
+    (add_export(run, "bad") / "README.md").unlink()
+    choice, files, column, card, pushed, clock, pushing = export._newest(context, Pushes())(state())
+    assert (choice.choices, choice.value, choice.visible) == ([("bad (damaged)", "bad")], "bad", True)
+    assert "bad/README.md: is missing, or no regular file; make the export again" in files and str(tmp_path) not in files
+    assert (column.visible, card, pushed, clock.active, pushing.visible) == (True, "", "", False, False)
+    with pytest.raises(CheckpointError, match="make the export again"):
+        export._push(context, Pushes())(state(), "bad", "a/b", TOKEN, True)
+    add_export(run, "good")
+    choice, files, *_ = export._newest(context, Pushes())(state())
+    assert (choice.choices, choice.value) == ([("good", "good"), ("bad (damaged)", "bad")], "good")
+    assert "model.safetensors" in files
+
+
+def test_an_export_that_was_damaged_is_shown_anew_under_the_same_name(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / RUN, Identity(RUN, "tiny", {"samples": 1}, "2026-01-01T00:00:00+00:00"))
+    context = Context(Settings(runs=tmp_path))
+    folder = add_export(run)
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").unlink()
+    newest = export._newest(context, Pushes())
+    before = newest(state())
+    (folder / "README.md").write_text(card)
+    after = newest(state())
+    assert before[0].value == after[0].value, "no event tells that another one is chosen"
+    assert "is missing" in before[1] and "Download everything" in after[1]
 
 
 @pytest.mark.parametrize("name", ["../..", "gone", "..", f"../{RUN}/exports"])

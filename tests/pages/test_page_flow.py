@@ -11,6 +11,7 @@ from runs.run_helpers import new_run
 
 from moesvd_core import atomic
 from moesvd_core.errors import InputError
+from moesvd_core.runs.client import Client
 from pages.components import handler, page
 from pages.components.context import Context, PageLink
 from pages.components.header import draw as draw_header
@@ -50,7 +51,7 @@ def opened(made: Page, **query: str) -> list[Any]:
 
 def test_a_page_opens_on_the_newest_run(laid_out: tuple[Page, list[ViewState]], context: Context, said: list[str]) -> None:
     new_run(context.settings.runs)
-    state, _, _, head, timer, view = opened(laid_out[0])
+    state, _, _, head, timer, _, view = opened(laid_out[0])
     assert state.run == "tiny-00000001"
     assert "tiny-00000001" in head
     assert view == "layer None"
@@ -104,7 +105,7 @@ def test_views_are_drawn_again_when_a_job_has_ended(laid_out: tuple[Page, list[V
     run.log.append("submitted", "1", action="analyze", arguments={})
     run.log.append("finished", "1", result={})
     drawn.clear()
-    assert made._tick(state)[0] == 1
+    assert made._tick(state, shown)[0] == 1
     assert made._follow(state, shown)[-1] == "layer None"
     assert len(drawn) == 1
 
@@ -117,13 +118,63 @@ def test_a_run_that_was_deleted_in_another_tab_is_told_once_and_shown_no_more(
     state, shown, *_ = opened(made, run=run.name, layer="3")
     context.client.delete(run)
     drawn.clear()
-    now, _, head, timer, view = made._follow(state.but(ratio=0.1), shown)
+    now, _, head, timer, _, view = made._follow(state.but(ratio=0.1), shown)
     assert len(said) == 1
     assert "tiny-00000001 is not here: it was deleted" in said[0]
     assert [each.run for each in drawn] == [""]
     assert (view, timer.active) == ("layer None", False)
     assert "tiny-00000001" not in head
     assert made._follow(state.but(ratio=0.1), now)[-1] == SKIP, "nothing is drawn anew for it"
+
+
+def test_a_clock_that_goes_on_tells_once_of_a_run_that_is_gone(
+    laid_out: tuple[Page, list[ViewState]], context: Context, said: list[str]
+) -> None:
+    made, _ = laid_out
+    run = new_run(context.settings.runs)
+    state, shown, ended, *_ = opened(made, run=run.name)
+    context.client.delete(run)
+    changed, head, *_ = made._tick(state, shown)
+    assert changed != ended, "which draws all views, and tells"
+    assert run.name not in head
+    now, ended, *_ = made._follow(state, shown)
+    assert len(said) == 1
+    assert made._follow(state, now)[0] == SKIP
+    for _ in range(3):
+        assert made._tick(state, now)[0] == ended
+    assert len(said) == 1
+
+
+def clocks(made: Page, state: ViewState) -> list[bool]:
+    """Whether the clock of the run's own work goes, and the slow one."""
+    return [timer.active for timer in made._tick(state, page._Shown(state))[2:4]]
+
+
+def test_a_slow_clock_goes_while_others_work_and_on_a_page_that_watches_them(context: Context) -> None:
+    own, other = (new_run(context.settings.runs, name) for name in ("own-00000001", "other-00000001"))
+    drawn: list[str] = []
+    with gr.Blocks(analytics_enabled=False), Page(context, "Ratio", "Purpose") as plain:
+        pass
+    with gr.Blocks(analytics_enabled=False), Page(context, "Model", "Purpose") as watching:
+        watching.watches(lambda state, status: drawn.append(state.run) or "", [gr.HTML()])
+    state = ViewState(run=own.name)
+    assert (clocks(plain, state), clocks(watching, state), drawn) == ([False, False], [False, True], [own.name])
+    client = Client(context.settings.runs, launch=lambda run: None)
+    client.submit(other, "analyze")
+    assert clocks(plain, state) == clocks(watching, state) == [False, True]
+    client.submit(own, "analyze")
+    assert clocks(plain, state) == clocks(watching, state) == [True, False]
+    for run in (own, other):
+        client.cancel(run)
+    assert (clocks(plain, state), clocks(watching, state)) == ([False, False], [False, True])
+
+
+def test_both_clocks_draw_the_same(context: Context) -> None:
+    with gr.Blocks(analytics_enabled=False) as blocks, Page(context, "Model", "Purpose") as made:
+        made.watches(lambda state, status: "", [gr.HTML()])
+    triggers = [[tuple(target) for target in event["targets"]] for event in blocks.config["dependencies"]]
+    (ticking,) = [targets for targets in triggers if (made.wake._id, "tick") in targets]
+    assert (made._glance._id, "tick") in ticking
 
 
 def test_errors_become_sentences(said: list[str], caplog: pytest.LogCaptureFixture) -> None:
@@ -158,3 +209,4 @@ def test_links_carry_the_view_and_names_are_escaped(context: Context) -> None:
 
 def test_the_clock_is_slow_enough_for_many_sessions() -> None:
     assert page.TICK_SECONDS >= 2
+    assert page.SLOW_SECONDS >= 5 * page.TICK_SECONDS

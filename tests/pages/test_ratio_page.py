@@ -1,5 +1,6 @@
 """The handlers of the ratio page, without a browser."""
 
+import errno
 import json
 from collections.abc import Iterator
 from math import exp
@@ -15,7 +16,8 @@ from runs.run_helpers import new_run
 from runs.tiny_runs import TEXT, do, tiny_run
 
 from moesvd_core import atomic
-from moesvd_core.errors import InputError, RunError
+from moesvd_core.errors import EvaluationError, InputError, RunError
+from moesvd_core.live import LiveModel
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.client import Client
 from moesvd_core.runs.folder import RunFolder
@@ -170,7 +172,7 @@ def test_slow_models_are_measured_by_a_job(context: Context, run: RunFolder) -> 
     panel, button = ratio._measured(context)(STATE)
     assert "A job of the run can do it" in panel
     assert button.interactive
-    assert all(part["__type__"] == "update" for part in ratio._measure_at_once(context)(STATE))
+    assert all(part["__type__"] == "update" for part in ratio._measure_at_once(context)(STATE, panel))
     ratio._measure(context)(STATE)
     job = read_jobs(run.log)["1"]
     assert (job.action, job.arguments["recipe"]["ratio"], job.arguments["text"]["windows"]) == ("measure", 0.4, 32)
@@ -194,13 +196,59 @@ def test_a_small_model_is_measured_when_the_slider_is_let_go(tiny: Context) -> N
     waiting, button = ratio._measured(tiny)(state)
     assert "Measuring auto at 20 %" in waiting
     assert not button.interactive
-    panel, curve, newest = ratio._measure_at_once(tiny)(state)
+    panel, curve, newest = ratio._measure_at_once(tiny)(state, waiting)
     assert newest == Recipe(ratio=0.2)
     assert "Measured at 20 % by auto" in panel
     assert "4 windows of 24 tokens" in panel
     assert "auto" in [trace["name"] for trace in json.loads(curve)["figure"]["data"] if trace["mode"] == "markers"]
     assert ratio._measured(tiny)(state)[0] == panel
-    assert all(part["__type__"] == "update" for part in ratio._measure_at_once(tiny)(state))  # it is known already
+    assert all(part["__type__"] == "update" for part in ratio._measure_at_once(tiny)(state, panel))  # it is known already
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (RunError("it is not the model any more"), "it is not the model any more."),
+    (EvaluationError("window 3 has no finite loss"), "window 3 has no finite loss."),
+    (OSError(errno.ENOSPC, "No space left on device", "/srv/runs/x"), "the disk is full: make room, then ask again."),
+    (ZeroDivisionError("secret"), "unexpected ZeroDivisionError: the server&#x27;s log has the details."),
+])
+def test_a_measurement_that_fails_is_told_in_the_card_and_not_tried_again(
+    tiny: Context, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    state, tried = ViewState(run="run", ratio=0.17), []
+
+    def fail(*_: Any) -> None:
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr(LiveModel, "measure", fail)
+    waiting = ratio._measured(tiny)(state)[0]
+    with pytest.warns(UserWarning, match=words[:20]):
+        card, curve, newest = ratio._measure_at_once(tiny)(state, waiting)
+    assert f"Auto at 17 % could not be measured: {words}" in card
+    assert curve["__type__"] == newest["__type__"] == "update"
+    assert "…" not in card and "/srv" not in card and "secret" not in card
+    assert all(part["__type__"] == "update" for part in ratio._measure_at_once(tiny)(state, card))
+    assert len(tried) == 1
+
+
+def test_a_card_that_tells_of_the_plan_before_keeps_no_plan_from_being_measured(tiny: Context) -> None:
+    """Its measurement may end after the slider was let go elsewhere."""
+    before, state = (ViewState(run="run", ratio=share) for share in (0.15, 0.16))
+    late = ratio._measure_at_once(tiny)(before, ratio._measured(tiny)(before)[0])[0]
+    assert "Measured at 16 % by auto" in ratio._measure_at_once(tiny)(state, late)[0]
+
+
+def test_a_card_that_waits_says_what_has_come_between(tiny: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = ViewState(run="run", ratio=0.18)
+    waiting = ratio._measured(tiny)(state)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(ratio, "answers_at_once", lambda *_: False)  # a job was asked for meanwhile
+        card, *others = ratio._measure_at_once(tiny)(state, waiting)
+    assert "A job of the run can do it" in card
+    assert all(part["__type__"] == "update" for part in others)
+    again = ratio._measure_at_once(tiny)(state, waiting)[0]
+    monkeypatch.setattr(LiveModel, "measure", lambda *_: pytest.fail("another tab had measured it"))
+    assert ratio._measure_at_once(tiny)(state, waiting)[0] == again
 
 
 def test_what_was_measured_at_once_brings_predictions_anew(context: Context, run: RunFolder) -> None:
@@ -223,7 +271,7 @@ def test_what_was_measured_at_once_brings_predictions_anew(context: Context, run
 def test_views_without_a_run_say_so(context: Context) -> None:
     assert "No run is chosen" in ratio._curve(context)(ViewState())
     assert "Measured" in ratio._measured(context)(ViewState())[0]
-    assert ratio._measure_at_once(context)(ViewState())[0]["__type__"] == "update"
+    assert ratio._measure_at_once(context)(ViewState(), "")[0]["__type__"] == "update"
 
 
 def drawn(run: RunFolder, method: str = "auto") -> dict[str, Any]:

@@ -54,12 +54,29 @@ def test_the_overview_shows_what_was_measured(context: Context, file: dict[str, 
     assert [column.partition(" (")[0] for column in metrics["columns"]] == names
     assert "measured_nll (nats a token)" in metrics["columns"]
     assert metrics["rows"] == [pytest.approx([row[name] for name in names]) for row in file["layers"]]
-    assert "auto, 50 % removed" in metrics["caption"]
+    on = f"auto, 50 % removed, on 4 held-out windows of sotu, {file['text']['tokens']} tokens"
+    assert file["text"] == {"dataset": "sotu", "windows": 4, "length": 24, "tokens": 4 * 23}
+    assert on in metrics["caption"]
+    assert on in lines["caption"]
+    assert on in table
     assert [row[2] for row in routing["rows"]] == pytest.approx([row["f"] for row in file["experts"]])
     assert [trace["name"] for trace in lines["figure"]["data"]] == ["Measured ΔNLL", "S_L", "OWL", "Truncation loss"]
     for row in file["correlations"]:
         assert ("–" if row["measured_nll"] is None else f"{row['measured_nll']:+.2f}".replace("-", "−")) in table
     assert "3 layers" in table
+
+
+def test_a_file_that_does_not_tell_its_text_opens(context: Context, run: RunFolder, file: dict[str, Any]) -> None:
+    older = run.path / "evaluations" / "sensitivity-latent@0.2000.json"
+    older.write_text(json.dumps({name: part for name, part in file.items() if name != "text"}))
+    try:
+        metrics, _, lines, _ = overview(context, ViewState(run=RUN), "sensitivity-latent@0.2000")
+        assert "(mnat), latent, 20 % removed. Colour" in metrics["caption"]
+        assert "Each layer alone, latent, 20 % removed: a metric" in lines["caption"]
+        older.write_text(json.dumps({**file, "text": {"windows": 3}}))
+        assert all("sensitivity-latent@0.2000.json is damaged" in data["advice"] for data in overview(context, ViewState(run=RUN))[:-1])
+    finally:
+        older.unlink()
 
 
 def test_the_chosen_layer_is_framed_in_every_figure(context: Context) -> None:

@@ -97,7 +97,7 @@ def test_a_public_demo_needs_no_password_and_starts_nothing(tmp_path: Path) -> N
     with pytest.raises(InputError, match="public demo"):
         context.find_model("owner/name")  # nobody's visitors make this machine fetch
     with pytest.raises(InputError, match="public demo"):
-        model._analyse(context)(ViewState(), "demo-moe", ["auto"])
+        model._analyse(context)(ViewState(), "demo-moe", ["auto"], False)
     assert [each.name for each in tmp_path.iterdir() if each.is_dir() and not each.name.startswith(".")] == [run.path.name]
     Context(replace(settings, public_demo=False, host="127.0.0.1")).require_rights()
 

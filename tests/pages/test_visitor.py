@@ -62,7 +62,7 @@ def test_who_looks_at_the_run_of_another_adds_nothing_to_it(context: Context, mo
     words, by_job = ratio._measured(context)(ViewState(run=HERS))
     assert "belongs to ann" in words
     assert not by_job.interactive
-    assert ratio._measure_at_once(context)(ViewState(run=HERS)) == (gr.skip(), gr.skip(), gr.skip())
+    assert ratio._measure_at_once(context)(ViewState(run=HERS), words) == (gr.skip(), gr.skip(), gr.skip())
     round_ = SimpleNamespace(run=HERS, vote=lambda choice: SimpleNamespace(preferred="original"))
     explained(compare._cast(context, "left"))(round_)
     explained(ratio._measure(context))(ViewState(run=HERS))

@@ -13,7 +13,7 @@ from moesvd_core import atomic
 from moesvd_core.errors import RunError
 from moesvd_core.runs import deletion
 from moesvd_core.runs.client import Client
-from moesvd_core.runs.deletion import Held, held
+from moesvd_core.runs.deletion import Held, held, sweep
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.process import this_process
 from moesvd_core.runs.votes import Vote, add_vote
@@ -148,3 +148,49 @@ def test_whoever_comes_too_late_is_told(client: Client) -> None:
     late()
     assert said == ["run tiny-00000001 is not here any more: it was deleted"] * 2
     assert not run.path.exists()
+
+
+def test_a_deletion_that_is_interrupted_leaves_no_half_of_a_run(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same analysis can begin anew at once, and what is left goes with the next deletion."""
+    run, other = new_run(client.root), new_run(client.root, "tiny-00000002")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            client.delete(run)
+    assert not run.path.exists()
+    assert [status.id for status in client.runs()] == [other.name]
+    [left] = client.root.glob(".deleted.*")
+    assert (left / "run.json").exists(), "nothing was taken out of it under its name"
+    again = RunFolder.create(run.path, run.identity)
+    client.delete(other)
+    assert [path.name for path in client.root.iterdir() if path.name.startswith(".deleted")] == []
+    assert files(again.path).keys() == {again.path / "run.json"}
+
+
+def test_a_run_that_cannot_be_renamed_stays_whole(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(client.root)
+    before = files(run.path)
+
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(RunError, match=r"cannot be deleted: .* cannot be renamed \(Device or resource busy\)"):
+        client.delete(run)
+    assert before.items() <= files(run.path).items()
+
+
+def test_sweeping_takes_what_deletions_left_and_nothing_of_anybody_s(tmp_path: Path) -> None:
+    for name in (".deleted.1764000000000000000.tiny-00000001", ".deleted.notes", ".deleted.1764000000000000000.", "deleted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / ".deleted.1764000000000000000.link").symlink_to(outside)
+    sweep(tmp_path)
+    kept = [".deleted.1764000000000000000.", ".deleted.1764000000000000000.link", ".deleted.notes", "deleted", "outside"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept

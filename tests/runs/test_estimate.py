@@ -1,10 +1,12 @@
 """Work that cannot fit is refused before it begins, by its figures."""
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_models import save_tiny
 from tiny_runs import CALIBRATION, RECIPE, TEXT, do, tiny_run
 
@@ -12,6 +14,7 @@ from moesvd_core.architectures.inspect import inspect
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import ResourceError
 from moesvd_core.runs.estimate import Estimate, estimate, require
+from moesvd_core.runs.folder import RunFolder
 
 NOTHING = Estimate(memory=1, run_disk=1, export_disk=1, flops=1)
 
@@ -61,3 +64,86 @@ def test_a_job_that_does_not_fit_fails_before_it_begins(tmp_path: Path, monkeypa
     job = do(tiny_run(tmp_path / "run"), "plan", lambda progress: stages.append(progress.stage), recipe=RECIPE)
     assert (job.state, job.error_kind) == ("failed", "ResourceError")
     assert set(stages) == {"inspect"}
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    torch.set_num_threads(1)
+    run = tiny_run(tmp_path_factory.mktemp("estimate") / "run")
+    assert do(run, "analyze", methods=["auto"], text=TEXT).state == "finished"
+    return run
+
+
+@pytest.mark.parametrize("form", ["factored", "dense"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+def test_an_export_is_what_its_plan_leaves_and_one_file_of_it_more(
+    form: str, dtype: str | None, analysed: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = analysed.read_json("source.json")["facts"]
+    job = do(analysed, "export", recipe=RECIPE, output=str(tmp_path / "out"), format=form, dtype=dtype)
+    stored = job.result["bytes"]
+    asked = {"ratio": RECIPE["ratio"], "dtype": dtype}
+    monkeypatch.setattr("moesvd_core.runs.estimate.SHARD_SIZE", 1000)
+    assert stored <= estimate(facts, CALIBRATION, form, **asked).export_disk - 1000 < 1.05 * stored
+    monkeypatch.setattr("moesvd_core.runs.estimate.SHARD_SIZE", 10**12)
+    assert 2 * stored <= estimate(facts, CALIBRATION, form, **asked).export_disk < 2.1 * stored
+
+
+def test_a_model_of_half_numbers_is_twice_as_large_in_whole_ones() -> None:
+    facts = {
+        "bytes": 2_000_100, "parameters": 1_000_000, "expert_parameters": 900_000, "active_parameters": 300_000, "dtype": "bfloat16",
+        "moe_layers": 2, "layers": 2, "experts": 4, "hidden": 8, "width": 8, "active": 2, "context_length": 64,
+    }
+    own, whole = (estimate(facts, CALIBRATION, "factored", ratio=0.25, dtype=dtype).export_disk for dtype in (None, "float32"))
+    assert own == 2 * 1_500_100 and whole == 2 * 3_000_100
+    eighths = {**facts, "dtype": "float8_e4m3fn", "bytes": 1_000_000}
+    assert estimate(eighths, CALIBRATION, "dense", dtype="bfloat16").export_disk == 2 * 2_000_000
+
+
+def test_what_a_run_has_is_not_demanded_again(analysed: RunFolder) -> None:
+    facts = analysed.read_json("source.json")["facts"]
+    new = estimate(facts, CALIBRATION)
+    assert new.run_disk > 0 == estimate(facts, CALIBRATION, run=analysed.path).run_disk
+    other = estimate(facts, CALIBRATION, methods=["svd"], run=analysed.path).run_disk
+    assert other == estimate(facts, CALIBRATION, methods=["svd"]).run_disk - estimate(facts, CALIBRATION, methods=[]).run_disk > 0
+    measured = estimate(facts, CALIBRATION, tokens=100, run=analysed.path).run_disk
+    assert measured == 2 * 100 * facts["hidden"] * 4, "last hidden states of the original and of what is made of it"
+
+
+def test_a_calibration_or_decomposition_that_is_half_done_is_demanded_by_what_is_missing(analysed: RunFolder, tmp_path: Path) -> None:
+    facts = analysed.read_json("source.json")["facts"]
+    run = Path(shutil.copytree(analysed.path, tmp_path / "run"))
+    layers = sorted((run / "factors").rglob("layer-*.safetensors"))
+    layers[0].unlink()
+    missing = estimate(facts, CALIBRATION, run=run).run_disk
+    assert 0 < layers[1].stat().st_size < missing < estimate(facts, CALIBRATION).run_disk
+    (run / "statistics" / "statistics.json").unlink()
+    calibrated = sum(file.stat().st_size for file in (run / "statistics").rglob("*.safetensors"))
+    calibration = estimate(facts, CALIBRATION, methods=[]).run_disk
+    assert estimate(facts, CALIBRATION, run=run).run_disk == missing + calibration - calibrated
+
+
+def disk(free: int) -> SimpleNamespace:
+    return SimpleNamespace(free=free, total=0)
+
+
+def test_earlier_exports_make_no_room_for_the_next_one(analysed: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder.open(Path(shutil.copytree(analysed.path, tmp_path / "run")))
+    (run.path / "exports" / "earlier").mkdir()
+    with (run.path / "exports" / "earlier" / "model.safetensors").open("wb") as file:
+        file.truncate(2**30)  # a hole
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk(1000))
+    job = do(run, "export", recipe=RECIPE, output=str(run.path / "exports" / "next"))
+    assert (job.state, job.error_kind) == ("failed", "ResourceError")
+    assert "not enough disk" in job.error
+
+
+def test_a_finished_run_exports_where_only_the_export_fits(analysed: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = analysed.read_json("source.json")["facts"]
+    calibration = replace(CALIBRATION, samples=10**6)  # hidden states that nothing could hold
+    needed = estimate(facts, calibration, "factored", ratio=0.2, run=analysed.path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk(needed.export_disk))
+    require(needed, analysed.path, tmp_path / "out")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk(needed.export_disk - 1))
+    with pytest.raises(ResourceError, match="not enough disk"):
+        require(needed, analysed.path, tmp_path / "out")

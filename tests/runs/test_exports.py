@@ -70,7 +70,7 @@ def test_links_lead_nowhere(tmp_path: Path) -> None:
     assert list_exports(run) == []
 
 
-@pytest.mark.parametrize("damage", ["manifest", "facts", "missing"])
+@pytest.mark.parametrize("damage", ["manifest", "facts", "missing", "no manifest", "no facts"])
 def test_a_damaged_export_is_told_and_does_not_hide_the_others(tmp_path: Path, damage: str) -> None:
     run = new_run(tmp_path)
     add_export(run, "good")
@@ -79,12 +79,16 @@ def test_a_damaged_export_is_told_and_does_not_hide_the_others(tmp_path: Path, d
         (bad / MANIFEST).write_text("x")
     elif damage == "facts":
         (bad / "moesvd.json").write_text("{}")
+    elif damage.startswith("no "):
+        (bad / {"no manifest": MANIFEST, "no facts": "moesvd.json"}[damage]).unlink()
     else:
         (bad / "README.md").unlink()
     good, error = list_exports(run)
     assert isinstance(good, ExportFolder)
     assert isinstance(error, MoesvdError)
-    with pytest.raises(CheckpointError, match="make the export again"):
+    assert error.name == "bad"
+    assert str(error).startswith("bad/"), "no word of where on the machine it lies"
+    with pytest.raises(CheckpointError, match=r"make (the export|it) again"):
         open_export(run, "bad")
 
 

@@ -8,7 +8,7 @@ from run_helpers import new_run
 
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.runs.client import Client
-from moesvd_core.runs.folder import Identity, RunFolder, list_runs, run_id, runs_root
+from moesvd_core.runs.folder import STATIONS, Identity, RunFolder, list_runs, run_id, runs_root
 
 
 def test_the_same_run_is_opened_again_and_another_is_refused(tmp_path: Path) -> None:
@@ -23,6 +23,16 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RunError, match="is not empty"):
         RunFolder.create(tmp_path, Identity("a", "a", {}, ""))
+
+
+def test_what_is_left_of_a_run_that_was_killed_while_it_was_made_is_in_nobodys_way(tmp_path: Path) -> None:
+    for station in STATIONS[:3]:
+        (tmp_path / station).mkdir()
+    assert RunFolder.create(tmp_path, Identity("a", "a", {}, "")).identity.id == "a"
+    other = tmp_path / "other"
+    (other / STATIONS[0] / "mine").mkdir(parents=True)
+    with pytest.raises(RunError, match="is not empty"):
+        RunFolder.create(other, Identity("a", "a", {}, ""))
 
 
 @pytest.mark.parametrize(("content", "words"), [("{", "damaged"), ('{"a": 1}', "damaged"), ("[]", "damaged")])

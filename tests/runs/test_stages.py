@@ -14,9 +14,12 @@ from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.errors import InputError, RunError, UnreachableHubError
 from moesvd_core.planning import Plan, Recipe
+from moesvd_core.planning.loss_law import ENOUGH
 from moesvd_core.progress import Progress
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.known import measurements
 from moesvd_core.runs.source import prepare
+from moesvd_core.runs.stages import PROBES
 from moesvd_core.runs.workbench import plan_key
 
 
@@ -99,6 +102,19 @@ def test_analyze_leaves_what_the_pages_show(run: RunFolder) -> None:
     rows = run.read_json("evaluations", "sensitivity.json")
     assert len(rows["layers"]) == 3 and rows["layers"][0]["measured_nll"] is None
     assert len(rows["experts"]) == 12
+
+
+def test_analyze_measures_as_many_plans_as_a_law_takes(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run")
+    assert do(run, "analyze", methods=["latent", "svd"], text=TEXT).state == "finished"
+    assert [each.recipe for each in measurements(run)] == []
+    job = do(run, "analyze", methods=["latent", "svd"], text=TEXT, probe=True)
+    assert job.state == "finished", job.error
+    measured = [each for each in measurements(run) if each.recipe is not None]
+    reach = job.result["methods"]["latent"]["max_ratio"]
+    assert len(measured) == len(PROBES) == ENOUGH
+    assert {each.recipe.method for each in measured if each.recipe} == {"latent"}
+    assert [each.recipe.ratio for each in measured if each.recipe] == pytest.approx([share * reach for share in PROBES], abs=0.01)
 
 
 def test_sensitivity_measures_every_layer_alone(run: RunFolder) -> None:
