@@ -31,7 +31,7 @@ from pages.components.text import empty, notice, share
 
 OWN = "as the original"
 NUMBERS = (OWN, "bfloat16", "float16", "float32")
-_FORMS = [("Factored: small on disk and in memory", "factored"), ("Dense: whole matrices, as the original has them; loads anywhere", "dense")]
+_FORMS = [("Factored: small on disk and in memory", "factored"), ("Dense: whole matrices, loads anywhere", "dense")]
 _RECIPE = ("run", "method", "ratio", "flops_ratio")
 _PRIVATE: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 PUSH_SECONDS = 2.0
