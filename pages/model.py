@@ -55,8 +55,9 @@ def build(context: Context) -> None:
                 with gr.Accordion("Calibration settings", open=False):
                     fields = _fields(context)
                     probe = gr.Checkbox(
-                        True, label="Measure three plans of it too", elem_id="analyse-probe",
-                        info="Brings predicted losses to the size of measured ones; reads the evaluation's text three more times.",
+                        True, label="Measure three plans too", elem_id="analyse-probe",
+                        info="Of auto, else of the first chosen: brings predicted losses to the size of measured ones, for three more "
+                        "readings of the text that models are measured on.",
                     )
                 analyse = gr.Button("Analyse", variant="primary", elem_id="analyse")
                 jobs.Panel(page)

@@ -64,6 +64,7 @@ def test_from_a_model_to_a_checkpoint_that_loads(visit: Open, tmp_path: Path) ->
 
     go(page, "Ratio")  # slider
     slider = page.locator('[data-part="slider"]')
+    expect(page.locator('[data-part="loss-remark"]')).to_contain_text("fitted to", timeout=30_000)  # the analysis has measured
     expect(page.locator("#ratio-measured")).to_contain_text(f"Measured at {PERCENT} %", timeout=120_000)
     slider.focus()
     slider.press("ArrowRight")
