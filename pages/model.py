@@ -8,7 +8,6 @@ import gradio as gr
 
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.calibration.settings import Calibration
-from moesvd_core.calibration.text import DEFAULT_LENGTH
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import InputError, MoesvdError, RunError
 from moesvd_core.runs.client import RunStatus
@@ -163,7 +162,7 @@ def _needs(context: Context) -> Callable[..., Any]:
         run = _run_of(context, state, model or "")
         calibration = calibration_of(context, tuple(settings), _without_field(run))
         goes_on = run is not None and calibration == Calibration.from_dict(dict(run.identity.calibration))
-        tokens = (Text().windows or 0) * min(DEFAULT_LENGTH, facts["context_length"] or DEFAULT_LENGTH)
+        tokens = Text().tokens(facts["context_length"])
         needed = estimate(facts, calibration, methods=methods, tokens=tokens, run=run.path if run and goes_on else None)
         there = machine.look(context.settings.runs)
         return needs_html(facts, needed, machine.seconds(needed.flops), there, machine.download_bytes(facts))

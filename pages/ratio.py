@@ -201,5 +201,5 @@ def answers_at_once(context: Context, run: RunFolder) -> bool:
     facts = context.facts(run)
     if facts is None or not is_calibrated(run) or context.client.queue():
         return False
-    tokens = (TEXT.windows or 0) * min(2048, facts["context_length"] or 2048)
+    tokens = TEXT.tokens(facts["context_length"])
     return context.live.fits(run, facts["bytes"]) and machine.seconds(2 * facts["active_parameters"] * tokens) < AT_ONCE_SECONDS

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from moesvd_core import atomic
-from moesvd_core.calibration.text import DEFAULT_LENGTH
 from moesvd_core.checkpoint.export import FORMATS, Format
 from moesvd_core.checkpoint.staging import refuse_occupied
 from moesvd_core.errors import InputError, RunError
@@ -183,8 +182,7 @@ def _started(
     """
     bench = Workbench(run, report)
     facts = bench.source.facts
-    length = DEFAULT_LENGTH if text is None or text.length is None else text.length
-    tokens = 0 if text is None else (text.windows or 0) * min(length, facts["context_length"] or length)
+    tokens = 0 if text is None else text.tokens(facts["context_length"])
     require(estimate(facts, bench.calibration, methods=methods, tokens=tokens, run=run.path, **needs), run.path, output)
     for station in (run.station(name) for name in STATIONS if name != "exports"):
         for folder in (station, *(path for path in station.iterdir() if path.is_dir())):

@@ -19,7 +19,7 @@ from moesvd_core.architectures.streaming import DecoderStream, LayerStream
 from moesvd_core.architectures.tokenizer import load_tokenizer
 from moesvd_core.calibration import Calibration, Statistics, calibrate
 from moesvd_core.calibration.statistics import SUMMARY
-from moesvd_core.calibration.text import evaluation_windows, text_version, window_length
+from moesvd_core.calibration.text import DEFAULT_LENGTH, evaluation_windows, text_version, window_length
 from moesvd_core.errors import MOST_WINDOWS, require_whole
 from moesvd_core.evaluation.hidden import FinalHidden, context_limit, final_hidden
 from moesvd_core.evaluation.perplexity import Evaluation, compare
@@ -62,8 +62,13 @@ class Text:
         return _digest(self.dataset + text_version(self.dataset))[:6]
 
     def is_outdated(self, key: str) -> bool:
-        """Whether a key is that of an earlier state of the same data set."""
-        return not key.endswith(self._digits)
+        """Whether a key is that of an earlier state of the same text file; other texts have none."""
+        return bool(text_version(self.dataset)) and not key.endswith(self._digits)
+
+    def tokens(self, limit: int | None) -> int:
+        """How many are read by a model of this longest context; 0 for all of the text, which is not counted here."""
+        length = self.length or DEFAULT_LENGTH
+        return (self.windows or 0) * min(length, limit or length)
 
 
 class Workbench:

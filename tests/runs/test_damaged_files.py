@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TEXT, contents, do, tiny_run
+from tiny_runs import TEXT, analysed_tiny_run, contents, do
 
 from moesvd_core.errors import RunError
 from moesvd_core.runs.folder import RunFolder
@@ -18,9 +18,7 @@ RECIPE = {"method": "auto", "ratio": 0.3}
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run that was analysed."""
     torch.set_num_threads(1)
-    run = tiny_run(tmp_path_factory.mktemp("damage") / "run")
-    assert do(run, "analyze", methods=["auto"], text=TEXT).state == "finished"
-    return run
+    return analysed_tiny_run(tmp_path_factory.mktemp("damage") / "run")
 
 
 @pytest.fixture(scope="module")

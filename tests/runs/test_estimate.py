@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import save_tiny
-from tiny_runs import CALIBRATION, RECIPE, TEXT, do, tiny_run
+from tiny_runs import CALIBRATION, RECIPE, TEXT, analysed_tiny_run, do, tiny_run
 
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.decomposition.registry import METHODS
@@ -69,9 +69,7 @@ def test_a_job_that_does_not_fit_fails_before_it_begins(tmp_path: Path, monkeypa
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     torch.set_num_threads(1)
-    run = tiny_run(tmp_path_factory.mktemp("estimate") / "run")
-    assert do(run, "analyze", methods=["auto"], text=TEXT).state == "finished"
-    return run
+    return analysed_tiny_run(tmp_path_factory.mktemp("estimate") / "run")
 
 
 @pytest.mark.parametrize("form", ["factored", "dense"])

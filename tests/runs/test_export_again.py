@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import RECIPE, TEXT, contents, do, tiny_run
+from tiny_runs import RECIPE, TEXT, analysed_tiny_run, contents, do
 
 from moesvd_core.checkpoint.card import CARD
 from moesvd_core.checkpoint.manifest import MANIFEST, check_manifest, write_manifest
@@ -19,8 +19,7 @@ from moesvd_core.runs.folder import RunFolder
 def analysed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run with an export."""
     torch.set_num_threads(1)
-    run = tiny_run(tmp_path_factory.mktemp("again") / "run")
-    assert do(run, "analyze", methods=["auto"], text=TEXT).state == "finished"
+    run = analysed_tiny_run(tmp_path_factory.mktemp("again") / "run")
     assert do(run, "export", recipe=RECIPE, output=str(run.path / "exports" / "made")).state == "finished"
     return run
 
