@@ -25,7 +25,7 @@ from moesvd_core.architectures.experts_io import gate_function, read_experts, ro
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.router import router_input, router_step
 from moesvd_core.architectures.streaming import DecoderStream
-from moesvd_core.calibration.job import hidden, hooked
+from moesvd_core.calibration.job import hidden, hooked, require_finite
 from moesvd_core.calibration.moments import pre_activations
 from moesvd_core.calibration.settings import WIDE
 from moesvd_core.calibration.states import States
@@ -83,7 +83,11 @@ class Compensation:
 
     @torch.no_grad()
     def run(self, report: Report) -> None:
-        """Fit every layer, from the first to the last one with factors; layers that are done are passed over."""
+        """Fit every layer, from the first to the last one with factors; layers that are done are passed over.
+
+        Raises:
+            StatisticsError: NaN or infinite hidden states, or answers to be fitted to; names the layer, and the stream or the expert.
+        """
         experts = {layer.index: layer for layer in self.stream.expert_layers}
         last = max(experts)
         start = next((index for index in reversed(range(last + 1)) if self._is_there(index)), None)
@@ -127,8 +131,16 @@ class Compensation:
         return (self._run(index, which, number) for number in range(len(self.batches)))
 
     def _run(self, index: int, which: Callable[[int], str], number: int) -> Tensor:
+        """One batch of one stream behind a layer.
+
+        Raises:
+            StatisticsError: it is NaN or infinite somewhere; least squares would hand that on to every factor that they fit.
+        """
         call = self.stream.embed({"input_ids": self.batches[number]})[1][index]
-        return self.stream.run_layer(index, self.states.get(which(index), number).to(self.stream.device), call)
+        after_BTD = self.stream.run_layer(index, self.states.get(which(index), number).to(self.stream.device), call)
+        name = "original" if which is _original else "compressed"
+        require_finite(after_BTD, f"layer {index}: the hidden states of the {name} stream after it", "compensate")
+        return after_BTD
 
     def _planned(self, layer: ExpertLayer) -> LayerFactors | None:
         """A loaded layer's factors as planned, with its router refitted where that is asked for; None where nothing changes."""
@@ -172,6 +184,7 @@ class Compensation:
                 target_nD = gate(pre_activations(weights, expert, x_nD)).to(x_nD.dtype) @ weights.output_EDM[expert].T
                 if missing_TD is not None:
                     target_nD = target_nD + missing_TD[rows_n]
+                require_finite(target_nD, f"layer {layer.index}: the answers that expert {expert} is to be fitted to", "compensate")
                 fit.add(expert, h_nM, target_nD, p_n)
             yield after_BTD
 

@@ -16,7 +16,7 @@ first the weights' own (every direction by its σ²), then the leading direction
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
@@ -199,11 +199,12 @@ def _compare(matrix_ERC: Tensor, side: Side, sampling: Sampling, sources: Sequen
 
 
 def random_control(like: SideSimilarity, sampling: Sampling | None = None, device: torch.device | str = "cpu") -> SideSimilarity:
-    """As many matrices of independent normal numbers as `like` compared, of the same shape, compared in the same way."""
+    """As many matrices of independent normal numbers as `like` compared, of the same shape, compared in the same way; for its layer."""
     sampling = sampling or Sampling()
     shape = (len(like.experts), like.rows, like.columns)
     matrix_ERC = torch.randn(shape, generator=_generator(sampling.seed)).to(device)
-    return _compare(matrix_ERC, like.side, Sampling(len(like.experts), sampling.seed), ("experts",))["experts"]
+    found = _compare(matrix_ERC, like.side, Sampling(len(like.experts), sampling.seed), ("experts",))["experts"]
+    return replace(found, total=like.total)
 
 
 @dataclass(frozen=True)

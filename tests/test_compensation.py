@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from tiny_models import TINY
 from tiny_pipeline import calibrated, compensated_with_stops
 from transformers import AutoModelForCausalLM
 
+from moesvd_core import compensation
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.architectures.streaming import DecoderStream
+from moesvd_core.architectures.streaming import DecoderStream, LayerStream
 from moesvd_core.calibration import Statistics
 from moesvd_core.checkpoint.apply import factored_modules
 from moesvd_core.checkpoint.export import export_streamed
@@ -20,6 +22,7 @@ from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import RunError, StatisticsError
 from moesvd_core.evaluation.hidden import final_hidden
+from moesvd_core.experts import FactoredExperts
 from moesvd_core.pipeline import Pipeline
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress
@@ -74,6 +77,43 @@ def test_every_family_can_be_compensated(name: str, tmp_path: Path) -> None:
     assert made
     assert all(matrices.isfinite().all() for matrices in made.values())
     assert all(torch.equal(tensor, original[key]) for key, tensor in pipeline.stream.model.state_dict().items() if key in original)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, Recipe(method="moe-svd", ratio=0.2, refit_router=True)])
+@pytest.mark.parametrize("stream", ["original", "compressed"])
+def test_names_the_stream_whose_hidden_states_are_not_finite(
+    stream: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As float16 overflows leave them; not even one factor may be made from them."""
+    pipeline = calibrated(tmp_path, samples=8)
+    plan = pipeline.plan(recipe)
+    plain, first = LayerStream.run_layer, pipeline.layers[min(pipeline.layers)]
+
+    def run_layer(given: LayerStream, index: int, hidden: torch.Tensor, call: Any) -> torch.Tensor:
+        after = plain(given, index, hidden, call)
+        changed = isinstance(given.model.get_submodule(first.name), FactoredExperts)
+        if index == first.index and changed == (stream == "compressed"):
+            after[0, 5, 3] = torch.inf
+        return after
+
+    monkeypatch.setattr(LayerStream, "run_layer", run_layer)
+    with pytest.raises(StatisticsError, match=f"layer 0: the hidden states of the {stream} stream after it are NaN or infinite"):
+        pipeline.compensate(plan)
+
+
+def test_names_the_expert_whose_answers_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = calibrated(tmp_path, samples=8)
+    plan = pipeline.plan(RECIPE)
+    pairs = compensation._pairs
+
+    def far_off(*given: Any) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The original's inputs of an expert that it did not ask itself."""
+        for expert, rows, p, x in pairs(*given):
+            yield expert, rows, p, x * 1e38 if expert == 2 else x
+
+    monkeypatch.setattr(compensation, "_pairs", far_off)
+    with pytest.raises(StatisticsError, match="layer 0: the answers that expert 2 is to be fitted to are NaN or infinite"):
+        pipeline.compensate(plan)
 
 
 def inputs(pipeline: Pipeline, plan: Plan) -> dict[int, torch.Tensor]:

@@ -87,6 +87,12 @@ def test_random_experts_are_unrelated_to_the_debiased_estimator_alone() -> None:
     assert found.channels.overlap_GP[half].mean() == pytest.approx(0.5, abs=0.03)
 
 
+def test_a_control_tells_how_many_experts_the_layer_has() -> None:
+    like = compare(random(6, 20, 16), "input", Sampling(experts=3))["experts"]
+    found = random_control(like, Sampling(experts=3))
+    assert (found.total, len(found.experts)) == (like.total, 3) == (6, 3)
+
+
 def test_shuffling_breaks_what_experts_share_and_nothing_else() -> None:
     common_RC = random(20, 64)
     found = compare(torch.stack([common_RC + 0.3 * random(20, 64, seed=seed) for seed in (1, 2, 3)]), "input")

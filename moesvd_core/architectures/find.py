@@ -74,7 +74,7 @@ def _layer(module: nn.Module, index: int, name: str, family: Family, active: int
     """Describe one experts module by the shapes of its tensors: configuration fields have other names in every family."""
     replaced = getattr(module, EXPERT_LAYER, None)
     if isinstance(replaced, dict):
-        return ExpertLayer(**replaced)
+        return ExpertLayer(**(replaced | {"name": name}))  # a model of another class has it in another place
     matrix = getattr(module, family.input_parameter, None)
     down = getattr(module, "down_proj", None)
     if not isinstance(matrix, torch.Tensor) or not isinstance(down, torch.Tensor) or matrix.ndim != 3 or down.ndim != 3:

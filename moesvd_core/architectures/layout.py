@@ -79,6 +79,21 @@ class ExpertLayer:
             return row_N // 2
         return row_N % self.width
 
+    def rows_of_neuron(self) -> torch.Tensor:
+        """Input rows that feed each neuron, in their order, int64 [m, rows of a neuron]."""
+        return self.neuron_of_row().argsort(stable=True).view(self.width, -1)
+
+    def rows_in_order(self, order_XM: torch.Tensor) -> torch.Tensor:
+        """Which row of an input matrix stands where once its neurons are put in an order, int64 [..., n]; each row stays of its kind.
+
+        Args:
+            order_XM: which neuron stands at each place, int64 [..., m]: one order, or one for each of several experts.
+        """
+        row_MB = self.rows_of_neuron().to(order_XM.device)
+        row_XN = order_XM.new_empty(*order_XM.shape[:-1], self.input_rows)
+        row_XN[..., row_MB] = row_MB[order_XM]
+        return row_XN
+
 
 @dataclass
 class ExpertWeights:

@@ -13,11 +13,20 @@ from moesvd_core.architectures.headers import damaged, shortened
 from moesvd_core.errors import CheckpointError, MoesvdError, UnsupportedModelError
 
 
-def skeleton(files: ModelFiles, dtype: torch.dtype | None = None, *, allow_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
+def skeleton(
+    files: ModelFiles,
+    dtype: torch.dtype | None = None,
+    *,
+    allow_remote_code: bool = False,
+    kind: type[PreTrainedModel] | None = None,
+    like: PreTrainedModel | None = None,
+) -> tuple[PreTrainedModel, Any]:
     """Build the model of a folder on the meta device, in evaluation mode, and the plug-in that shaped it (None for ordinary checkpoints).
 
     Args:
         dtype: floating type of its parameters; None takes that of the configuration, or else of the first floating tensor on disk.
+        kind: its class; None takes the one that answers with logits of the next token.
+        like: a loaded model of which it has the class, the type of every tensor, and the ways to compute attention and experts.
 
     Raises:
         CheckpointError: the configuration makes no model, or the weights are quantised.
@@ -27,11 +36,16 @@ def skeleton(files: ModelFiles, dtype: torch.dtype | None = None, *, allow_remot
         config = _configuration(files, allow_remote_code)
         _check_depth(config, files)
         trusted = allow_remote_code and config.model_type not in CONFIG_MAPPING
+        settings = {"dtype": dtype or _stored_dtype(config, files)}
+        kind = kind if like is None else type(like)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or _stored_dtype(config, files), trust_remote_code=trusted
-            ).eval()
+            if kind is None:
+                model: Any = AutoModelForCausalLM.from_config(config, **settings, trust_remote_code=trusted).eval()
+            else:
+                model = kind._from_config(config, **settings, **({} if like is None else _ways(like))).eval()
         quantizer = _plug_in(model, files)
+        if like is not None:
+            _give_types(model, like)
     except MoesvdError:
         raise
     except Exception as error:  # transformers answers a damaged configuration with whatever error comes first
@@ -40,6 +54,21 @@ def skeleton(files: ModelFiles, dtype: torch.dtype | None = None, *, allow_remot
             f"{files.folder / CONFIG}: describes no model that transformers can build ({reason}); fetch it again"
         ) from error
     return model, quantizer
+
+
+def _ways(like: Any) -> dict[str, Any]:
+    """How a model computes attention and experts, as settings of another."""
+    parts = {"": like.config} | {key: getattr(like.config, key, None) for key in like.config.sub_configs}
+    attention = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return {"attn_implementation": attention, "experts_implementation": like.get_experts_implementation()}
+
+
+def _give_types(model: PreTrainedModel, like: PreTrainedModel) -> None:
+    """Give every tensor that is stored the type of the same one of a loaded model: some keep single ones in float32 on purpose."""
+    held = like.state_dict()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in held and tensor.dtype != held[name].dtype:
+            tensor.data = tensor.data.to(held[name].dtype)
 
 
 def _configuration(files: ModelFiles, allow_remote_code: bool) -> Any:

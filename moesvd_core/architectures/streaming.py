@@ -8,7 +8,7 @@ Shapes: B rows of a batch, T tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,12 @@ from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.loading import WeightLoader
 from moesvd_core.architectures.skeleton import skeleton
 from moesvd_core.errors import InputError, UnsupportedModelError
+
+CHUNK_ELEMENTS = 2**24
+"""Logits that whoever calls `head` holds at once (64 MiB in float32), whatever the vocabulary."""
+
+_GROUPED_BYTES = 16
+"""Bytes of which every row must be a multiple for torch's grouped product."""
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 """What a decoder layer is called with besides the hidden state: positional and keyword arguments."""
@@ -78,6 +84,7 @@ class _Decoder:
         self.config: Any = model.config
         self.device = device
         self.dtype: torch.dtype = model.dtype
+        _avoid_grouped_product(model)
         name, self.layers = decoder_layers(model)
         self._decoder = model.get_submodule(name.rpartition(".")[0])
 
@@ -128,6 +135,31 @@ class _Decoder:
         return {name: value.to(self.device) for name, value in batch.items()}
 
 
+def _avoid_grouped_product(model: PreTrainedModel) -> None:
+    """Let a model compute its experts one after the other where torch's grouped product refuses the size of their rows."""
+    if getattr(model.config.get_text_config(), "_experts_implementation", None) != "grouped_mm":
+        return
+    with suppress(UnsupportedModelError):  # without experts, or with ones that only whoever asks for them has to know of
+        sizes = {size for layer in expert_layers(model) for size in (layer.hidden, layer.width)}
+        if any(size * model.dtype.itemsize % _GROUPED_BYTES for size in sizes):
+            model.set_experts_implementation("eager")
+
+
+def require_known(model: PreTrainedModel, ids: Tensor) -> None:
+    """Refuse token ids that a model has no embedding for; a GPU would answer them with an assertion that ends the process.
+
+    Raises:
+        InputError: there are some.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows, largest = len(embedding.weight), int(ids.max())
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer's ids must be below {rows:,}, the rows of the model's embedding, got {largest:,}: "
+            "use the tokenizer that belongs to the model"
+        )
+
+
 class LayerStream(_Decoder):
     """A model folder as a `DecoderStream`: memory for one decoder layer and for what lies outside the layers, no more.
 
@@ -143,6 +175,8 @@ class LayerStream(_Decoder):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         allow_remote_code: bool = False,
+        kind: type[PreTrainedModel] | None = None,
+        like: PreTrainedModel | None = None,
     ) -> None:
         """Check the folder, build the model without weights, and load what lies outside the layers.
 
@@ -150,6 +184,7 @@ class LayerStream(_Decoder):
             path: a model folder (dense or factored), or one that was opened already.
             dtype: floating type to compute in; None keeps that of the checkpoint.
             device: where layers are loaded to.
+            kind, like: class of the model, and a loaded one that it is to compute like; as `skeleton` takes them.
 
         Raises:
             CheckpointError: a file is missing, damaged, unsafe or inconsistent; every tensor's name, shape and dtype is checked here.
@@ -157,7 +192,7 @@ class LayerStream(_Decoder):
         """
         bound_kernel_caches()
         self.files = path if isinstance(path, ModelFiles) else ModelFiles.open(path, allow_remote_code=allow_remote_code)
-        model, quantizer = skeleton(self.files, dtype, allow_remote_code=allow_remote_code)
+        model, quantizer = skeleton(self.files, dtype, allow_remote_code=allow_remote_code, kind=kind, like=like)
         super().__init__(model, torch.device(device))
         self._loader = WeightLoader(model, self.files, decoder_layers(model)[0], self.device, quantizer)
         self.unused = tuple(self._loader.unused)
@@ -201,7 +236,8 @@ class MemoryStream(_Decoder):
     """A loaded model as a `DecoderStream`: nothing to load, nothing to free."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Wrap a model; put it into evaluation mode first if it has dropout."""
+        """Wrap a model; put it into evaluation mode first if it has dropout. One whose experts torch's grouped product refuses computes
+        them one after the other from then on."""
         super().__init__(model, next(model.get_input_embeddings().parameters()).device)
 
     @contextmanager

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
+from moesvd_core.architectures.streaming import CHUNK_ELEMENTS
 from moesvd_core.calibration.curvature import LayerCurvature
 from moesvd_core.calibration.job import Job, Step, hidden, hooked
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.errors import StatisticsError
 
-CHUNK_ELEMENTS = 2**24
-"""Logits held at once (64 MiB in float32), whatever the vocabulary."""
 _NO_DERIVATIVE = ("does not require grad", "derivative for", "not implemented for", "is not differentiable")
 
 
@@ -41,6 +40,13 @@ def backward_steps(job: Job) -> Iterator[Step]:
     first = min(job.experts)
     for index in reversed(range(first, job.depth)):
         yield Step(f"backward, layer {index}", partial(_backward_layer, job, index, index > first), (hidden(index), _gradient(index + 1)))
+
+
+def passing(job: Job) -> Iterator[str]:
+    """Names of all states that the backward pass reads and writes."""
+    for index in range(job.depth + 1):
+        yield hidden(index)
+        yield _gradient(index)
 
 
 def _gradient(index: int) -> str:
@@ -214,7 +220,7 @@ def layer_gradients(
             ]
     except (RuntimeError, NotImplementedError) as error:
         if any(phrase in str(error) for phrase in _NO_DERIVATIVE):
-            raise NotDifferentiableError(f"layer {index} has no backward pass ({error}): calibrate with gradient=False") from error
+            raise NotDifferentiableError(f"layer {index} has no backward pass ({error})") from error
         raise
     at_input_KBTD = torch.stack([found[0] for found in each]) if push else None
     if not outputs:

@@ -7,6 +7,7 @@ on behind the last noted step; on a CPU the result is the same to the last bit.
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,9 +19,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moesvd_core.architectures.find import EXPERT_LAYER
-from moesvd_core.architectures.streaming import DecoderStream
+from moesvd_core.architectures.streaming import DecoderStream, require_known
 from moesvd_core.atomic import sweep, write_json
-from moesvd_core.calibration.backward import NotDifferentiableError, backward_steps
+from moesvd_core.calibration.backward import NotDifferentiableError, backward_steps, passing
 from moesvd_core.calibration.forward import forward_steps
 from moesvd_core.calibration.identity import identify
 from moesvd_core.calibration.job import Job, Step
@@ -58,7 +59,7 @@ def calibrate(
             calibration of the same model, settings and text is read instead of calibrating again.
 
     Raises:
-        InputError: settings that the model or the text do not allow.
+        InputError: settings that the model or the text do not allow, or a tokenizer of another model's.
         StatisticsError: weights or activations that are NaN or infinite, or damaged files in the folder.
         RunError: the folder holds another calibration.
         ResourceError: the disk is full.
@@ -69,6 +70,7 @@ def calibrate(
     _refuse_factored(stream)
     positions = getattr(stream.config.get_text_config(), "max_position_embeddings", None)
     window_NL = calibration_windows(tokenizer, calibration, positions)
+    require_known(stream.model, window_NL)
     planned = Statistics(
         layers={},
         expert_layers=tuple(stream.expert_layers),
@@ -160,7 +162,7 @@ def _workplace(folder: Path | None, size: int, device: torch.device) -> Iterator
 
 
 def _run(job: Job, place: _Workplace, planned: Statistics, report: Report) -> GradientKind:
-    """Do the steps that are not done yet; a model without a backward pass is probed instead."""
+    """Do the steps that are not done yet; a model with a layer that has no backward pass is probed instead, in all of its layers."""
     done, gradient = place.read(planned)
     while True:
         steps = _steps(job, gradient)
@@ -175,9 +177,12 @@ def _run(job: Job, place: _Workplace, planned: Statistics, report: Report) -> Gr
                     job.states.drop(name)
                 report(Progress("calibrate", done, len(steps), step.name))
             return gradient
-        except NotDifferentiableError:
+        except NotDifferentiableError as error:
+            warnings.warn(f"{error}: one probe a layer measures how the loss bends instead, which tells less", stacklevel=2)
             gradient, done = "probe", job.depth + 1  # the forward pass stands
             place.write(done, gradient, planned)
+            for name in passing(job):
+                job.states.drop(name)
 
 
 def _steps(job: Job, gradient: GradientKind) -> list[Step]:

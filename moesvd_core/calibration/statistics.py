@@ -15,7 +15,7 @@ import torch
 
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import DecoderStream
-from moesvd_core.atomic import write_json
+from moesvd_core.atomic import sync, write_json
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.devices import room, to_device
 from moesvd_core.errors import StatisticsError
@@ -147,15 +147,21 @@ class Statistics:
         return self.windows * self.length
 
     def save(self, folder: Path | str) -> None:
-        """Write one file a layer and then the summary that makes the folder complete.
+        """Write one file a layer and then the summary that makes the folder complete; what a folder held before goes first, so that one in
+        which writing was interrupted is not taken for complete.
 
         Raises:
             ResourceError: the disk is full.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        if not (isinstance(self.layers, LayerFolder) and self.layers.folder == path):
+        if not (isinstance(self.layers, LayerFolder) and self.layers.folder.resolve() == path.resolve()):
+            (path / SUMMARY).unlink(missing_ok=True)
+            (path / WINDOWS).unlink(missing_ok=True)
+            sync(path)
             target = LayerFolder(path)
+            for index in set(target) - set(self.layers):
+                del target[index]
             for index, layer in self.layers.items():
                 target[index] = layer
         if self.window_NL is not None:

@@ -21,7 +21,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moesvd_core.calibration.settings import Calibration
-from moesvd_core.errors import InputError
+from moesvd_core.calibration.tokens import document_ids, encode
+from moesvd_core.errors import MOST_WINDOWS, InputError, require_whole
 
 Split = Literal["train", "test"]
 
@@ -41,12 +42,13 @@ def window_length(asked: int | None, limit: int | None) -> int:
     """Tokens a window: what was asked for, else 2048 or the model's limit, whichever is less.
 
     Raises:
-        InputError: fewer than 2 tokens, or more than the model's limit.
+        InputError: no whole number, fewer than 2 tokens, or more than the model's limit.
     """
     if asked is None:
         return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-    if asked < 2 or (limit is not None and asked > limit):
-        bounds = f"[2, {limit or 'any'}] tokens for this model"
+    require_whole("length", asked, 2, "tokens")
+    if limit is not None and asked > limit:
+        bounds = f"[2, {limit}] tokens for this model"
         raise InputError(f"length must be in {bounds}, got {asked}: give one in that range, or none for the usual one")
     return asked
 
@@ -142,28 +144,29 @@ def evaluation_windows(
         windows: take only the first so many; None: all of the text.
 
     Raises:
-        InputError: windows below 1, or less text than that many windows need.
+        InputError: windows or length that are no whole numbers or too small, or less text than that many windows need.
     """
-    if windows is not None and windows < 1:
-        raise InputError(f"windows must be at least 1, got {windows}")
-    if length < 2:
-        raise InputError(f"length must be at least 2 tokens, got {length}")
-    ids = list(islice(token_stream(tokenizer, load_texts(dataset, split)), None if windows is None else windows * length))
+    if windows is not None:
+        require_whole("windows", windows, 1, most=MOST_WINDOWS)
+    require_whole("length", length, 2, "tokens")
+    stream = token_stream(tokenizer, load_texts(dataset, split))
+    ids = np.fromiter(islice(stream, None if windows is None else windows * length), np.int64)  # a list takes four times as much
     count = len(ids) // length
     if count < (windows or 1):
         raise InputError(
             f"the text of {dataset} ({split}) makes {len(ids)} tokens, but {windows or 1} windows of {length} tokens need "
             f"{(windows or 1) * length}: use fewer or shorter windows, or more text"
         )
-    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    return torch.from_numpy(ids[: count * length]).view(count, length)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[int]:
-    """Token ids of documents one after the other, each after a bos token where the tokenizer has one; tokenized as they are consumed."""
+    """Token ids of documents one after the other, each after a bos token where the tokenizer has one; tokenized as they are consumed, a
+    long document in pieces that give the ids of the whole (`tokens.document_ids`)."""
     for text in texts:
         if tokenizer.bos_token_id is not None:
             yield int(tokenizer.bos_token_id)
-        yield from _encode(tokenizer, text)
+        yield from document_ids(tokenizer, text)
 
 
 def _window_from(tokenizer: PreTrainedTokenizerBase, texts: list[str], start: int, length: int) -> torch.Tensor:
@@ -172,10 +175,10 @@ def _window_from(tokenizer: PreTrainedTokenizerBase, texts: list[str], start: in
     while start >= len(texts[index]):
         start -= len(texts[index])
         index += 1
-    rest, later = texts[index][start:], texts[index + 1 :]
+    enough = CHARACTERS_A_TOKEN * length
+    rest, later = texts[index][start : start + LONGEST_WORD + enough], texts[index + 1 :]
     if start:
         rest = rest[rest.find(" ", 0, LONGEST_WORD) + 1 :]  # a text without spaces is taken as it is
-    enough = CHARACTERS_A_TOKEN * length
     first = _encode_start(tokenizer, rest[:enough], length) if start else token_stream(tokenizer, [rest[:enough]])
     pieces = chain(first, token_stream(tokenizer, (text[:enough] for text in later)))
     ids = list(islice(pieces, length))
@@ -187,14 +190,8 @@ def _window_from(tokenizer: PreTrainedTokenizerBase, texts: list[str], start: in
 def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> list[int]:
     """Ids of a beginning of `text` that makes at least so many tokens, or of all of it: tokenizing is most of the work here."""
     size = 6 * tokens
-    while len(ids := _encode(tokenizer, text[:size])) < tokens and size < len(text):
+    while len(ids := encode(tokenizer, text[:size])) < tokens and size < len(text):
         size *= 2
-    return ids
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a document longer than the model's context is normal here, and is cut into windows afterwards.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 

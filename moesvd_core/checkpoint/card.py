@@ -39,7 +39,7 @@ class CardFacts:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was written, counted from the tensors, beside what the source holds.
+    """What was written, counted from the tensors, beside what the source holds; and what became of that which is not counted.
 
     Attributes:
         parameters, original_parameters: numbers in all tensors.
@@ -48,6 +48,10 @@ class Counts:
         layers: decoder layers.
         refitted_routers: layers whose routers were refitted.
         active_parameters: of a dense export, those that a token meets; None of a factored one, whose experts differ in size.
+        fewer_experts: whether it is a dense export that leaves experts out.
+        whole_experts: whether it leaves all others as they were.
+        cast: number formats before and after, where tensors were cast: ("float32", "float16").
+        in_memory: whether a model in memory was written, whose tensors need not be those of a checkpoint.
     """
 
     parameters: int
@@ -58,6 +62,10 @@ class Counts:
     layers: int
     refitted_routers: int = 0
     active_parameters: int | None = None
+    fewer_experts: bool = False
+    whole_experts: bool = False
+    cast: tuple[str, str] | None = None
+    in_memory: bool = False
 
     @property
     def ratio(self) -> float:
@@ -91,20 +99,27 @@ def model_card(facts: CardFacts, counts: Counts, format_name: str) -> str:
     table = "\n".join(f"| {_cell(what)} | {_cell(original)} | {_cell(here)} |" for what, original, here in rows)
     made = [("Method", facts.method), ("Calibration", facts.calibration), ("Command", facts.command)]
     lines = "\n".join(f"- {name}: {_code(text)}" for name, text in made if text)
-    routers = "1 router was" if counts.refitted_routers == 1 else f"{counts.refitted_routers} routers were"
-    refitted = f"{routers} refitted to what the layers before them have changed; all other "
-    kept = f"{refitted if counts.refitted_routers else ''}routers"
     title, experts, loading = _dense(facts, counts) if format_name == "dense" else _factored(counts)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {_cell(facts.source)}, {title}",
-        f"{experts}; {kept}, shared experts, attention and everything else are those of the original, bit for bit.",
+        f"{experts}; {_rest(counts)}.",
         loading,
         f"| | original | this model |\n|---|---|---|\n{table}",
         lines,
         "Made with moesvd. `SHA256SUMS` lists every file (`sha256sum -c SHA256SUMS`); `moesvd.json` holds the figures and the plan.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _rest(counts: Counts) -> str:
+    """What became of everything that is no expert."""
+    routers = "1 router was" if counts.refitted_routers == 1 else f"{counts.refitted_routers} routers were"
+    refitted = f"{routers} refitted to what the layers before them have changed; all other " if counts.refitted_routers else ""
+    cut = " (without their part for the experts that are gone)" if counts.fewer_experts else ""
+    source = "the model that was exported" if counts.in_memory else "the original"
+    exactly = f"cast from {' to '.join(counts.cast)}" if counts.cast else "bit for bit"
+    return f"{refitted}routers{cut}, shared experts, attention and everything else are those of {source}, {exactly}"
 
 
 def _factored(counts: Counts) -> tuple[str, str, str]:
@@ -123,6 +138,11 @@ def _dense(facts: CardFacts, counts: Counts) -> tuple[str, str, str]:
         f"The routed experts of {counts.factored_layers} of {counts.layers} layers are stored as whole matrices (dense format), "
         "multiplied out from what compression left of them"
     )
+    if counts.whole_experts:
+        layers = f"{counts.factored_layers} of {counts.layers} layers"
+        experts = f"{layers} have fewer routed experts (dense format), none of which was factored"
+        loading = _DENSE.format(shapes="", saves=f"it stores {_percent(counts.ratio)} fewer parameters")
+        return f"compressed by {_percent(counts.ratio)}", experts, loading
     stored = f"there are fewer experts, so it stores {_percent(counts.ratio)} fewer parameters" if fewer else "it saves no memory"
     loading = _DENSE.format(shapes="" if fewer else " and shapes", saves=stored) + as_factors
     return f"compressed{planned}, then multiplied out", experts, loading
@@ -171,7 +191,7 @@ def describe_again(folder: Path, card: CardFacts) -> None:
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     if not card.figures or facts["figures"] == [list(row) for row in card.figures]:
         return
-    counts = Counts(**{field.name: facts[field.name] for field in fields(Counts)})
+    counts = Counts(**{field.name: facts[field.name] for field in fields(Counts) if field.name in facts})  # earlier exports say less
     card = replace(card, command=card.command or facts["command"])
     texts = _texts(card, counts, facts["format"], facts["dtype"])
     for name, text in texts.items():

@@ -24,10 +24,11 @@ from moesvd_core.architectures.inspect import inspect
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.architectures.router import rerouted, router_step
 from moesvd_core.architectures.streaming import LayerStream
+from moesvd_core.atomic import is_disk_full
 from moesvd_core.checkpoint import fewer_experts
 from moesvd_core.checkpoint.apply import factored_modules, is_factored, replaced
 from moesvd_core.checkpoint.card import CardFacts, Counts, describe
-from moesvd_core.checkpoint.factored import Spec, is_dense, layer_spec, layer_tensors
+from moesvd_core.checkpoint.factored import Spec, is_dense, keeps_whole, layer_spec, layer_tensors
 from moesvd_core.checkpoint.manifest import MANIFEST
 from moesvd_core.checkpoint.native import native_copy
 from moesvd_core.checkpoint.neuron_order import neuron_order
@@ -37,7 +38,7 @@ from moesvd_core.checkpoint.staging import FACTS, staged
 from moesvd_core.checkpoint.verify import Verification, check_batch, run_layers, verify
 from moesvd_core.checkpoint.writer import ShardWriter
 from moesvd_core.decomposition.factors import LayerFactors
-from moesvd_core.errors import InputError
+from moesvd_core.errors import CheckpointError, InputError, ResourceError
 from moesvd_core.experts import FactoredExperts
 from moesvd_core.progress import Progress, Report, silent
 
@@ -81,12 +82,13 @@ def export_streamed(
 ) -> Export:
     """Write a compressed copy of a checkpoint, holding one decoder layer in memory at a time.
 
-    Tensors that are neither factored nor a refitted router's are copied bit for bit under their own names.
+    Tensors that are neither factored nor a refitted router's are copied bit for bit under their own names, but for what `dtype` casts, and
+    what belongs to pruned experts in the dense format.
 
     Args:
         source: a checked folder, or a stream over one: then that stream holds the layer whose factors are asked for.
         factors: gives each routed layer's factors.
-        dtype: floating type to write; None keeps every tensor's own.
+        dtype: floating type to write what has the experts' type in; None keeps every tensor's own.
         shard_size: bytes of tensors a file, at most.
 
     Raises:
@@ -115,9 +117,11 @@ def export_streamed(
         settings = MoesvdConfig(layers=work.specs, refitted_routers=work.refitted)
         _write_config(folder, config, settings, type(stream.model).__name__, format, dtype)
         sizes = writer.parameters, _parameters(files), writer.bytes, files.bytes
-        counts = Counts(*sizes, work.factored, len(stream.layers), len(work.refitted), _active(folder, format))
+        layers = work.factored, len(stream.layers), len(work.refitted)
+        whole = bool(work.kept) and all(work.whole)
+        counts = Counts(*sizes, *layers, _active(folder, format), bool(work.kept), whole, work.cast)
         describe(folder, card or CardFacts(files.folder.name), counts, format, dtype_name(work.stored))
-        verification = verify(folder, expected=expected, dtype=stream.dtype, device=stream.device, report=report)
+        verification = verify(folder, expected=expected, source=files, dtype=stream.dtype, device=stream.device, report=report)
     return Export(Path(destination), format, counts, verification)
 
 
@@ -131,6 +135,7 @@ class _Streamed:
         self.refitted: list[int] = []
         self.factored = 0
         self.kept: dict[int, Sequence[int]] = {}
+        self._beside: dict[str, tuple[int, torch.Size]] | None = None
         self._seen: list[ExpertLayer] = []
         self._replaced: set[str] = set()
         self._stream, self._factors, self._writer, self._format, self._dtype = stream, factors, writer, format_name, dtype
@@ -145,6 +150,8 @@ class _Streamed:
         first = next(iter(self._layers))
         self._main = self._files.header(self._keys[first][0])[0]
         self.stored = dtype or self._main
+        self.cast = None if self.stored == self._main else (dtype_name(self._main), dtype_name(self.stored))
+        self.whole: list[bool] = []
 
     def write(self, report: Report) -> Tensor:
         """Write every tensor; returns the logits of `check_batch`."""
@@ -194,9 +201,18 @@ class _Streamed:
         self.specs.append(layer_spec(layer, factors))
         tensors = dict(layer_tensors(layer, factors, stored, neuron_order(factors)))
         for name, tensor in tensors.items():
-            self._writer.add(f"{layer.name}.{name}", tensor)
+            self._writer.add(f"{self._place(layer)}.{name}", tensor)
         with replaced(model, self.specs[-1], tensors.items()):
             yield layer.index
+
+    def _place(self, layer: ExpertLayer) -> str:
+        """Where the layer's factors go in the checkpoint: behind what the source's names begin with, as all classes that read it expect.
+
+        That is not what the model's own begin with where the class that is streamed is the language model of a larger one.
+        """
+        layers = f"layers.{layer.index}."
+        key = self._keys[layer.index][0]
+        return key[: key.rindex(layers)] + layer.name[layer.name.rindex(layers) :]
 
     def _router(self, layer: ExpertLayer, weight_EF: Tensor | None) -> Tensor | None:
         """Write a refitted router's matrix in the place of the original's; gives it as it is read again, None where there is none."""
@@ -225,13 +241,16 @@ class _Streamed:
         keys = [key for key, found in numbers.items() if found and (found.expert or 0) < len(kept)]
         for key, tensor in to_disk(weights, keys, layer, self._family):
             self._writer.add(key, tensor)
+        self.whole.append(keeps_whole(layer_spec(layer, factors)))
         with replaced(self._stream.model, layer_spec(layer, factors), layer_tensors(layer, factors, stored)):
             yield layer.index
 
     def _rows(self, key: str, tensor: Tensor) -> Tensor:
         """What is left of a tensor that is not an expert's, in a dense export of pruned experts."""
-        index = fewer_experts.layer_beside(key, self._family) if self.kept else None
-        return tensor if index not in self.kept else fewer_experts.rows(tensor, self._layers[index].experts, self.kept[index])
+        if self.kept and self._beside is None:
+            self._beside = fewer_experts.beside(self._stream, len(next(iter(self.kept.values()))))
+        index, shape = (self._beside or {}).get(key, (None, tensor.shape))
+        return tensor if index is None else fewer_experts.rows(tensor, shape, self.kept[index])
 
     def _stored(self, own: torch.dtype) -> torch.dtype:
         """Only what has the experts' dtype is written in another: some families keep single tensors in float32 on purpose."""
@@ -259,7 +278,7 @@ def export(
         InputError: an unknown format, a model without factored experts, a destination that may not be replaced, or a dense format for
             layers that keep different numbers of experts.
         CheckpointError: the export did not pass verification; nothing is left of it.
-        ResourceError: the disk is full; nothing is left of the export.
+        ResourceError: the disk is full, or the model's device is; nothing is left of the export.
     """
     _check(format, None)
     modules = factored_modules(model)
@@ -278,9 +297,14 @@ def export(
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         settings = MoesvdConfig(layers=[module.spec for module in modules.values()], refitted_routers=refitted)
         _write_config(folder, config, settings, type(model).__name__, format, None)
-        counts = _counts(model, modules, ModelFiles.open(folder), len(refitted), _active(folder, format))
+        counts = _counts(model, modules, ModelFiles.open(folder), len(refitted), format)
         describe(folder, card or CardFacts(), counts, format, dtype_name(model.dtype))
-        verification = verify(folder, expected=expected, dtype=model.dtype, report=report)
+        try:
+            verification = verify(folder, expected=expected, like=written, dtype=model.dtype, device=device, report=report)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{device} has no room to load one layer of the export beside the model: move the model to the CPU and export it again"
+            ) from error
     return Export(Path(destination), format, counts, verification)
 
 
@@ -303,13 +327,24 @@ def _multiplied_out(factors: LayerFactors, dtype: torch.dtype) -> ExpertWeights:
 
 
 def _copy_side_files(source: Path, folder: Path) -> None:
-    """Tokenizer, generation settings, licence: everything a loader or a reader needs beside weights and configuration."""
+    """Tokenizer, generation settings, licence: everything a loader or a reader needs beside weights and configuration.
+
+    Raises:
+        CheckpointError: one of them leads outside the source, or cannot be read.
+    """
     ours = {CONFIG, FACTS, MANIFEST}
     for path in sorted(source.iterdir()):
         named = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         wanted = named or (path.suffix in _COPIED and not path.name.endswith(".index.json"))
-        if wanted and path.name not in ours and not path.is_dir():
-            shutil.copyfile(file_inside(source, path.name), folder / path.name)
+        if not wanted or path.name in ours or path.name.startswith(".") or path.is_dir():
+            continue
+        found = file_inside(source, path.name)
+        try:
+            shutil.copyfile(found, folder / path.name)
+        except OSError as error:
+            if is_disk_full(error) or error.filename != found:
+                raise
+            raise CheckpointError(f"{found}: cannot be read ({error.strerror}); fetch the file again") from error
 
 
 def _write_config(
@@ -327,8 +362,9 @@ def _write_config(
         config["quantization_config"] = settings.to_dict()
     (folder / FILE).unlink(missing_ok=True)
     if needs_code(architecture, format_name == "factored"):
-        config["auto_map"] = auto_map(architecture)
-        (folder / FILE).write_text(shim_source(architecture, format_name == "factored"), encoding="utf-8")
+        declared = (source.get("architectures") or [None])[0]
+        config["auto_map"] = auto_map(architecture, declared)
+        (folder / FILE).write_text(shim_source(architecture, format_name == "factored", declared), encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -342,7 +378,7 @@ def _active(folder: Path, format_name: Format) -> int | None:
 
 
 def _counts(
-    model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles, refitted: int, active: int | None
+    model: PreTrainedModel, modules: dict[str, FactoredExperts], files: ModelFiles, refitted: int, format_name: Format
 ) -> Counts:
     """Counts of a written model, and of the same with its experts unfactored."""
     parameters, layers = _parameters(files), model.config.get_text_config().num_hidden_layers
@@ -351,4 +387,7 @@ def _counts(
     native = sum(ExpertLayer(**module.expert_layer).parameters for module in modules.values())
     original = sum(tensor.numel() for tensor in held) - sum(tensor.numel() for tensor in factored) + native
     original_bytes = sum(tensor.nbytes for tensor in held) - sum(tensor.nbytes for tensor in factored) + native * model.dtype.itemsize
-    return Counts(parameters, original, files.bytes, original_bytes, len(modules), layers, refitted, active)
+    sizes = parameters, original, files.bytes, original_bytes
+    fewer = format_name == "dense" and any(module.spec.get("kept") is not None for module in modules.values())
+    whole = fewer and all(keeps_whole(module.spec) for module in modules.values())
+    return Counts(*sizes, len(modules), layers, refitted, _active(files.folder, format_name), fewer, whole, in_memory=True)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.checkpoint.neuron_order import rows_in_order
 from moesvd_core.decomposition.factors import (
     BaseDeltaFactors,
     DenseFactors,
@@ -36,6 +35,14 @@ def is_dense(factors: LayerFactors) -> bool:
     return isinstance(factors.input, DenseFactors) and isinstance(factors.output, DenseFactors)
 
 
+def keeps_whole(spec: Spec) -> bool:
+    """Whether all that a layer's description says is which experts are kept, as they were."""
+    return spec.get("kept") is not None and all(
+        side["structure"] == "dense" or (side["structure"] == "per-expert" and all(side["ranks"][expert] < 0 for expert in spec["kept"]))
+        for side in (spec["input"], spec["output"])
+    )
+
+
 def layer_spec(layer: ExpertLayer, factors: LayerFactors) -> Spec:
     """Plain data that tells `FactoredExperts` which tensors to expect; it goes into the checkpoint's configuration."""
     spec = {"layer": asdict(layer), "input": _side_spec(factors.input), "output": _side_spec(factors.output)}
@@ -49,7 +56,7 @@ def layer_tensors(
 
     Neurons stand as the factors count them, or as `neuron_order` wants them stored (`order_EM`).
     """
-    row_EN = None if order_EM is None else rows_in_order(layer, order_EM)
+    row_EN = None if order_EM is None else layer.rows_in_order(order_EM)
     for name, tensor in _side_tensors(factors.input, row_EN):
         yield f"input.{name}", in_type(tensor, dtype).contiguous()
     for name, tensor in _side_tensors(factors.output):

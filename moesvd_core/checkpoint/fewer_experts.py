@@ -1,20 +1,21 @@
 """The native form of a model whose experts were pruned: an ordinary checkpoint with fewer experts, as REAP's are.
 
 Transformers counts experts once for the whole model, so that every layer must have kept the same number. What belongs to an expert outside
-the experts module (a router's rows, a score's correction) is told by its size, and only in tensors that stand beside the experts; that
-nothing was missed is proved when the written checkpoint is loaded and compared.
+the experts module (a router's rows, a score's correction) is told by the shapes that the model with fewer experts has: a size that happens
+to be that of the experts stays. That nothing was missed is proved when the written checkpoint is loaded and compared.
 
 Shapes: E experts, K kept ones.
 """
 
-import re
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from moesvd_core.architectures.families import Family
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.architectures.streaming import LayerStream
 from moesvd_core.errors import InputError
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -48,19 +49,37 @@ def of_layer(weights: ExpertWeights, kept: Sequence[int]) -> ExpertWeights:
     return ExpertWeights(weights.input_END[chosen], weights.output_EDM[chosen], *biases)
 
 
-def rows(tensor: torch.Tensor, experts: int, kept: Sequence[int]) -> torch.Tensor:
-    """A tensor that has a row for each expert with those of the kept ones; any other tensor as it is."""
+def smaller(model: PreTrainedModel, experts: int, count: int) -> PreTrainedModel:
+    """The native model with `count` experts in the place of `experts`, without weights."""
+    config: Any = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    for name in COUNTS:
+        if (found := getattr(text, name, None)) is not None:
+            setattr(text, name, _counted(found, experts, count))
+    with torch.device("meta"):
+        made: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype)
+    return made
+
+
+def rows(tensor: torch.Tensor, shape: Sequence[int], kept: Sequence[int]) -> torch.Tensor:
+    """What is left of a tensor that has a row or a column for each expert, in the shape that it has in the smaller model."""
     chosen = torch.tensor(list(kept), device=tensor.device)
-    if tensor.ndim in (1, 2) and len(tensor) == experts:
-        return tensor.index_select(0, chosen)
-    return tensor.index_select(1, chosen) if tuple(tensor.shape) == (1, experts) else tensor
+    for dim, size in enumerate(shape):
+        if tensor.shape[dim] != size:
+            tensor = tensor.index_select(dim, chosen)
+    return tensor
 
 
-def layer_beside(key: str, family: Family) -> int | None:
-    """The decoder layer in which a checkpoint's tensor stands beside the experts, or None where it does not."""
-    places = {name.partition(".")[0] for _, name in family.disk} | {family.router.partition(".")[0]}
-    found = re.search(r"(?:^|\.)layers\.(\d+)\.([^.]+)\.", key)
-    return int(found[1]) if found and found[2] in places else None
+def beside(stream: LayerStream, count: int) -> dict[str, tuple[int, torch.Size]]:
+    """Tensors of a checkpoint outside the experts that have something for each expert: their layer, and their shape for `count` experts."""
+    layers = stream.expert_layers
+    small = smaller(stream.model, layers[0].experts, count).state_dict()
+    found = {}
+    for name, tensor in stream.model.state_dict().items():
+        layer = next((layer for layer in layers if name.startswith(f"{layer.name.rpartition('.')[0]}.")), None)
+        if layer is not None and not name.startswith(f"{layer.name}.") and small[name].shape != tensor.shape:
+            found[stream.key_of(name)] = layer.index, small[name].shape
+    return found
 
 
 def configured(config: Mapping[str, Any], experts: int, count: int) -> dict[str, Any]:
@@ -69,10 +88,13 @@ def configured(config: Mapping[str, Any], experts: int, count: int) -> dict[str,
     def value(name: str, each: Any) -> Any:
         if isinstance(each, dict):
             return configured(each, experts, count)
-        if name not in COUNTS:
-            return each
-        if isinstance(each, list):
-            return [count if one == experts else one for one in each]
-        return count if each == experts else each
+        return _counted(each, experts, count) if name in COUNTS else each
 
     return {name: value(name, each) for name, each in config.items()}
+
+
+def _counted(found: Any, experts: int, count: int) -> Any:
+    """A number of experts, or that of every layer, where there are fewer."""
+    if isinstance(found, list):
+        return [count if one == experts else one for one in found]
+    return count if found == experts else found

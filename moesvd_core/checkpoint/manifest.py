@@ -1,4 +1,8 @@
-"""SHA256SUMS: the checksum of every file of an export, in the form that `sha256sum -c` reads."""
+"""SHA256SUMS: the checksum of every file of an export, in the form that `sha256sum -c` reads.
+
+Names that begin with a dot are no part of an export: hubs, their clients and file managers leave such files and folders beside those that
+they keep (.gitattributes, .cache, .DS_Store), and no loader reads them.
+"""
 
 import hashlib
 import re
@@ -14,7 +18,8 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
 def write_manifest(folder: Path) -> None:
     """Write the checksums of all files in `folder`."""
-    _write(folder, {path.name: _checksum(path) for path in folder.iterdir() if path.is_file() and path.name != MANIFEST})
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST]
+    _write(folder, {name: _checksum(folder / name) for name in names})
 
 
 def renew_manifest(folder: Path, names: Iterable[str]) -> None:
@@ -50,13 +55,15 @@ def check_manifest(folder: Path) -> int:
     """Compare every file with its checksum; returns how many there are.
 
     Raises:
-        CheckpointError: the manifest is missing or damaged, or a file is missing, changed, unreadable or not listed.
+        CheckpointError: the manifest is missing or damaged, or a file is missing, changed, unreadable or (but for hidden ones) not listed.
     """
     listed = read_manifest(folder)
     present = {path.name for path in folder.iterdir() if path.name != MANIFEST}
-    for name in sorted(present ^ listed.keys()):
-        what = "is not listed in the manifest" if name in present else "is listed in the manifest, but missing"
-        raise CheckpointError(f"{folder / name}: {what}; make the export again")
+    for name in sorted(listed.keys() - present):
+        raise CheckpointError(f"{folder / name}: is listed in the manifest, but missing; make the export again")
+    for name in sorted(present - listed.keys()):
+        if not name.startswith("."):
+            raise CheckpointError(f"{folder / name}: is not listed in the manifest, so it is no part of the export; remove it")
     for name, checksum in listed.items():
         if _checksum(folder / name) != checksum:
             raise CheckpointError(f"{folder / name}: differs from its checksum in {MANIFEST}; fetch the file again")

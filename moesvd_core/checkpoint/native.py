@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moesvd_core.architectures.experts_io import write_experts
 from moesvd_core.architectures.find import expert_layers
@@ -34,7 +34,7 @@ def native_copy(model: PreTrainedModel) -> PreTrainedModel:
     if kept:
         return _with_fewer(result, layers, kept)
     with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(result.config, dtype=model.dtype)
+        skeleton: Any = type(model)._from_config(result.config, dtype=model.dtype)
     for name, module in factored_modules(result).items():
         _write(result, skeleton, name, layers[name], module, multiplied_out(module))
     return result  # type: ignore[no-any-return]
@@ -52,12 +52,7 @@ def _with_fewer(model: Any, layers: dict[str, ExpertLayer], kept: fewer_experts.
     """The native model of the kept experts. Its other tensors are the model's own, but for those that had a row for each expert."""
     every = [*layers.values(), *(layer for layer in expert_layers(model) if layer.name not in layers)]
     count = fewer_experts.check(every, kept, model.config.get_text_config().to_dict())
-    experts = every[0].experts
-    for field in fewer_experts.COUNTS:
-        if getattr(model.config.get_text_config(), field, None) == experts:
-            setattr(model.config.get_text_config(), field, count)
-    with torch.device("meta"):
-        result: Any = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    result: Any = fewer_experts.smaller(model, every[0].experts, count)
     for name, module in factored_modules(model).items():
         layer = replace(layers[name], experts=count)
         _write(result, result, name, layer, module, fewer_experts.of_layer(multiplied_out(module), kept[layer.index]))
@@ -68,16 +63,16 @@ def _with_fewer(model: Any, layers: dict[str, ExpertLayer], kept: fewer_experts.
         index = next((layer.index for name, layer in layers.items() if f"{path}.".startswith(f"{name.rpartition('.')[0]}.")), None)
         for own, source in ((target._parameters, held[path]._parameters), (target._buffers, held[path]._buffers)):
             for leaf, tensor in source.items():
-                own[leaf] = tensor if index is None or tensor is None else _rows(tensor, own[leaf], experts, kept[index])
+                own[leaf] = tensor if index is None or tensor is None else _rows(tensor, own[leaf], kept[index])
     result.generation_config = model.generation_config
     return result.train(model.training)  # type: ignore[no-any-return]
 
 
-def _rows(tensor: torch.Tensor, target: torch.Tensor, experts: int, kept: Sequence[int]) -> torch.Tensor:
+def _rows(tensor: torch.Tensor, target: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
     """A tensor in the shape that the smaller model has for it."""
     if tensor.shape == target.shape:
         return tensor
-    cut = fewer_experts.rows(tensor.detach(), experts, kept)
+    cut = fewer_experts.rows(tensor.detach(), target.shape, kept)
     return torch.nn.Parameter(cut, requires_grad=tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else cut
 
 

@@ -3,12 +3,11 @@
 An expert's neurons may stand in any order that both of its sides agree on. Everything that makes or compares factors counts them as the
 original does; only what a checkpoint or a model in memory holds is put in order.
 
-Shapes: as in `decomposition/factors.py`; B input rows of a neuron.
+Shapes: as in `decomposition/factors.py`.
 """
 
 import torch
 
-from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.decomposition.factors import (
     DenseFactors,
     LayerFactors,
@@ -31,14 +30,6 @@ def neuron_order(factors: LayerFactors) -> torch.Tensor | None:
     for other_M, (_, _, pivot_R) in zip(other_EM, factors.output.stored, strict=True):
         other_M[pivot_R] = 0
     return other_EM.argsort(dim=1, stable=True)
-
-
-def rows_in_order(layer: ExpertLayer, order_EM: torch.Tensor) -> torch.Tensor:
-    """Which row of the input side stands where once neurons are in order, int64 [E, N]."""
-    row_MB = layer.neuron_of_row().argsort(stable=True).view(layer.width, -1)
-    row_EN = order_EM.new_empty(len(order_EM), layer.input_rows)
-    row_EN[:, row_MB] = row_MB[order_EM]
-    return row_EN
 
 
 def _has_own_rows(factors: SideFactors) -> bool:

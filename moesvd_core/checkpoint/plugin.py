@@ -72,19 +72,41 @@ def replace_module(model: nn.Module, spec: dict[str, Any], device: torch.device 
     Raises:
         ValueError: the model has no experts there.
     """
-    name: str = spec["layer"]["name"]
-    base = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")  # loaded without its head
-    modules = dict(model.named_modules())
-    found = name if name in modules else base
-    if found not in modules:
-        raise ValueError(f"the checkpoint has factored experts at {name}, but {type(model).__name__} has no such module")
-    native = modules[found]
+    found = experts_path(model, spec["layer"]["name"])
+    native = model.get_submodule(found)
     example = next(native.parameters())
     factored = FactoredExperts(spec, gate_of(native, spec["layer"]["rows"]), device or example.device, example.dtype)
     model.set_submodule(found, factored.train(native.training))
     if spec.get("kept") is not None:
         restrict(model.get_submodule(found.rpartition(".")[0]), factored.num_experts, spec["kept"], spec["layer"]["active"])
     return factored
+
+
+def experts_path(model: nn.Module, name: str) -> str:
+    """Where a model of any class has the experts of one layer: with its head, without, or as the language model of a larger one.
+
+    Args:
+        name: where the class that they were described by has them ("model.layers.1.mlp.experts").
+
+    Raises:
+        ValueError: the model has no experts there, or several of its parts have.
+    """
+    paths: list[str] = [path for path, _ in model.named_modules()]
+    if name in paths:
+        return name
+    tail = name[name.rindex("layers.") :]  # what stands before the layers is the only thing in which classes differ
+    found = [path for path in paths if f".{path}".endswith(f".{tail}")]
+    if len(found) != 1:
+        has = f"has {len(found)} such modules" if found else "has no such module"
+        raise ValueError(f"the checkpoint has factored experts at {name}, but {type(model).__name__} {has}")
+    return found[0]
+
+
+def language_config(config: Any) -> Any:
+    """The configuration of the language model in one of a model around it, with the plug-in's settings; of a language model, itself."""
+    language = config.get_text_config()
+    language.quantization_config = config.quantization_config
+    return language
 
 
 def attach(model: Any, layers: list[dict[str, Any]], refitted_routers: list[int]) -> None:

@@ -9,6 +9,7 @@ import inspect
 from types import ModuleType
 
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from moesvd_core import batched, experts, factor_sides, grouped, kept_router, kernels, pivoted_side, rival_sides, sides, tiles
 from moesvd_core.architectures import deepseek
@@ -29,12 +30,39 @@ _MODEL = '''
 
 class {name}(transformers.{name}):
     """{name} of transformers; importing this file made transformers know the format of the experts."""
+
+    @classmethod
+    def is_custom_code(cls):
+        return False  # tensors have the names of transformers' own class, and are renamed as that one's
 '''
+_LANGUAGE_MODEL = '''
+    @classmethod
+    def from_pretrained(cls, *args, config=None, **kwargs):
+        return super().from_pretrained(*args, config=config and language_config(config), **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return super()._from_config(language_config(config), **kwargs)
+'''
+"""What a class needs besides when it is given the configuration of a whole model that it is a part of."""
 
 
-def auto_map(architecture: str) -> dict[str, str]:
-    """The entry of config.json that points transformers to the file."""
+def whole_class(architecture: str, declared: str | None) -> str | None:
+    """The class that reads images beside text, of which `architecture` is at most the language model; None where there is none.
+
+    Args:
+        declared: the class that config.json names.
+    """
+    known = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    return next((name for name in (declared, architecture) if name in known), None)
+
+
+def auto_map(architecture: str, declared: str | None = None) -> dict[str, str]:
+    """The entry of config.json that points transformers to the file; `declared` as in `whole_class`."""
     mapped = {"AutoModelForCausalLM": f"{MODULE}.{architecture}"}
+    whole = whole_class(architecture, declared)
+    if whole:
+        mapped |= dict.fromkeys(("AutoModelForImageTextToText", "AutoModelForMultimodalLM"), f"{MODULE}.{whole}")
     return {"AutoConfig": f"{MODULE}.{deepseek.DeepseekConfig.__name__}", **mapped} if _ported(architecture) else mapped
 
 
@@ -43,8 +71,11 @@ def needs_code(architecture: str, factored: bool) -> bool:
     return factored or _ported(architecture)
 
 
-def shim_source(architecture: str, factored: bool = True) -> str:
+def shim_source(architecture: str, factored: bool = True, declared: str | None = None) -> str:
     """Python source of the file for a model class ("MixtralForCausalLM"), with or without the format of factored experts.
+
+    Args:
+        declared: as in `whole_class`.
 
     Raises:
         UnsupportedModelError: transformers has no such class, and neither have we.
@@ -58,7 +89,10 @@ def shim_source(architecture: str, factored: bool = True) -> str:
         own, body = _split(module)
         imports |= dict.fromkeys(own)
         bodies.append(body)
+    whole = whole_class(architecture, declared)
     tail = "" if _ported(architecture) else _MODEL.format(name=architecture)
+    if whole not in (None, architecture):
+        tail += _LANGUAGE_MODEL + _MODEL.format(name=whole)
     return _HEAD + "\n" + "\n".join(imports) + "\n\n" + "\n\n\n".join(bodies) + "\n" + tail
 
 

@@ -1,4 +1,9 @@
-"""Proof that an export is what it should be, from its files alone: it is opened, checked and run as a stranger would run it."""
+"""Proof that an export is what it should be, from its files alone: it is opened, checked and run as a stranger would run it.
+
+Whoever writes an export says what it must answer. Beside a tolerance that only goes with answers that were computed in the same way: two
+ways to compute attention round differently, and where two experts score nearly alike, that is enough for a router to choose the other one.
+So an export of a streamed checkpoint is streamed again, and one of a model in memory runs like that model, tensors being equal bit for bit.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moesvd_core.architectures.disk_names import expert_tensor
 from moesvd_core.architectures.families import family_of
+from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.architectures.skeleton import skeleton
 from moesvd_core.architectures.streaming import DecoderStream, LayerStream
 from moesvd_core.checkpoint.manifest import check_manifest
 from moesvd_core.errors import CheckpointError
@@ -54,6 +63,8 @@ def verify(
     path: Path | str,
     *,
     expected: Tensor | None = None,
+    like: PreTrainedModel | None = None,
+    source: ModelFiles | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     report: Report = silent,
@@ -62,6 +73,8 @@ def verify(
 
     Args:
         expected: logits [1, T, V] that `check_batch` must give, within the rounding of the dtype.
+        like: the model that was written: all its tensors must be found again bit for bit, and the export runs as this one did.
+        source: the checkpoint that was compressed: if it fits the model class that its configuration names, the export must fit it too.
         dtype: floating type to run in; None takes that of the export.
         device: where it runs, layer by layer.
 
@@ -69,19 +82,61 @@ def verify(
         CheckpointError: anything is not as it should be.
     """
     files = check_manifest(Path(path))
-    stream = LayerStream(path, dtype=dtype, device=device)
+    stream = LayerStream(path, dtype=dtype, device=device, like=like)
     _refuse_leftovers(stream)
     batch = check_batch(stream.config)
+    left = {} if like is None else like.state_dict()
 
     def counted() -> Iterable[int]:
         for index in range(len(stream.layers)):
-            yield index
+            with stream.layer(index):
+                if like is not None:
+                    _take_equal(path, stream.model, left)
+                yield index
             report(Progress("verify", index + 1, len(stream.layers), f"layer {index} loads and runs"))
 
     logits = run_layers(stream, batch, counted())
+    if left:
+        raise CheckpointError(f"{path}: tensor '{next(iter(left))}' of the model that was written is missing; make the export again")
     if not torch.isfinite(logits).all():
         raise CheckpointError(f"{path}: the model answers with NaN or Inf; make the export again")
+    if like is not None:
+        _check_fit(stream, None)
+    elif source is not None:
+        _check_fit_of_source(stream, source)
     return Verification(files, len(stream.files.weight_map), None if expected is None else _compare(path, logits, expected, stream.dtype))
+
+
+def _take_equal(path: Path | str, model: nn.Module, left: dict[str, Tensor]) -> None:
+    """Take those tensors out of a model's that are loaded again; each must be the same. What it has on no device cannot be compared."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta or name not in left:
+            continue
+        given = left.pop(name)
+        if not given.is_meta and not torch.equal(given.to(tensor.device), tensor):
+            raise CheckpointError(f"{path}: reloaded, tensor '{name}' is not that of the model that was written; make the export again")
+
+
+def _check_fit_of_source(stream: LayerStream, source: ModelFiles) -> None:
+    """The class that the configuration names may see more than text, and then has the language model in another place."""
+    named = (stream.files.config.get("architectures") or [None])[0]
+    kind = getattr(transformers, named, None) if isinstance(named, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+        return
+    try:
+        _check_fit(stream, kind)
+    except Exception:
+        try:
+            LayerStream(source, kind=kind)
+        except Exception:  # whatever it is: the original is no model of that class either
+            return
+        raise
+
+
+def _check_fit(stream: LayerStream, kind: type[PreTrainedModel] | None) -> None:
+    """Tensors and places must go together in a model of another class (as `skeleton` takes it) than the one that ran too."""
+    if (kind or type(skeleton(stream.files)[0])).__name__ != type(stream.model).__name__:
+        _refuse_leftovers(LayerStream(stream.files, dtype=stream.dtype, kind=kind))
 
 
 def _refuse_leftovers(stream: LayerStream) -> None:

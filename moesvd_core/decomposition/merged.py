@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.decomposition.assignment import best_assignment
 from moesvd_core.decomposition.curves import merged_curve
 from moesvd_core.decomposition.factors import DenseFactors, MergedFactors, SideFactors
@@ -105,7 +104,7 @@ class MergedBasis:
         merged_EN, merged_ED = torch.empty_like(bias_EN), torch.empty_like(bias_ED)
         for members in self.clusters(ranks[0]).values():
             share = _shares(self._metric, members)
-            ordered = [bias_EN[expert, rows_in_order(layer, order_M)] for expert, order_M in members.items()]
+            ordered = [bias_EN[expert, layer.rows_in_order(order_M)] for expert, order_M in members.items()]
             merged_EN[list(members)] = sum(part * bias_N for part, bias_N in zip(share, ordered, strict=True))
             merged_ED[list(members)] = sum(part * bias_ED[expert] for part, expert in zip(share, members, strict=True))
         return merged_EN, merged_ED
@@ -122,20 +121,12 @@ class MergedBasis:
         return cls(metric, side, tree, merged_curve(metric, side, tensors["loss"][0], _gains(tree)))
 
 
-def rows_in_order(layer: ExpertLayer, order_M: torch.Tensor) -> torch.Tensor:
-    """Rows of an input matrix when its neurons are put in an order, [N]; a neuron's rows stay of their kind."""
-    row_MP = layer.neuron_of_row().argsort(stable=True).reshape(layer.width, -1)
-    index_N = torch.empty(layer.input_rows, dtype=torch.int64)
-    index_N[row_MP] = row_MP[order_M]
-    return index_N
-
-
 def ordered(metric: LayerMetric, side: Side, expert: int, order_M: torch.Tensor) -> torch.Tensor:
     """An expert's matrix with its neurons in an order, [rows, columns]."""
     weight_NM = metric.weight(side, expert)
     if side == "output":
         return weight_NM[:, order_M.to(metric.device)]
-    return weight_NM[rows_in_order(metric.layer, order_M).to(metric.device)]
+    return weight_NM[metric.layer.rows_in_order(order_M).to(metric.device)]
 
 
 def _gains(tree: MergeTree) -> torch.Tensor:
@@ -163,7 +154,7 @@ def _loss(metric: LayerMetric, side: Side, members: Mapping[int, torch.Tensor]) 
     mean_NM, total = _mean(metric, side, members), 0.0
     for expert, order_M in members.items():
         own_order_M = order_M.argsort()
-        own_NM = mean_NM[:, own_order_M] if side == "output" else mean_NM[rows_in_order(metric.layer, own_order_M)]
+        own_NM = mean_NM[:, own_order_M] if side == "output" else mean_NM[metric.layer.rows_in_order(own_order_M)]
         delta_NM = metric.weight(side, expert) - own_NM
         weighed_NM = metric.right(side, "output", expert).times(delta_NM if side == "input" else delta_NM.double())
         total += float((metric.left(side, "output", expert).times(delta_NM.T).T * weighed_NM).sum(dtype=torch.float64))
@@ -210,7 +201,7 @@ class _Neurons:
             gram_DD = sum((metric.right_of_input("input", expert).full() for expert in range(layer.experts)), 0 * gram_DD)
             gram_DD /= float(statistics.weight_square_E.sum())
         self._gram_DD = gram_DD.to(metric.dtype)
-        self._row_MP = layer.neuron_of_row().argsort(stable=True).reshape(layer.width, -1).to(metric.device)
+        self._row_MP = layer.rows_of_neuron().to(metric.device)
         experts = range(layer.experts)
         self._input_energy = sum(float((metric.weight("input", e) @ self._gram_DD * metric.weight("input", e)).sum()) for e in experts)
         self._output_energy = sum(float(metric.weight("output", e).square().sum()) for e in experts)

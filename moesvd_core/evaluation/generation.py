@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesvd_core.architectures.streaming import require_known
 from moesvd_core.errors import EvaluationError, InputError, require_seed, require_whole
 from moesvd_core.evaluation.hidden import context_limit
 
@@ -125,7 +126,7 @@ def encode_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     """Token ids [1, L] of a prompt that leaves room for the answer.
 
     Raises:
-        InputError: nothing to answer, no chat template, or too long for the model.
+        InputError: nothing to answer, no chat template, too long for the model, or a tokenizer of another model's.
     """
     if not prompt.strip():
         raise InputError("prompt must not be empty: write at least one word")
@@ -137,7 +138,9 @@ def encode_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     limit = context_limit(model.config)
     if limit is not None and len(ids) >= limit:
         raise InputError(f"prompt must have fewer than {limit} tokens, the model's limit, for an answer to fit; got {len(ids)}: shorten it")
-    return torch.tensor([ids], dtype=torch.int64, device=model.device)
+    ids_1L = torch.tensor([ids], dtype=torch.int64)
+    require_known(model, ids_1L)
+    return ids_1L.to(model.device)
 
 
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids_1L: torch.Tensor, sampling: Sampling) -> Iterator[Answer]:

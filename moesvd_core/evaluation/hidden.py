@@ -6,22 +6,20 @@ through the model's own norm and head a few hundred tokens at a time.
 Shapes: N windows, L tokens a window, B windows a batch, W windows and P positions of a piece, d hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from moesvd_core.architectures.streaming import DecoderStream, MemoryStream
-from moesvd_core.errors import InputError, StatisticsError
+from moesvd_core.architectures.streaming import CHUNK_ELEMENTS, DecoderStream, LayerCall, MemoryStream, require_known
+from moesvd_core.errors import InputError, StatisticsError, require_whole
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.tensor_files import load_tensors, save_tensors
 
 BATCH_TOKENS = 4096
 """Tokens that go through a layer at once unless the caller says otherwise: enough to keep a GPU busy, little beside the weights."""
-CHUNK_ELEMENTS = 2**24
-"""Logits held at once (64 MiB in float32), whatever the vocabulary."""
 CACHED_ELEMENTS, CACHED_TOKENS = 2**21, 128
 """Logits held at once on a processor, where a piece that stays in its caches takes half the time, and tokens that a piece has at least."""
 
@@ -70,30 +68,40 @@ def final_hidden(
             be named after the model: nothing but the windows is compared.
 
     Raises:
-        InputError: no windows, or a batch below 1.
+        InputError: no windows, token ids that the model does not know, or a batch that is no whole number or below 1.
     """
     if window_NL.ndim != 2 or window_NL.numel() == 0:
         raise InputError(f"windows must be a non-empty table [windows, tokens], got {tuple(window_NL.shape)}: use a longer text")
-    if batch is not None and batch < 1:
-        raise InputError(f"batch must be at least 1 window, got {batch}")
+    if batch is not None:
+        require_whole("batch", batch, 1, "windows")
     stream = as_stream(model)
+    require_known(stream.model, window_NL)
     size = batch or max(1, BATCH_TOKENS // window_NL.shape[1])
     rows = [slice(start, start + size) for start in range(0, len(window_NL), size)]
     with torch.no_grad():
-        embedded = [stream.embed({"input_ids": window_NL[part]}) for part in rows]
-        calls = [call for _, call in embedded]
-        hidden_NLd = torch.cat([hidden_BLd.cpu() for hidden_BLd, _ in embedded])
-        del embedded
         total = len(stream.layers)
-        start, hidden_NLd = _kept(keep, window_NL) or (0, hidden_NLd)
+        start, hidden_NLd = _kept(keep, window_NL) or (0, _embedded(stream, window_NL, rows))
+        # Attention masks are as large as the square of the length: those of a single batch are held, those of many made again.
+        only = _calls(stream, window_NL) if len(rows) == 1 else None
         for index in range(start, total):
             with stream.layer(index):
-                for part, call in zip(rows, calls, strict=True):
-                    hidden_NLd[part] = stream.run_layer(index, hidden_NLd[part].to(stream.device), call[index]).cpu()
+                for part in rows:
+                    entering_BLd = hidden_NLd[part].to(stream.device)
+                    hidden_NLd[part] = stream.run_layer(index, entering_BLd, (only or _calls(stream, window_NL[part]))[index]).cpu()
             if keep is not None:
                 save_tensors(keep, {"hidden": hidden_NLd, "windows": window_NL}, {"layers": index + 1})
             report(Progress("evaluate", index + 1, total, f"layer {index}"))
     return FinalHidden(stream, window_NL, hidden_NLd)
+
+
+def _embedded(stream: DecoderStream, window_NL: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
+    """Hidden states that enter the first layer, on the host."""
+    return torch.cat([stream.embed({"input_ids": window_NL[part]})[0].cpu() for part in rows])
+
+
+def _calls(stream: DecoderStream, window_BL: torch.Tensor) -> list[LayerCall]:
+    """What every layer is called with beside the hidden states."""
+    return stream.embed({"input_ids": window_BL})[1]
 
 
 def _kept(keep: Path | None, window_NL: torch.Tensor) -> tuple[int, torch.Tensor] | None:
@@ -107,17 +115,22 @@ def _kept(keep: Path | None, window_NL: torch.Tensor) -> tuple[int, torch.Tensor
     return (facts["layers"], tensors["hidden"]) if torch.equal(tensors["windows"], window_NL) else None
 
 
-def logit_chunks(final: FinalHidden) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Float32 logits of the whole text in pieces of at most `CHUNK_ELEMENTS`, in order.
+def piece_tokens(final: FinalHidden) -> int:
+    """Tokens whose logits are held at once, as suits a model's vocabulary and where it is."""
+    vocabulary = final.stream.config.get_text_config().vocab_size
+    tokens: int = max(1, CHUNK_ELEMENTS // vocabulary)
+    if final.stream.device.type == "cpu":
+        tokens = min(tokens, max(CACHED_TOKENS, CACHED_ELEMENTS // vocabulary))
+    return tokens
+
+
+def logit_chunks(final: FinalHidden, tokens: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Float32 logits of the whole text in pieces of at most so many tokens, in order.
 
     Yields:
         the windows and the positions that the piece covers (slices of [N, L]), and its logits [W, P, V].
     """
     count, length = final.window_NL.shape
-    vocabulary = final.stream.config.get_text_config().vocab_size
-    tokens = max(1, CHUNK_ELEMENTS // vocabulary)
-    if final.stream.device.type == "cpu":
-        tokens = min(tokens, max(CACHED_TOKENS, CACHED_ELEMENTS // vocabulary))
     rows, step = max(1, tokens // length), min(tokens, length)
     for row in range(0, count, rows):
         windows = slice(row, min(row + rows, count))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesvd_core.architectures.streaming import DecoderStream
 from moesvd_core.calibration.text import evaluation_windows, window_length
 from moesvd_core.errors import EvaluationError, InputError
-from moesvd_core.evaluation.hidden import FinalHidden, as_stream, context_limit, final_hidden, logit_chunks
+from moesvd_core.evaluation.hidden import FinalHidden, as_stream, context_limit, final_hidden, logit_chunks, piece_tokens
 from moesvd_core.progress import Report, silent
 
 
@@ -99,7 +99,8 @@ def compare(model: FinalHidden, reference: FinalHidden | None, dataset: str) -> 
         return Evaluation(**_perplexity(_assemble(model, (_nll(piece) for piece in next_tokens(model)))[0], dataset, model))
     if not torch.equal(model.window_NL, reference.window_NL):
         raise InputError("model and reference must be run over the same windows: use one tokenizer, text, length and number of windows")
-    pairs = zip(next_tokens(model), next_tokens(reference), strict=True)
+    tokens = min(piece_tokens(model), piece_tokens(reference))  # they may be on different devices, and pieces are compared with each other
+    pairs = zip(next_tokens(model, tokens), next_tokens(reference, tokens), strict=True)
     nll_NP, expected_NP, kl_NP, agree_NP = _assemble(model, (_distance(mine, original) for mine, original in pairs))
     figures = _perplexity(nll_NP, dataset, model)
     _refuse_non_finite(expected_NP, "the reference's negative log-likelihood")
@@ -125,10 +126,14 @@ class NextTokens:
     target: torch.Tensor
 
 
-def next_tokens(final: FinalHidden) -> Iterator[NextTokens]:
-    """Every predicted position of the text, piece by piece; a window's last position predicts nothing and is left out."""
+def next_tokens(final: FinalHidden, tokens: int | None = None) -> Iterator[NextTokens]:
+    """Every predicted position of the text, piece by piece; a window's last position predicts nothing and is left out.
+
+    Args:
+        tokens: that a piece has at most; None: as suits the model.
+    """
     last = final.window_NL.shape[1] - 1
-    for windows, positions, logits in logit_chunks(final):
+    for windows, positions, logits in logit_chunks(final, tokens or piece_tokens(final)):
         inner = slice(positions.start, min(positions.stop, last))
         if inner.start < inner.stop:
             target = final.window_NL[windows, inner.start + 1 : inner.stop + 1].to(logits.device)
@@ -145,7 +150,7 @@ def _nll(piece: NextTokens) -> _Scores:
 
 def _distance(mine: NextTokens, original: NextTokens) -> _Scores:
     """NLL of both, KL(original || mine) and whether both rank the same token first, by token."""
-    if mine.logp.shape != original.logp.shape:
+    if mine.logp.shape[-1] != original.logp.shape[-1]:
         raise InputError(f"model and reference must share one vocabulary, got {mine.logp.shape[-1]} and {original.logp.shape[-1]} tokens")
     expected = original.logp.to(mine.logp.device)
     kl = (expected - mine.logp).mul_(expected.exp()).sum(-1).clamp_min(0)  # rounding may leave a negative zero

@@ -15,9 +15,9 @@ from moesvd_core.checkpoint.verify import verify
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.errors import CheckpointError
 from moesvd_core.evaluation.perplexity import Evaluation
-from moesvd_core.pipeline import expert_dtype
 from moesvd_core.planning import Plan
 from moesvd_core.runs.workbench import Workbench
+from moesvd_core.sizes import expert_dtype
 
 TOLERANCE = 1e-3
 """By how much stored parameters may differ from the plan's, as a share."""

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moesvd_core import atomic
 from moesvd_core.architectures.files import ModelFiles, require_hub_id, resolve_model
 from moesvd_core.architectures.inspect import inspect
+from moesvd_core.calibration.identity import file_samples, sample_bytes
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.calibration.text import text_version, window_length
 from moesvd_core.errors import InputError, RunError
@@ -24,8 +23,6 @@ from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.runs.folder import Identity, RunFolder, now, run_id, runs_root
 
 SOURCE_FILE = "source.json"
-_LOOKED_AT = 256
-"""Tensors whose first row enters the fingerprint, spread evenly over the model."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,10 @@ def fingerprint(files: ModelFiles) -> str:
     Copies of a model have the same one, wherever they lie; a fine-tuned or compressed model has another.
     """
     digest = hashlib.sha256(json.dumps(files.config, sort_keys=True).encode())
-    keys = sorted(files.weight_map)
-    for key in keys:
+    for key in sorted(files.weight_map):
         digest.update(f"{key} {files.header(key)}\n".encode())
-    for key in keys[:: -(-len(keys) // _LOOKED_AT)]:
-        sample = files.read_slice(key, 0, 1) if files.header(key)[1] else files.read(key)
-        digest.update(sample.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for _, sample in file_samples(files):
+        digest.update(sample_bytes(sample))
     return digest.hexdigest()
 
 

@@ -26,6 +26,13 @@ from moesvd_core.errors import InputError
         ("gradient_samples", 0, "gradient_samples"),
         ("drawn_labels", -1, "drawn_labels must be a whole number of at least 0"),
         ("gradient_samples", 129, r"in \[1, 128\]"),
+        ("drawn_labels", 10**6, "drawn_labels must be at most 1,024, got 1,000,000"),
+        ("dataset", 5, "dataset must be the name of a data set: .*, got 5"),
+        ("dataset", None, "a hub data set, got None"),
+        ("gradient", "no", "gradient must be true or false, got 'no'"),
+        ("gradient", None, "gradient must be true or false, got None"),
+        ("intermediate_gram", "no", r"intermediate_gram must be true, false or left out \(for narrow experts only\), got 'no'"),
+        ("row_gram", 1, "row_gram must be true, false or left out .*, got 1"),
         ("dtype", "float64", "float32, bfloat16, float16"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -138,10 +139,16 @@ def test_explains_a_hub_data_set_that_cannot_be_read(monkeypatch: pytest.MonkeyP
 def test_needs_enough_text_for_the_windows(letters: Path) -> None:
     with pytest.raises(InputError, match="makes 27 tokens, but 1 windows of 28 tokens need 28"):
         evaluation_windows(tiny_tokenizer(), str(letters), 28)
-    with pytest.raises(InputError, match="windows must be at least 1, got 0"):
+    with pytest.raises(InputError, match="windows must be a whole number of at least 1, got 0"):
         evaluation_windows(tiny_tokenizer(), str(letters), 3, 0)
-    with pytest.raises(InputError, match="length must be at least 2 tokens, got 1"):
+    with pytest.raises(InputError, match="length must be a whole number of at least 2 tokens, got 1"):
         evaluation_windows(tiny_tokenizer(), str(letters), 1)
+
+
+@pytest.mark.parametrize("windows", [2.5, True, "2", 10**9])
+def test_takes_a_whole_number_of_windows_only(letters: Path, windows: Any) -> None:
+    with pytest.raises(InputError, match=r"windows must be (a whole number of at least 1, got|at most 1,000,000, got 1,000,000,000)"):
+        evaluation_windows(tiny_tokenizer(), str(letters), 3, windows)
 
 
 def test_keeps_windows_within_the_model_and_the_custom() -> None:
@@ -150,3 +157,5 @@ def test_keeps_windows_within_the_model_and_the_custom() -> None:
     assert window_length(300, None) == 300
     with pytest.raises(InputError, match=r"length must be in \[2, 256\].*got 257"):
         window_length(257, 256)
+    with pytest.raises(InputError, match=r"length must be a whole number of at least 2 tokens, got 10\.5"):
+        window_length(10.5, 256)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Statistics on disk: the same numbers back, and damage noticed wherever it is."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,45 @@ def test_a_folder_is_complete_only_with_its_summary(statistics: Statistics, tmp_
     (tmp_path / "statistics.json").write_text("{", encoding="utf-8")
     with pytest.raises(StatisticsError, match=r"statistics.json is damaged"):
         Statistics.load(tmp_path)
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_an_interrupted_save_over_other_statistics_is_not_taken_for_complete(
+    written: int, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = calibrate(MemoryStream(TINY["mixtral"]()), tiny_tokenizer(), Calibration(samples=3, length=16, seed=1))
+    other.save(tmp_path)
+    done: list[Path] = []
+
+    def killed(layer: LayerStatistics, path: Path) -> None:
+        if len(done) == written:
+            raise KeyboardInterrupt
+        done.append(path)
+        save(layer, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("moesvd_core.calibration.statistics.save", killed)
+        statistics.save(tmp_path)
+    with pytest.raises(StatisticsError, match="holds no finished calibration"):
+        Statistics.load(tmp_path)
+    statistics.save(tmp_path)
+    assert {layer.tokens for layer in Statistics.load(tmp_path).layers.values()} == {2 * 16}
+
+
+def test_what_was_in_a_folder_before_is_gone(statistics: Statistics, tmp_path: Path) -> None:
+    statistics.save(tmp_path)
+    fewer = replace(statistics, layers={0: statistics.layers[0]}, expert_layers=statistics.expert_layers[:1], window_NL=None)
+    fewer.save(tmp_path)
+    back = Statistics.load(tmp_path)
+    assert list(back.layers) == [0] and back.window_NL is None
+
+
+def test_statistics_can_be_saved_where_they_lie(statistics: Statistics, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    statistics.save(tmp_path / "real")
+    Statistics.load(tmp_path / "real").save(tmp_path / "link")
+    assert list(Statistics.load(tmp_path / "real").layers) == list(statistics.layers)
 
 
 def test_identity_tells_models_apart(tmp_path: Path) -> None:

@@ -3,24 +3,26 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_factors import layer_factors, model_factors
+from tiny_factors import kept_factors, layer_factors, model_factors
 from tiny_models import TINY, save_tiny, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moesvd_core import experts
 from moesvd_core.architectures.experts_io import read_experts
 from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import LayerStream
 from moesvd_core.checkpoint.apply import compressed, factored_modules
-from moesvd_core.checkpoint.card import CardFacts, Counts, model_card
+from moesvd_core.checkpoint.card import CardFacts, Counts, describe_again, model_card
 from moesvd_core.checkpoint.export import export, export_streamed
 from moesvd_core.checkpoint.verify import verify
 from moesvd_core.checkpoint.writer import ShardWriter
@@ -107,6 +109,46 @@ def test_trains_and_saves_again(factored: Path, tmp_path: Path) -> None:
     assert not any(info.values())
     assert torch.allclose(logits(again), after, atol=1e-6)
     assert export(trained, tiny_tokenizer(), tmp_path / "export").verification.logit_difference <= 1e-6
+
+
+@pytest.mark.parametrize("format", ["factored", "dense"])
+def test_a_model_in_memory_is_verified_in_the_way_it_runs_itself(tmp_path: Path, format: str) -> None:
+    """In bfloat16 another way to compute attention or experts makes some router choose another expert: that is no damage."""
+    sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 96, "num_local_experts": 8, "num_hidden_layers": 12}
+    tiny_model("mixtral", **sizes, initializer_range=0.06).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    ways = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "source", **ways).eval()
+    made = export(compressed(whole, model_factors(whole, leave=6)), None, tmp_path / "out", format=format)
+    assert made.verification.logit_difference <= 1e-6
+    usual = verify(made.path, dtype=torch.bfloat16)
+    assert usual.tensors == made.verification.tensors
+
+
+def test_what_a_model_keeps_in_float32_is_compared_as_such(tmp_path: Path) -> None:
+    save_tiny("deepseek_v3", tmp_path / "source")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.bfloat16).eval()
+    bias_E = whole.model.layers[1].mlp.gate.e_score_correction_bias
+    assert bias_E.dtype == torch.float32
+    bias_E += 1e-4  # which bfloat16 would lose
+    made = export(compressed(whole, model_factors(whole)), None, tmp_path / "out")
+    assert made.verification.logit_difference <= 1e-6
+
+
+def test_an_export_with_another_tensor_than_the_model_s_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TINY["mixtral"]()
+    factored = compressed(whole, model_factors(whole))
+    saved = type(factored).save_pretrained
+
+    def save_another(self: PreTrainedModel, *args: object, **kwargs: object) -> None:
+        norm_D = self.model.norm.weight.data
+        norm_D[0] += 1e-6  # no answer shows it
+        saved(self, *args, **kwargs)
+        norm_D[0] -= 1e-6
+
+    monkeypatch.setattr(type(factored), "save_pretrained", save_another)
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is not that of the model that was written"):
+        export(factored, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h", "granitemoe"])
@@ -352,6 +394,39 @@ def test_the_card_of_fewer_whole_experts_says_what_they_save() -> None:
     assert "| active parameters a token | 40 | 39 |" in card
 
 
+def test_the_card_says_bit_for_bit_only_where_it_is(source: Path, tmp_path: Path) -> None:
+    rest = "shared experts, attention and everything else are those of"
+
+    def card_of(name: str, **settings: object) -> str:
+        factors = settings.pop("factors", factors_of)
+        return (export_streamed(ModelFiles.open(source), factors, tmp_path / name, **settings).path / "README.md").read_text()
+
+    assert f"; routers, {rest} the original, bit for bit." in card_of("same", dtype=torch.float32)
+    assert f"; routers, {rest} the original, cast from float32 to float16." in card_of("half", dtype=torch.float16)
+    whole = TINY["mixtral"]()
+    layers = expert_layers(whole)
+    kept = {layer.index: kept_factors(layer, read_experts(whole.get_submodule(layer.name), layer), (0, 2)) for layer in layers}
+    gone = f"routers (without their part for the experts that are gone), {rest}"
+    card = card_of("fewer", format="dense", factors=lambda layer: kept[layer.index])
+    assert "3 of 3 layers have fewer routed experts (dense format), none of which was factored; " in card
+    assert f"; {gone} the original, bit for bit." in card
+    assert "multiplied out" not in card and "As factors" not in card
+    in_memory = compressed(whole, [(layer, kept[layer.index]) for layer in layers])
+    made = export(in_memory, None, tmp_path / "memory", format="dense")
+    assert f"{gone} the model that was exported, bit for bit." in (made.path / "README.md").read_text()
+    made = export(in_memory, None, tmp_path / "factors")
+    assert f"; routers, {rest} the model that was exported, bit for bit." in (made.path / "README.md").read_text()
+
+
+def test_figures_come_onto_the_card_of_an_export_that_says_less_of_itself(source: Path, tmp_path: Path) -> None:
+    made = export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out").path
+    facts = json.loads((made / "moesvd.json").read_text())
+    (made / "moesvd.json").write_text(json.dumps({key: facts[key] for key in facts.keys() - {"fewer_experts", "cast", "in_memory"}}))
+    describe_again(made, CardFacts("tiny", figures=(("perplexity", "40.0", "42.1"),)))
+    assert "| perplexity | 40.0 | 42.1 |" in (made / "README.md").read_text()
+    verify(made)
+
+
 def test_the_card_of_factors_counts_experts_by_use(source: Path, tmp_path: Path) -> None:
     facts = CardFacts(source="tiny", plan={"ratio": 0.4, "original_active_parameters": 1000, "active_parameters": 700})
     made = export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out", card=facts)
@@ -367,6 +442,18 @@ def test_verification_tells_a_changed_file_from_a_wrong_answer(factored: Path, t
         assert found.tensors == len(stream.keys())
     with pytest.raises(CheckpointError, match="logits differ by"):
         verify(factored, expected=torch.randn(1, 16, 128))
+
+
+def test_a_file_of_the_source_that_cannot_be_read_is_the_one_that_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(found: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), found)
+
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(CheckpointError, match=rf"{source}/.*json: cannot be read \(Permission denied\)"):
+        export_streamed(ModelFiles.open(source), factors_of, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_pushes_every_file_in_one_commit(hub: Hub, folder: Path) -> None:
+    (folder / ".cache").mkdir()  # hidden names are no part of the export, and are not published with it
+    (folder / ".cache" / "token").write_text("secret")
+    (folder / ".env").write_text("secret")
     address = push(folder, "someone/demo-40", TOKEN, endpoint=hub.address)
     assert address == f"{hub.address}/someone/demo-40/commit/abc"
     assert {token for _, token, _ in hub.requests} == {f"Bearer {TOKEN}"}

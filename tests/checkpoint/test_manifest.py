@@ -37,5 +37,14 @@ def test_a_changed_a_missing_and_an_unlisted_file_are_told(folder: Path) -> None
     with pytest.raises(CheckpointError, match=r"a\.txt: is listed"):
         check_manifest(folder)
     (folder / "a.txt").write_text("a")
-    with pytest.raises(CheckpointError, match=r"c\.txt: is not listed"):
+    with pytest.raises(CheckpointError, match=r"c\.txt: is not listed.*remove it"):
         check_manifest(folder)
+
+
+def test_what_hubs_and_file_managers_leave_beside_it_is_no_damage(folder: Path) -> None:
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".DS_Store").write_bytes(b"")
+    assert check_manifest(folder) == 2
+    write_manifest(folder)
+    assert read_manifest(folder).keys() == {"a.txt", "b.txt"}

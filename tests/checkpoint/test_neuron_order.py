@@ -19,7 +19,7 @@ from moesvd_core.checkpoint import export as exporting
 from moesvd_core.checkpoint.apply import changed, compressed, factored_modules
 from moesvd_core.checkpoint.export import export, export_streamed
 from moesvd_core.checkpoint.factored import layer_spec, layer_tensors
-from moesvd_core.checkpoint.neuron_order import neuron_order, rows_in_order
+from moesvd_core.checkpoint.neuron_order import neuron_order
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.experts import FactoredExperts, Gate, swiglu
 
@@ -84,7 +84,7 @@ def test_rows_go_where_their_neuron_goes(rows: RowOrder) -> None:
     layer, factors = random_layer(rows, False, ("dense", "pivoted"))
     order_EM = neuron_order(factors)
     neuron_N = layer.neuron_of_row()
-    for order_M, row_N in zip(order_EM, rows_in_order(layer, order_EM), strict=True):
+    for order_M, row_N in zip(order_EM, layer.rows_in_order(order_EM), strict=True):
         assert torch.equal(neuron_N[row_N], order_M[neuron_N])
         if rows != "plain":
             up_N = torch.arange(layer.input_rows) % 2 if rows == "interleaved" else torch.arange(layer.input_rows) // WIDTH

@@ -1,6 +1,8 @@
 """A folder is whole or not there, also when its maker is killed at any moment."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from tiny_models import TINY, save_tiny
 
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.checkpoint.export import export_streamed
-from moesvd_core.checkpoint.staging import FACTS, staged
+from moesvd_core.checkpoint.staging import FACTS, discard, staged
 from moesvd_core.errors import InputError, ResourceError
 
 _EXPORTS = """
@@ -98,3 +100,62 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises((ResourceError, InputError), match="file"), staged(tmp_path / "file" / "out"):
         pass
+
+
+def test_two_at_once_leave_each_other_s_work_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="holds an earlier export"), staged(out) as first:
+        (first / FACTS).write_text("first")
+        with staged(out) as second:
+            (second / FACTS).write_text("second")
+            assert (first / FACTS).read_text() == "first"
+        assert (out / FACTS).read_text() == "second"
+    assert (out / FACTS).read_text() == "second"
+    with staged(out, overwrite=True) as first:
+        (first / FACTS).write_text("third")
+        discard(out)
+    assert (out / FACTS).read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    killed = f"""
+import os, signal, sys
+from pathlib import Path
+from moesvd_core.checkpoint.staging import staged
+with staged(Path({str(tmp_path / "out")!r})) as folder:
+    (folder / "half").write_text("")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "half").exists()
+    for name in (".out.partial", ".out.12.34.replaced.partial", ".outer.12.34.partial", ".out.final.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.1.2.partial").symlink_to(tmp_path / ".outer.12.34.partial")
+    with staged(tmp_path / "out") as folder:
+        (folder / FACTS).write_text("x")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".outer.12.34.partial", ".out.final.partial", ".out.1.2.partial"}
+
+
+def test_only_what_concerns_the_destination_is_told_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="elsewhere"), staged(out):
+        (tmp_path / "elsewhere").read_text()
+    with pytest.raises(OSError, match="Input/output error"), staged(out):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(ResourceError, match="out cannot be written: Permission denied"), staged(out) as folder:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / "model.safetensors"))
+    with pytest.raises(ResourceError, match="out cannot be written: the disk is full"), staged(out):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "elsewhere"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_export_is_back_when_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        (folder / FACTS).write_text("first")
+    with pytest.raises(ResourceError, match="out cannot be written"), staged(out, overwrite=True) as folder:
+        shutil.rmtree(folder)
+    assert (out / FACTS).read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

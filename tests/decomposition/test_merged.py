@@ -7,7 +7,7 @@ from tiny_layer import TinyLayer, tiny_layer
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.decomposition.factors import DenseFactors, MergedFactors
-from moesvd_core.decomposition.merged import MergedBasis, ordered, rows_in_order
+from moesvd_core.decomposition.merged import MergedBasis, ordered
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.planning import DENSE, SIDES, Metric
 
@@ -19,7 +19,7 @@ def metric_of(tiny: TinyLayer) -> LayerMetric:
 def same_in_another_order(tiny: TinyLayer, expert: int, of: int) -> None:
     """Make an expert compute what another one does, its neurons shuffled."""
     order_M = torch.randperm(tiny.layer.width, generator=torch.Generator().manual_seed(0))
-    tiny.weights.input_END[expert] = tiny.weights.input_END[of, rows_in_order(tiny.layer, order_M)]
+    tiny.weights.input_END[expert] = tiny.weights.input_END[of, tiny.layer.rows_in_order(order_M)]
     tiny.weights.output_EDM[expert] = tiny.weights.output_EDM[of][:, order_M]
 
 
@@ -36,7 +36,7 @@ def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str) -> None:
                 for expert, order_M in members.items():
                     back_M = order_M.argsort()
                     merged_NM = factors.reconstruct()[expert]
-                    own_ENM[expert] = merged_NM[:, back_M] if side == "output" else merged_NM[rows_in_order(metric.layer, back_M)]
+                    own_ENM[expert] = merged_NM[:, back_M] if side == "output" else merged_NM[metric.layer.rows_in_order(back_M)]
             assert basis.curve.loss_SR[0, groups] == pytest.approx(measured_loss(metric, side, own_ENM), rel=1e-6, abs=1e-9)
             assert factors.parameters == groups * int(basis.curve.rank_cost_S[0])
 
@@ -82,7 +82,7 @@ def test_rows_move_with_their_neurons_and_stay_of_their_kind(rows: str) -> None:
     layer = ExpertLayer(0, "experts", 2, 4, 5, 1, rows=rows)  # type: ignore[arg-type]
     order_M = torch.tensor([3, 0, 4, 1, 2])
     neuron_N = layer.neuron_of_row()
-    moved_N = rows_in_order(layer, order_M)
+    moved_N = layer.rows_in_order(order_M)
     assert torch.equal(neuron_N[moved_N], order_M[neuron_N])
     if rows != "plain":
         kind_N = torch.arange(10) % 2 if rows == "interleaved" else torch.arange(10) // 5
@@ -97,7 +97,7 @@ def test_biases_are_those_of_the_group() -> None:
     same_in_another_order(tiny, 2, of=0)
     basis = MergedBasis.both(metric_of(tiny), "input")["input"]
     order_M = basis.clusters(2)[0][2]
-    bias_EN[2] = bias_EN[0, rows_in_order(tiny.layer, order_M.argsort())]
+    bias_EN[2] = bias_EN[0, tiny.layer.rows_in_order(order_M.argsort())]
     bias_ED[2] = bias_ED[0]
     merged_EN, merged_ED = basis.biases((2,))
     torch.testing.assert_close(merged_EN[[0, 1, 2]], bias_EN[[0, 1, 0]].float())

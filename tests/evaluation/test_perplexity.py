@@ -1,16 +1,21 @@
 """Perplexity and KL against the textbook formulas, for every family, streamed or loaded."""
 
+import weakref
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY, save_tiny
+from tiny_models import TINY, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from moesvd_core.architectures.streaming import LayerStream
+from moesvd_core.architectures.streaming import LayerStream, MemoryStream
+from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.errors import EvaluationError, InputError
 from moesvd_core.evaluation import hidden
-from moesvd_core.evaluation.hidden import final_hidden
+from moesvd_core.evaluation.generation import answer
+from moesvd_core.evaluation.hidden import final_hidden, piece_tokens
 from moesvd_core.evaluation.perplexity import compare, evaluate
 
 torch.set_num_threads(1)
@@ -124,10 +129,85 @@ def test_a_window_that_is_not_finite_is_named() -> None:
         compare(final_hidden(model, windows()), None, "random")
 
 
+@dataclass
+class OnCard:
+    """A stream that says it is on a card, where pieces of the text are larger; its tensors stay on the host."""
+
+    stream: MemoryStream
+
+    @property
+    def device(self) -> Any:
+        return type("Card", (str,), {"type": "cuda"})("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@pytest.mark.parametrize("card", ["model", "reference"])
+def test_a_model_on_a_card_is_compared_with_a_reference_on_the_host(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden, "CACHED_ELEMENTS", 128 * 16)
+    monkeypatch.setattr(hidden, "CACHED_TOKENS", 16)
+    model = TINY["mixtral"]().eval()
+    finals = {"model": final_hidden(other(model), windows()), "reference": final_hidden(model, windows())}
+    expected = compare(finals["model"], finals["reference"], "random")
+    finals[card] = replace(finals[card], stream=OnCard(MemoryStream(model if card == "reference" else other(model))))
+    assert piece_tokens(finals["model"]) != piece_tokens(finals["reference"])
+    assert compare(finals["model"], finals["reference"], "random") == expected
+
+
+def test_masks_of_one_batch_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as large as the square of the length; gpt_oss, which computes attention by itself, has two."""
+    model = TINY["gpt_oss"]().eval()
+    masks: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    embed, run_layer = MemoryStream.embed, MemoryStream.run_layer
+
+    def noted(stream: MemoryStream, batch: Any) -> Any:
+        entered, calls = embed(stream, batch)
+        for _, named in calls:
+            masks.extend(weakref.ref(value) for value in named.values() if isinstance(value, torch.Tensor) and value.ndim == 4)
+        return entered, calls
+
+    def counted(*given: Any) -> Any:
+        nonlocal most
+        most = max(most, len({id(mask()) for mask in masks if mask() is not None}))
+        return run_layer(*given)
+
+    expected = final_hidden(model, windows(), batch=5).hidden_NLd
+    monkeypatch.setattr(MemoryStream, "embed", noted)
+    monkeypatch.setattr(MemoryStream, "run_layer", counted)
+    torch.testing.assert_close(final_hidden(model, windows(), batch=1).hidden_NLd, expected)
+    assert 0 < most <= 2
+
+
+def test_a_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
+    small, tokenizer = tiny_model("mixtral", vocab_size=64), tiny_tokenizer()
+    message = r"ids must be below 64, the rows of the model's embedding, got \d+: use the tokenizer that belongs"
+    with pytest.raises(InputError, match=message):
+        evaluate(small, tokenizer, text(tmp_path / "model"), length=16)
+    with pytest.raises(InputError, match=message):
+        list(answer(small, tokenizer, "the quick brown fox"))
+    with pytest.raises(InputError, match=message):
+        calibrate(MemoryStream(small), tokenizer, Calibration(samples=2, length=16))
+
+
+def test_experts_of_odd_sizes_are_computed_in_bfloat16() -> None:
+    """Their rows are no multiple of 16 bytes, which torch's grouped product refuses."""
+    model = tiny_model("qwen3_moe", hidden_size=36, moe_intermediate_size=20)
+    exact = compare(final_hidden(model, windows()), None, "random").nll
+    assert model.config._experts_implementation == "grouped_mm", "these rows are a multiple in float32"
+    assert compare(final_hidden(model.bfloat16(), windows()), None, "random").nll == pytest.approx(exact, rel=0.02)
+    statistics = calibrate(MemoryStream(model), tiny_tokenizer(), Calibration(samples=2, length=16))
+    assert statistics.gradient == "backward"
+
+
 def test_refuses_what_cannot_be_compared() -> None:
     model = TINY["mixtral"]().eval()
     with pytest.raises(InputError, match="same windows"):
         compare(final_hidden(model, windows()), final_hidden(model, windows(4)), "random")
+    larger = tiny_model("mixtral", vocab_size=136)
+    with pytest.raises(InputError, match="must share one vocabulary, got 128 and 136 tokens"):
+        compare(final_hidden(model, windows()), final_hidden(larger, windows()), "random")
     with pytest.raises(InputError, match="non-empty"):
         final_hidden(model, torch.empty(0, 8, dtype=torch.int64))
     with pytest.raises(InputError, match="got 0"):
