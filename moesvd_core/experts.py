@@ -121,9 +121,9 @@ class FactoredExperts(nn.Module):
     def pack(self) -> None:
         """Arrange the factors, where they are, for faster answers on a CPU: exact, and undone by `unpack`.
 
-        Large ones as its kernels read them, in as many bytes. Small ones are arranged without being asked (`Side.arranged`), but for those
-        of so many ranks that parameters cannot be views: they are filled up to the largest rank here. Until `unpack` packed factors answer
-        without gradients only, and cannot be saved, moved or compiled.
+        Large ones as its kernels read them, in about as many bytes (`Side.filled_up`). Small ones are arranged without being asked
+        (`Side.arranged`), but for those of so many ranks that parameters cannot be views: they are filled up to the largest rank here.
+        Until `unpack` packed factors answer without gradients only, and cannot be saved, moved or compiled.
 
         Raises:
             ValueError: the factors are not on a CPU in bfloat16, or its kernels know no such order.

@@ -87,6 +87,7 @@ def compare(given: Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from moesvd_core.api import load_model
+    from moesvd_core.checkpoint.apply import pack_where_possible
     from moesvd_core.evaluation.generation import Sampling, encode_prompt, side_by_side
     from moesvd_core.evaluation.hidden import context_limit
     from moesvd_core.evaluation.perplexity import evaluate as measure
@@ -95,6 +96,7 @@ def compare(given: Namespace) -> None:
     disable_progress_bar()  # loading takes seconds
     original, tokenizer = load_model(given.original)
     compressed, _ = load_model(given.compressed)
+    pack_where_possible(compressed)
     if given.prompt is not None:
         encode_prompt(original, tokenizer, given.prompt, Sampling())  # refused before minutes of measuring
     with ProgressBars() as bars:

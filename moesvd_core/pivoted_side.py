@@ -80,13 +80,31 @@ class PivotedSide(Side):
         order_EC, right_RS = self._order(), self.matrix(f"right_{i}", place)
         order_C = None if order_EC is None else order_EC[expert]
         x_QC = x_QC.to(right_RS.dtype)
-        if len(x_QC) >= TURNED_ROWS[0] and not right_RS.is_mkldnn:
+        if right_RS.is_mkldnn:
+            in_order = order_C is None
+            z_QR = _packed_sum(x_QC[:, rank:], x_QC[:, :rank], right_RS, None, "add") if in_order else times(x_QC, right_RS)
+        elif len(x_QC) >= TURNED_ROWS[0]:
             z_QR = _ordered_times(order_C, right_RS, x_QC)
         else:
-            x_QC = x_QC if order_C is None else x_QC.gather(1, order_C.expand(len(x_QC), -1))
-            packed = right_RS.is_mkldnn
-            z_QR = _packed_sum(x_QC[:, rank:], x_QC[:, :rank], right_RS, None, "add") if packed else _after_identity(right_RS.t(), x_QC)
+            z_QR = _after_identity(right_RS.t(), x_QC if order_C is None else x_QC.gather(1, order_C.expand(len(x_QC), -1)))
         return times(z_QR, self.matrix(f"left_{i}", place))
+
+    def filled_up(self, name: str, weight_GNC: torch.Tensor) -> torch.Tensor:
+        """Right factors with their identities, where columns would have to be put in order at every call."""
+        order_EC = self._order()
+        if order_EC is None or not name.startswith("right"):
+            return weight_GNC
+        rank, members = self.slabs[int(name.removeprefix("right_"))]
+        identity_GRR = torch.eye(rank, dtype=weight_GNC.dtype).expand(len(members), -1, -1)
+        ordered_GRC = torch.cat([identity_GRR, weight_GNC], 2)
+        return torch.empty_like(ordered_GRC).scatter_(2, order_EC[list(members), None].expand(ordered_GRC.shape), ordered_GRC)
+
+    def taken_out(self, name: str, full_GNC: torch.Tensor) -> torch.Tensor:
+        order_EC = self._order()
+        if order_EC is None or not name.startswith("right"):
+            return full_GNC
+        rank, members = self.slabs[int(name.removeprefix("right_"))]
+        return full_GNC.gather(2, order_EC[list(members), None, rank:].expand(-1, full_GNC.shape[1], -1))
 
     def _order(self) -> torch.Tensor | None:
         """All columns, for each expert: its pivots, then the others, ascending [E, C]; made anew when pivots were replaced.

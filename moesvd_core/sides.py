@@ -227,13 +227,18 @@ class Side(nn.Module):
         """Take the parameters out of what `pack` made of them."""
         for name, packed in self._packed.items():
             weight = self.get_parameter(name)
-            plain = torch.stack([matrix_NC.to_dense()[: weight.shape[-2], : weight.shape[-1]] for matrix_NC in packed])
+            full_GNC = self.taken_out(name, torch.stack([matrix_NC.to_dense() for matrix_NC in packed]))
+            plain = full_GNC[:, : weight.shape[-2], : weight.shape[-1]].contiguous()
             self.register_parameter(name, nn.Parameter(plain.view(weight.shape), weight.requires_grad))
         self._packed.clear()
 
     def filled_up(self, name: str, weight_GNC: torch.Tensor) -> torch.Tensor:
-        """A parameter's matrices as they are packed, where some zeros save kernels."""
+        """A parameter's matrices as they are packed, where numbers that are not stored save calls or kernels; zeros come last."""
         return weight_GNC
+
+    def taken_out(self, name: str, full_GNC: torch.Tensor) -> torch.Tensor:
+        """What `filled_up` was given, with whatever zeros it put last."""
+        return full_GNC
 
     def table(self, name: str, device: torch.device, make: Callable[[], list[Any]]) -> torch.Tensor:
         """A constant of the structure on the device of the data, made once.

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -109,6 +109,12 @@ def pack(model: nn.Module) -> int:
     for module in modules:
         module.pack()
     return sum(bool(module.packed) for module in modules)
+
+
+def pack_where_possible(model: nn.Module) -> None:
+    """`pack`, for models that answer and do nothing else; where there is no such order, on a card for instance, nothing happens."""
+    with suppress(ValueError):
+        pack(model)
 
 
 def unpack(model: nn.Module) -> None:

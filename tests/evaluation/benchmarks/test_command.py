@@ -89,14 +89,15 @@ def test_inference_times_the_original_and_every_compressed_model(small: bool, mo
     size = ("--hidden", "64", "--width", "96", "--experts", "4", "--layers", "1")
     test = ("--prompts", "4", "16", "--batches", "2", "--new-tokens", "2", "--repeats", "1", "--kept", "0.5")
     table = benchmark("inference", *size, *test, *CALIBRATION, "--methods", "latent", "auto").records
-    names = ["original, grouped_mm", "original, eager", "original, batched_mm", "latent 50% kept", "auto 50% kept"]
+    compressed = ["latent 50% kept", "auto 50% kept", "auto, per-expert 50% kept"]
+    names = ["original, grouped_mm", "original, eager", "original, batched_mm", *compressed]
     if not small and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        names += ["latent 50% kept, packed", "auto 50% kept, packed"]
+        names += [f"{name}, packed" for name in compressed]
     expected = [f"{name}, 2 × 4" for name in names] + [f"{name}, 2 × 16" for name in names if "batched" not in name]
     assert [row["model"] for row in table] == expected, "copying a matrix for each pair is for few pairs"
-    original, _, _, latent, auto = table[:5]
+    original, _, _, latent, auto, per_expert = table[:6]
     assert max(float(row["prefill × original"] or 0) for row in table[:3]) == 1, "beside the fastest"
-    for half in (latent, auto):
+    for half in (latent, auto, per_expert):
         assert float(half["experts kept"] or 0) <= 0.5
         assert float(half["MFLOP/token"] or 0) < float(original["MFLOP/token"] or 0)
         assert int(half["weights, bytes"] or 0) < int(original["weights, bytes"] or 0)
