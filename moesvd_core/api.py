@@ -1,6 +1,7 @@
 """What a user imports: the stations of the pipeline on a model in memory. `moesvd_core` hands these out by name."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from moesvd_core.calibration import Calibration, Statistics
 from moesvd_core.checkpoint.apply import compressed
 from moesvd_core.checkpoint.export import export
 from moesvd_core.decomposition.factors import LayerFactors
-from moesvd_core.errors import InputError
+from moesvd_core.errors import CheckpointError, InputError, UnsupportedModelError
 from moesvd_core.evaluation.perplexity import evaluate
 from moesvd_core.pipeline import Pipeline
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress, Report, silent
+from moesvd_core.same_model import same_experts
 
 __all__ = ["calibrate", "compress", "evaluate", "export", "inspect", "load_model", "plan"]
 
@@ -93,12 +95,16 @@ def compress(model: PreTrainedModel, statistics: Statistics, plan: Plan, *, repo
 
     The copy shares every tensor that is not factored with the model.
 
+    Args:
+        model: the one that was calibrated, or the same weights loaded again, in any number format; it may have been calibrated from files.
+
     Raises:
-        InputError: the plan is of another model.
+        InputError: the plan or the statistics are of another model, or of other weights (a fine-tuned copy is calibrated for itself).
     """
     stream = MemoryStream(model)
     if list(statistics.expert_layers) != stream.expert_layers:
         raise InputError("statistics must be of the model that is compressed, got those of one with other layers: calibrate this one")
+    _require_same(statistics, stream)
     pipeline = _pipeline(statistics, stream)
     pipeline.compensate(plan, report)
 
@@ -111,6 +117,24 @@ def compress(model: PreTrainedModel, statistics: Statistics, plan: Plan, *, repo
     return compressed(model, layers())
 
 
+def _require_same(statistics: Statistics, stream: MemoryStream) -> None:
+    """Refuse a model with other experts than those that the statistics are of; decompositions that stay with them are of those.
+
+    Raises:
+        InputError: it is another one.
+    """
+    known: DecoderStream | ModelFiles | None = statistics.stream
+    if known is None and (source := _source(statistics)) is not None:
+        with suppress(CheckpointError, UnsupportedModelError):
+            known = ModelFiles.open(source)
+    if known is None:
+        statistics.stream = stream  # nothing is at hand that could tell: this is the model from now on
+    elif not same_experts(stream, known):
+        raise InputError(
+            "statistics must be of the model that is compressed, got those of one with other weights in its experts: calibrate this one"
+        )
+
+
 def _pipeline(statistics: Statistics, stream: DecoderStream | None = None) -> Pipeline:
     """The pipeline of some statistics; decompositions stay with them.
 
@@ -118,10 +142,16 @@ def _pipeline(statistics: Statistics, stream: DecoderStream | None = None) -> Pi
         InputError: the model is not at hand.
     """
     if stream is None and statistics.stream is None:
-        source = Path(statistics.model.source)
-        if not statistics.model.source or not source.is_dir():
-            raise InputError(f"the model that was calibrated is not at {str(source)!r} any more: load statistics with `stream=`")
+        if (source := _source(statistics)) is None:
+            where = repr(str(Path(statistics.model.source)))
+            raise InputError(f"the model that was calibrated is not at {where} any more: load statistics with `stream=`")
         statistics.stream = LayerStream(source, dtype=getattr(torch, statistics.model.dtype))
     used = stream or statistics.stream
     assert used is not None, "one of the two was given or made"  # noqa: S101
     return Pipeline(used, statistics, cache=statistics.decompositions)
+
+
+def _source(statistics: Statistics) -> Path | None:
+    """The folder of the model that was calibrated, if it is there."""
+    source = Path(statistics.model.source)
+    return source if statistics.model.source and source.is_dir() else None

@@ -201,7 +201,8 @@ def _add_output(kind: argparse.ArgumentParser) -> None:
 def _add_compensation(kind: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--compensate", action=argparse.BooleanOptionalAction,
-        help="fit each layer's output factors to what the layers before it have changed (default: with auto; a recipe file says it itself)",
+        help="fit each layer's output factors to what the layers before it have changed (default: what a recipe file says, else "
+        "as the method has it: with auto and mpifa)",
     )
     kind.add_argument(
         "--refit-router", action=argparse.BooleanOptionalAction,

@@ -16,6 +16,7 @@ from moesvd_core import errors
 from moesvd_core.console import LABELS, ProgressBars, plain, ranks, show_facts, show_json, show_rows
 from moesvd_core.errors import Cancelled, InputError, MoesvdError
 from moesvd_core.planning import Plan, Recipe
+from moesvd_core.planning.recipe import said_in
 from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder, runs_root
 from moesvd_core.runs.jobs import Job, read_jobs
@@ -221,17 +222,18 @@ def _recipe(given: Namespace) -> dict[str, Any]:
     """
     from moesvd_core.pipeline import method_of
 
-    base = Recipe()
+    base, said = Recipe(), {}
     if given.recipe is not None:
         try:
-            base = Recipe.from_yaml(Path(given.recipe).read_text(encoding="utf-8"))
+            said = said_in(Path(given.recipe).read_text(encoding="utf-8"))
+            base = Recipe.from_dict(said)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"recipe {given.recipe} cannot be read: {error}") from None
     elif given.ratio is None:
         raise InputError("ratio is missing: give --ratio, the share of the model's parameters to remove, or --recipe")
     chosen = {name: getattr(given, name) for name in ("method", "ratio", "flops_ratio", "budget") if getattr(given, name) is not None}
     recipe = Recipe.from_dict(base.as_dict() | chosen)
-    usual = method_of(recipe).compensate if given.recipe is None else recipe.compensate
+    usual = recipe.compensate if "compensate" in said else method_of(recipe).compensate
     if "compensate" in given:  # a command that makes a model, not a plan alone
         routers = recipe.refit_router if given.refit_router is None else given.refit_router
         recipe = replace(recipe, compensate=usual if given.compensate is None else given.compensate, refit_router=routers)

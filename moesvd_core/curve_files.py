@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from moesvd_core.errors import MoesvdError, RunError
 from moesvd_core.planning import SideCurve
-from moesvd_core.tensor_files import MADE_AGAIN, load_tensors, save_tensors
+from moesvd_core.tensor_files import MADE_AGAIN, facts_in, load_tensors, save_tensors
 
 FORMAT = "moesvd-curves-1"
+"""Version of the files; curves in another are made again."""
 
 
 def save_curves(path: Path, curves: Sequence[SideCurve]) -> None:
@@ -38,13 +39,18 @@ def save_curves(path: Path, curves: Sequence[SideCurve]) -> None:
     save_tensors(path, written, {"format": FORMAT, "curves": json.dumps(facts)})
 
 
+def are_current(path: Path) -> bool:
+    """Whether there is a file of curves in today's form."""
+    return path.exists() and _is_known(path)
+
+
 def load_curves(path: Path) -> list[SideCurve] | None:
-    """Curves as they were saved, or None when there is no such file.
+    """Curves as they were saved, or None when there is no such file, or one in the form of another version.
 
     Raises:
         RunError: the file is damaged.
     """
-    if not path.exists():
+    if not are_current(path):
         return None
     tensors, facts = load_tensors(path, error_type=RunError, fix=MADE_AGAIN, undigested=True)
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -55,3 +61,8 @@ def load_curves(path: Path) -> list[SideCurve] | None:
         ]
     except (ValueError, KeyError, TypeError, MoesvdError) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}): {MADE_AGAIN}") from error
+
+
+def _is_known(path: Path) -> bool:
+    """Whether a file is in today's form, as far as it tells; that a file is damaged is told by whoever reads it."""
+    return bool(facts_in(path).get("format", FORMAT) == FORMAT)

@@ -15,13 +15,13 @@ from moesvd_core.api import load_model
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration.statistics import SUMMARY
-from moesvd_core.checkpoint.apply import compressed
+from moesvd_core.checkpoint.apply import compressed, pack_where_possible
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import ResourceError, RunError
 from moesvd_core.evaluation.hidden import final_hidden
 from moesvd_core.evaluation.perplexity import Evaluation, compare
-from moesvd_core.pipeline import decomposition_key, single_structures
+from moesvd_core.pipeline import decomposition_key, method_of_plan, single_structures
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Report, silent
 from moesvd_core.runs.folder import RunFolder
@@ -58,6 +58,7 @@ class LiveModel:
         source = find_source(run)
         _require(int(source.facts["bytes"]), run)
         self._bench = Workbench(run, silent)
+        self._bench.source = source
         named = self._bench.calibration.dtype
         dtype = "auto" if named is None else getattr(torch, named)
         self.original, self.tokenizer = load_model(source.path, dtype=dtype, allow_remote_code=run.identity.remote_code)
@@ -81,7 +82,8 @@ class LiveModel:
             return self._pipeline.plan(recipe)
 
     def apply(self, plan: Plan) -> PreTrainedModel:
-        """The model as a plan makes it; generates like any other, beside the original.
+        """The model as a plan makes it; generates like any other, beside the original. It is for answers alone: on a CPU its factors are
+        packed (`checkpoint.apply.pack`), as fast as they get there.
 
         Raises:
             InputError: the plan is of another model.
@@ -111,7 +113,9 @@ class LiveModel:
         if self._applied is None or self._applied[0] != plan:
             self._applied = None  # its factors may go before the new ones come
             self._keep_method_of(plan)
-            self._applied = plan, compressed(self.original, self._layers(plan))
+            model = compressed(self.original, self._layers(plan))
+            pack_where_possible(model)
+            self._applied = plan, model
         return self._applied[1]
 
     def _layers(self, plan: Plan) -> Iterator[tuple[ExpertLayer, LayerFactors]]:
@@ -121,8 +125,13 @@ class LiveModel:
 
     def _keep_method_of(self, plan: Plan) -> None:
         """Let the decompositions of other methods go; keep this one's where that is little."""
-        cache = self._pipeline.cache
-        keys = {decomposition_key(single) for single in single_structures(method(plan.method).customised(metric=plan.metric))}
+        factored = [layer for layer in plan.layers if layer.selected]
+        if not factored:
+            return
+        cache, chosen = self._pipeline.cache, method_of_plan(plan, factored)
+        if set(chosen.structures) < set(own := method(plan.method).structures):
+            chosen = chosen.customised(structures=own)  # the next plan may want those that this one does without
+        keys = {decomposition_key(single) for single in single_structures(chosen)}
         for other in [entry for entry in cache if entry[0] not in keys]:
             del cache[other]
         folders = [self.run.path / "factors" / key for key in keys]

@@ -5,40 +5,41 @@ decomposed is kept in a folder (a run) or in memory (a session), layer by layer,
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import prod
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from moesvd_core.architectures.disk_names import expert_tensor
 from moesvd_core.architectures.experts_io import read_experts
-from moesvd_core.architectures.families import family_of
-from moesvd_core.architectures.layout import ExpertLayer
+from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.architectures.streaming import DecoderStream, LayerCall, LayerStream
 from moesvd_core.calibration.states import DiskStates, MemoryStates, before
-from moesvd_core.calibration.statistics import Statistics
+from moesvd_core.calibration.statistics import LayerFolder, LayerStatistics, Statistics
 from moesvd_core.checkpoint.apply import changed
 from moesvd_core.checkpoint.neuron_order import neuron_order
 from moesvd_core.compensation import Compensation, batches_of
-from moesvd_core.curve_files import load_curves, save_curves
-from moesvd_core.decomposition.decompose import Decomposition, decompose, is_outdated
+from moesvd_core.curve_files import are_current, load_curves, save_curves
+from moesvd_core.decomposition.decompose import Decomposition, PackedDecomposition, decompose, is_outdated
 from moesvd_core.decomposition.decompose import load as load_decomposition
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS, Method, method
 from moesvd_core.errors import InputError, RunError, StatisticsError
 from moesvd_core.fitted import FittedLayers, fit_key, is_fitted, is_refitted
-from moesvd_core.planning import ModelShape, Plan, Recipe, SideCurve, SidePlan, layer_plans, max_ratio, plans
+from moesvd_core.planning import LayerPlan, ModelShape, Plan, Recipe, SideCurve, SidePlan, Structure, layer_plans, max_ratio, plans
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.sensitivity import LayerSensitivity, scores, sensitivities
+from moesvd_core.sizes import shape_of
 
-Cache = MutableMapping[tuple[str, int], Decomposition]
+Cache = MutableMapping[tuple[str, int], Decomposition | PackedDecomposition]
 """Decompositions by key (`decomposition_key`) and layer."""
+Materials = Callable[[], tuple[ExpertWeights, LayerStatistics]]
+"""What a layer's decompositions are made of."""
 
 
 def method_of(recipe: Recipe, methods: Mapping[str, Method] = METHODS) -> Method:
@@ -54,41 +55,14 @@ def method_of(recipe: Recipe, methods: Mapping[str, Method] = METHODS) -> Method
     return method(recipe.method, methods).customised(metric=recipe.metric, structures=structures, allocation=recipe.allocation)
 
 
-def expert_dtype(stream: DecoderStream) -> torch.dtype:
-    """Floating type in which the model's experts are stored; a stream may compute in another."""
-    if isinstance(stream, LayerStream):
-        family = family_of(stream.config)
-        return next(stream.files.header(key)[0] for key in stream.files.weight_map if expert_tensor(key, family))
-    return next(stream.model.get_submodule(stream.expert_layers[0].name).parameters()).dtype
+def method_of_plan(plan: Plan, layers: Iterable[LayerPlan], methods: Mapping[str, Method] = METHODS) -> Method:
+    """The method that made some layers of a plan, with the structures that they have; one of them at least must be factored.
 
-
-def shape_of(stream: DecoderStream, dtype: torch.dtype | None = None) -> ModelShape:
-    """The sizes that ratios are counted against, from the headers of the files or from the model itself.
-
-    Args:
-        dtype: floating type of the export; None: that of the files, whatever the model is computed in.
+    A recipe's own metric and structure belong together: neither need go with what the named method has in the other's place.
     """
-    layers = stream.expert_layers
-    if isinstance(stream, LayerStream):
-        stored = [stream.files.header(key) for key in stream.files.weight_map]
-    else:
-        tensors = {tensor.data_ptr(): tensor for tensor in stream.model.state_dict().values() if tensor.numel()}  # tied ones once
-        stored = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors.values()]
-    main = expert_dtype(stream)
-    written = dtype or main
-    parameters = sum(prod(shape) for _, shape in stored)
-    silent_parameters = sum(layer.parameters * (layer.experts - layer.active) // layer.experts for layer in layers)
-    embedding: Any = stream.model.get_input_embeddings().weight
-    head = stream.model.get_output_embeddings()
-    tied = head is not None and getattr(head, "weight", None) is embedding
-    return ModelShape(
-        parameters=parameters,
-        active_parameters=parameters - silent_parameters,
-        bytes=sum((written if own == main else own).itemsize * prod(shape) for own, shape in stored),
-        expert_parameters=sum(layer.parameters for layer in layers),
-        bytes_per_expert_parameter=written.itemsize,
-        embedding_parameters=0 if tied else embedding.numel(),
-    )
+    used = {side.structure for layer in layers for side in (layer.input, layer.output)} - {"dense"}
+    structures = tuple(structure for structure in get_args(Structure) if structure in used)
+    return method(plan.method, methods).customised(metric=plan.metric, structures=structures)
 
 
 @dataclass
@@ -100,9 +74,11 @@ class Pipeline:
         statistics: what calibration learned about it.
         folder: where decompositions (`factors/`) and curves (`curves/`) are kept; None: in `cache`.
         dtype: floating type of what is written; None: that of the source.
-        cache: decompositions of this session.
+        cache: decompositions of this session; packed, where weights or statistics are read layer by layer and would pile up in it.
         resident: keep decompositions in `cache` although there is a folder: for whoever changes the ratio often, and has the memory.
         methods: what the names of recipes and plans stand for.
+        files: the model's files, where `stream` is over what was loaded from them: they may hold more than what was loaded, and ratios are
+            of all of it; None: those of the stream, where it has some.
     """
 
     stream: DecoderStream
@@ -112,6 +88,7 @@ class Pipeline:
     cache: Cache = field(default_factory=dict)
     resident: bool = False
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+    files: ModelFiles | None = None
 
     @cached_property
     def fitted(self) -> FittedLayers:
@@ -126,7 +103,7 @@ class Pipeline:
     @cached_property
     def shape(self) -> ModelShape:
         """The model's size."""
-        return shape_of(self.stream, self.dtype)
+        return shape_of(self.stream, self.dtype, self.files)
 
     @cached_property
     def sensitivities(self) -> list[LayerSensitivity]:
@@ -138,18 +115,22 @@ class Pipeline:
     def curves(self, method: Method, report: Report = silent) -> list[SideCurve]:
         """What every structure of the method loses at every rank, of all layers; layers are decomposed where that was not done yet."""
         found: dict[tuple[int, str], list[SideCurve]] = {}
-        missing = []
+        missing: dict[int, list[Method]] = {}
         for index in self.layers:
             for single in single_structures(method):
                 curves = self._kept_curves(single, index)
                 if curves is None:
-                    missing.append((index, single))
+                    missing.setdefault(index, []).append(single)
                 else:
                     found[index, single.structures[0]] = curves
-        for done, (index, single) in enumerate(missing, start=1):
+        done, total = 0, sum(map(len, missing.values()))
+        for index, singles in missing.items():
             with self.stream.layer(index):
-                found[index, single.structures[0]] = self._decomposition(index, single).curves
-            report(Progress("decompose", done, len(missing), f"layer {index}, {single.structures[0]}, {single.metric} metric"))
+                materials = self._materials(index)
+                for single in singles:
+                    found[index, single.structures[0]] = self._decomposition(index, single, materials).curves
+                    done += 1
+                    report(Progress("decompose", done, total, f"layer {index}, {single.structures[0]}, {single.metric} metric"))
         return [curve for key in sorted(found) for curve in found[key]]
 
     def _kept_curves(self, single: Method, index: int) -> list[SideCurve] | None:
@@ -158,29 +139,52 @@ class Pipeline:
         kept = self.cache.get((decomposition_key(single), index))
         return None if kept is None else kept.curves
 
-    def _decomposition(self, index: int, single: Method) -> Decomposition:
-        """One layer by one structure, from the session, the folder, or made now. Needs the layer's weights: ask inside `stream.layer`."""
-        key = (decomposition_key(single), index)
-        if key in self.cache:
-            return self.cache[key]
-        layer = self.layers[index]
-        weights = read_experts(self.stream.model.get_submodule(layer.name), layer)
-        statistics = self.statistics.layers[index]
+    def _materials(self, index: int) -> Materials:
+        """A layer's weights and statistics for all that is asked of it while it is loaded: read when they are needed, and once."""
+
+        @lru_cache(maxsize=1)
+        def read() -> tuple[ExpertWeights, LayerStatistics]:
+            layer = self.layers[index]
+            held = (kept.statistics for (_, at), kept in self.cache.items() if at == index and isinstance(kept, Decomposition))
+            weights = read_experts(self.stream.model.get_submodule(layer.name), layer)
+            return weights, next(held, None) or self.statistics.layers[index]
+
+        return read
+
+    def _decomposition(self, index: int, single: Method, materials: Materials | None = None) -> Decomposition:
+        """One layer by one structure, from the session, the folder, or made now. Needs the layer's weights: ask inside `stream.layer`.
+
+        Args:
+            materials: from `_materials`, for whoever asks for several structures.
+        """
+        materials = materials or self._materials(index)
+        key, layer, device = (decomposition_key(single), index), self.layers[index], self.stream.device
+        held = self.cache.get(key)
+        if held is not None:
+            return held.unpacked(*materials(), layer, device=device) if isinstance(held, PackedDecomposition) else held
+        weights, statistics = materials()
         file = None if self.folder is None else self._file("factors", single, index)
         kept = file is not None and file.exists() and not is_outdated(file)
         if file is not None and kept:
-            made = load_decomposition(file, weights, layer, statistics, single, device=self.stream.device)
+            made = load_decomposition(file, weights, layer, statistics, single, device=device)
         else:
-            made = decompose(weights, layer, statistics, single, device=self.stream.device)
+            made = decompose(weights, layer, statistics, single, device=device)
         if file is None or self.resident:
             made.release()  # those of all layers would not fit
-            self.cache[key] = made
+            self.cache[key] = made if self.resident or not self._read_in_turn else made.packed()
         if file is not None:
+            curves = self._file("curves", single, index)
             if not kept:
+                curves.unlink(missing_ok=True)  # of factors that are outdated
                 made.save(file)
-            if not (curves := self._file("curves", single, index)).exists():
+            if not are_current(curves):
                 save_curves(curves, made.curves)  # last: a layer with curves has its factors
         return made
+
+    @property
+    def _read_in_turn(self) -> bool:
+        """Whether layers are read from files one after the other, weights or statistics: what is kept must not hold them all."""
+        return isinstance(self.stream, LayerStream) or isinstance(self.statistics.layers, LayerFolder)
 
     def _file(self, station: str, single: Method, index: int) -> Path:
         folder = (self.folder or Path()) / station / decomposition_key(single)
@@ -248,13 +252,15 @@ class Pipeline:
             StatisticsError: the token ids of the calibration were not kept.
             UnsupportedModelError: routers that cannot be refitted.
         """
+        work = self._fitting_work(plan)
         if all(self.fitted.has(plan, index) for index in self.layers):
+            if work is not None:
+                shutil.rmtree(work, ignore_errors=True)  # it ended between the last layer and this
             return
         window_NL = self.statistics.window_NL
         if window_NL is None:
             raise StatisticsError("compensation reads the calibration text again, and these statistics do not hold it: calibrate again")
         chosen = method(plan.method, self.methods)
-        work = None if self.folder is None else self.folder / "work" / f"compensate-{fit_key(plan)}"
         Compensation(
             stream=self.stream,
             batches=batches_of(window_NL),
@@ -269,6 +275,18 @@ class Pipeline:
         ).run(report)
         if work is not None:
             shutil.rmtree(work)
+
+    def _fitting_work(self, plan: Plan) -> Path | None:
+        """Folder of the hidden states of a plan that is being fitted. Those of other plans go: nobody else is at work in the folder, so
+        they were given up; whoever comes back to such a plan finds its fitted layers, and runs the text through them again.
+        """
+        if self.folder is None:
+            return None
+        own = self.folder / "work" / f"compensate-{fit_key(plan)}"
+        for other in own.parent.glob("compensate-*"):
+            if other != own:
+                shutil.rmtree(other)
+        return own
 
     def _fitted_factors(self, plan: Plan, index: int) -> LayerFactors | None:
         """A layer as it was fitted; None where it was not yet."""
@@ -291,13 +309,13 @@ class Pipeline:
             return None
         if index not in self.layers:
             raise InputError(f"the plan decomposes layer {index}, but this model has experts in layers {sorted(self.layers)}: plan again")
-        base = method(plan.method, self.methods).customised(metric=plan.metric)
-        dense = SidePlan("dense", (), 0, 0.0)
         sides: dict[str, SidePlan] = {"input": layer_plan.input, "output": layer_plan.output}
+        dense, materials = SidePlan("dense", (), 0, 0.0), self._materials(index)
         made: LayerFactors | None = None
-        for structure in sorted({side.structure for side in sides.values()} - {"dense"}):
+        for single in single_structures(method_of_plan(plan, [layer_plan], self.methods)):
+            structure = single.structures[0]
             its = {name: side if side.structure == structure else dense for name, side in sides.items()}
-            decomposition = self._decomposition(index, base.alone(structure))  # type: ignore[arg-type]
+            decomposition = self._decomposition(index, single, materials)
             part = decomposition.materialise(replace(layer_plan, **its), refined=refined, on_host=True)  # type: ignore[arg-type]
             names = [name for name, side in sides.items() if side.structure == structure]
             made = part if made is None else replace(made, **{name: getattr(part, name) for name in names})

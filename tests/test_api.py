@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import TINY, save_tiny, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moesvd_core as moesvd
+from moesvd_core.architectures.streaming import LayerStream
 from moesvd_core.errors import InputError
 
 README = Path(__file__).parents[1] / "README.md"
@@ -86,6 +87,48 @@ def test_statistics_of_another_model_are_refused(folder: Path) -> None:
     plan = moesvd.plan(statistics, moesvd.Recipe(ratio=0.2))
     with pytest.raises(InputError, match="must be of the model that is compressed"):
         moesvd.compress(tiny_model("mixtral", num_hidden_layers=4), statistics, plan)
+
+
+def fine_tuned() -> PreTrainedModel:
+    """The tiny model with other experts."""
+    model = TINY["mixtral"]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("calibrated", ["in memory", "from files", "in an earlier session"])
+def test_statistics_of_other_weights_are_refused(folder: Path, tmp_path: Path, calibrated: str) -> None:
+    """The factors would be the calibrated model's, in another one's backbone."""
+    model, tokenizer = moesvd.load_model(folder)
+    read = LayerStream(folder) if calibrated == "from files" else model
+    statistics = moesvd.calibrate(read, tokenizer, CALIBRATION, folder=tmp_path / "statistics")
+    plan = moesvd.plan(statistics, moesvd.Recipe(method="svd-llm", ratio=0.2))
+    if calibrated == "in an earlier session":
+        statistics = moesvd.Statistics.load(tmp_path / "statistics")
+    with pytest.raises(InputError, match="must be of the model that is compressed, got those of one with other weights"):
+        moesvd.compress(fine_tuned(), statistics, plan)
+    moesvd.compress(model, statistics, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_was_calibrated_from_its_files_is_compressed_in_memory(folder: Path, dtype: torch.dtype) -> None:
+    model, tokenizer = moesvd.load_model(folder, dtype=dtype)
+    statistics = moesvd.calibrate(LayerStream(folder), tokenizer, CALIBRATION)
+    compressed = moesvd.compress(model, statistics, moesvd.plan(statistics, moesvd.Recipe(ratio=0.2)))
+    assert moesvd.evaluate(compressed, tokenizer, dataset="sotu", windows=2, length=24).perplexity > 0
+
+
+def test_where_the_calibrated_model_is_gone_the_first_one_that_is_compressed_stands_for_it(tmp_path: Path) -> None:
+    statistics = moesvd.calibrate(TINY["mixtral"](), tiny_tokenizer(), CALIBRATION)
+    plan = moesvd.plan(statistics, moesvd.Recipe(method="svd-llm", ratio=0.2))
+    statistics.save(tmp_path)
+    loaded = moesvd.Statistics.load(tmp_path)
+    moesvd.compress(TINY["mixtral"](), loaded, plan)
+    with pytest.raises(InputError, match="with other weights"):
+        moesvd.compress(fine_tuned(), loaded, plan)
 
 
 @pytest.mark.parametrize("ratio", [-1, 1, float("nan"), "abc", None])

@@ -26,6 +26,7 @@ from moesvd_core.architectures.inspect import inspect
 from moesvd_core.cli import main, parser
 from moesvd_core.evaluation import zero_shot
 from moesvd_core.evaluation.zero_shot import TaskScore
+from moesvd_core.planning import Recipe
 from moesvd_core.runs.client import enqueue
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.jobs import read_jobs
@@ -59,6 +60,24 @@ def test_a_recipe_file_says_whether_routers_are_refitted_unless_the_command_does
     source = ["--recipe", str(tmp_path / "recipe.yaml")] if file else ["--ratio", "0.2"]
     typed = ["compress", "model", *source, "--output", "out", *words]
     assert commands._recipe(parser(typed).parse_args(typed))["refit_router"] is expected
+
+
+@pytest.mark.parametrize(("words", "file", "expected"), [
+    ([], "method: mpifa\nratio: 0.3", True),
+    ([], "ratio: 0.3", True),
+    ([], "method: svd-llm\nratio: 0.3", False),
+    ([], "method: mpifa\nratio: 0.3\ncompensate: false", False),
+    ([], "method: svd-llm\nratio: 0.3\ncompensate: true", True),
+    (["--no-compensate"], "method: mpifa\nratio: 0.3\ncompensate: true", False),
+    (["--method", "mpifa"], "method: svd-llm\nratio: 0.3", True),
+])
+def test_a_recipe_file_that_says_nothing_of_compensation_leaves_it_to_the_method(
+    words: list[str], file: str, expected: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(file)
+    typed = ["compress", "model", "--recipe", str(tmp_path / "recipe.yaml"), "--output", "out", *words]
+    assert commands._recipe(parser(typed).parse_args(typed))["compensate"] is expected
+    assert not Recipe.from_yaml("method: mpifa\nratio: 0.3").compensate  # nobody fills anything in there
 
 
 def test_compress_prints_figures_of_what_it_wrote(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

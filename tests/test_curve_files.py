@@ -8,9 +8,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from moesvd_core.curve_files import load_curves, save_curves
+from moesvd_core.curve_files import are_current, load_curves, save_curves
 from moesvd_core.errors import RunError
 from moesvd_core.planning import SideCurve
+from moesvd_core.tensor_files import load_tensors, save_tensors
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo-run"
 
@@ -51,6 +52,17 @@ def test_files_of_an_earlier_version_have_no_digest_and_are_read(tmp_path: Path)
     assert loaded is not None
     np.testing.assert_array_equal(loaded[0].loss_SR, curve(3).loss_SR)
     assert load_curves(next(DEMO.glob("curves/*/layer-000.safetensors")))  # the shipped run is of one
+
+
+def test_a_file_in_another_form_is_no_curve(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_curves(file, [curve(3)])
+    assert are_current(file)
+    tensors, facts = load_tensors(file)
+    save_tensors(file, tensors, {**facts, "format": "moesvd-curves-0"})
+    assert not are_current(file)
+    assert load_curves(file) is None
+    assert all(are_current(shipped) for shipped in DEMO.glob("curves/*/*.safetensors"))
 
 
 def test_no_file_is_no_curve_and_a_damaged_one_is_told(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from moesvd_core.architectures.find import expert_layers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.batched import Slots, slot_rows
 from moesvd_core.checkpoint.apply import compressed, factored_modules, pack, replace_experts, unpack
-from moesvd_core.checkpoint.neuron_order import neuron_order, rows_in_order
+from moesvd_core.checkpoint.neuron_order import neuron_order
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors, PerExpertFactors
 from moesvd_core.evaluation.speed import _flops, weight_bytes
 from moesvd_core.experts import FactoredExperts
@@ -78,7 +78,7 @@ def test_every_structure_equals_its_matrices(
     factored = replace_experts(model, layer, factors)
     input_END, output_EDM = factors.input.reconstruct(), factors.output.reconstruct()
     if (order_EM := neuron_order(factors)) is not None:
-        row_EN = rows_in_order(layer, order_EM)
+        row_EN = layer.rows_in_order(order_EM)
         input_END = torch.stack([matrix_ND[row_N] for matrix_ND, row_N in zip(input_END, row_EN, strict=True)])
         output_EDM = torch.stack([matrix_DM[:, order_M] for matrix_DM, order_M in zip(output_EDM, order_EM, strict=True)])
     assert torch.allclose(factored.input.matrices(), input_END, atol=1e-6)

@@ -8,16 +8,20 @@ import pytest
 import torch
 from runs.run_helpers import new_run
 from runs.tiny_runs import TEXT, do, tiny_run
+from safetensors.torch import load_file, save_file
+from tiny_models import TINY, save_tiny, tiny_tokenizer
 
+from moesvd_core import experts
 from moesvd_core import live as live_module
-from moesvd_core.checkpoint.apply import factored_modules
+from moesvd_core.architectures.inspect import inspect
+from moesvd_core.checkpoint.apply import compressed, factored_modules
 from moesvd_core.errors import InputError, ResourceError, RunError
 from moesvd_core.evaluation.hidden import final_hidden
 from moesvd_core.evaluation.perplexity import Evaluation
 from moesvd_core.live import LiveModel, LiveModels, fits, live_memory
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.known import measurements
+from moesvd_core.runs.known import known_plan, measurements
 from moesvd_core.runs.workbench import Text
 
 WINDOWS = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -52,6 +56,46 @@ def test_compressed_and_original_share_all_but_the_experts(live: LiveModel) -> N
     assert not factored_modules(live.original)
     assert not torch.equal(final_hidden(compressed, WINDOWS).hidden_NLd, before)
     assert torch.equal(final_hidden(live.original, WINDOWS).hidden_NLd, before)
+
+
+def test_files_that_hold_more_than_what_is_loaded_make_no_other_plan(tmp_path: Path) -> None:
+    """Layers for multi-token prediction are parameters that ratios are of, though no token of text meets them."""
+    file = save_tiny("glm4_moe", tmp_path / "model") / "model.safetensors"
+    tensors = load_file(file)
+    further = {key.replace("layers.2.", "layers.3."): tensor.clone() for key, tensor in tensors.items() if "layers.2." in key}
+    save_file(tensors | further, file, metadata={"format": "pt"})
+    made = tiny_run(tmp_path / "run", tmp_path / "model")
+    assert do(made, "analyze", methods=["svd-llm"], text=TEXT).state == "finished"
+    recipe = Recipe("svd-llm", 0.15)
+    plan = LiveModel(made).plan(recipe)
+    assert plan == known_plan(made, recipe)
+    assert plan.original_parameters == sum(tensor.numel() for tensor in (tensors | further).values())
+    silent = sum(layer.parameters * (layer.experts - layer.active) // layer.experts for layer in inspect(file.parent).expert_layers)
+    assert plan.original_active_parameters == sum(tensor.numel() for tensor in tensors.values()) - silent
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
+def test_large_factors_are_packed_on_a_cpu_and_answer_as_those_of_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "SMALL_EXPERT", 0)
+    TINY["mixtral"]().bfloat16().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    made = tiny_run(tmp_path / "run", tmp_path / "model")
+    assert do(made, "analyze", methods=["auto"], text=TEXT).state == "finished"
+    live = LiveModel(made)
+    plan = live.plan(Recipe(ratio=0.3))
+    model = live.apply(plan)
+    assert all(module.packed for module in factored_modules(model).values())
+    plain = compressed(live.original, live._layers(plan))
+    expected = final_hidden(plain, WINDOWS).hidden_NLd.float()
+    assert (final_hidden(model, WINDOWS).hidden_NLd.float() - expected).norm() <= 1e-2 * expected.norm()
+    assert len(model.generate(WINDOWS[:1, :8], max_new_tokens=3, do_sample=False)[0]) == 11
+    assert live.measure(Recipe(ratio=0.3), ON).tokens > 0
+
+
+def test_a_plan_whose_metric_is_not_the_methods_own_is_applied(live: LiveModel) -> None:
+    plan = live.plan(Recipe("svd", 0.1, structure="kept-experts", metric="saliency"))
+    assert factored_modules(live.apply(plan))
+    assert live.apply(live.plan(Recipe("svd", 0.0, structure="kept-experts", metric="saliency"))) is not live.original
 
 
 def test_a_model_in_use_stays_as_it_is_when_another_plan_is_applied(live: LiveModel) -> None:

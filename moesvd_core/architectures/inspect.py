@@ -36,7 +36,8 @@ class ModelFacts:
         hidden, width: d and m of the experts. This and the line above are of the first layer with experts; `expert_layers` has all.
         parameters: all numbers stored in the files.
         expert_parameters: those of routed experts.
-        active_parameters: those that a token meets: all but the experts that do not answer it; averaged where experts differ in size.
+        active_parameters: those that a token of text meets: the language model's (see `text_parameters`) but for the experts that do not
+            answer it; averaged where experts differ in size.
         bytes: of all tensors on disk.
         dtype: in which most bytes are stored ("bfloat16").
         context_length: tokens that the model reads at most, or None where the configuration does not say.
@@ -127,7 +128,7 @@ def _facts(source: str, files: ModelFiles, licence: str | None, *, gated: bool, 
         width=first.width,
         parameters=parameters,
         expert_parameters=sum(_count(module) for module in modules),
-        active_parameters=parameters - silent,
+        active_parameters=text_parameters(model) - silent,
         bytes=files.bytes,
         dtype=_dtype(files),
         context_length=getattr(text, "max_position_embeddings", None),
@@ -136,6 +137,16 @@ def _facts(source: str, files: ModelFiles, licence: str | None, *, gated: bool, 
         warnings=tuple(_warnings(config, files, family, len(decoder), licence, gated)),
         expert_layers=tuple(layers),
     )
+
+
+def text_parameters(model: Any) -> int:
+    """All numbers of the language model: its decoder and its head, with those that are tied once; works without weights too.
+
+    What a model has beside them is for pictures or sound, and what only its files hold is for several tokens at once: text meets neither.
+    """
+    decoder, head = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0]), model.get_output_embeddings()
+    tensors = [tensor for part in (decoder, head) if part is not None for tensor in part.state_dict(keep_vars=True).values()]
+    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
 def _count(module: nn.Module) -> int:

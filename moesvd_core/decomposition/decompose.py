@@ -4,7 +4,8 @@ Factors are nested, so the eigendecompositions are made once; a plan only slices
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -61,6 +62,11 @@ class Decomposition:
         self.method = method
         self._metric = metric
         self._bases = bases
+
+    @property
+    def statistics(self) -> LayerStatistics:
+        """What calibration collected for the layer."""
+        return self._metric.statistics
 
     @property
     def curves(self) -> list[SideCurve]:
@@ -121,12 +127,42 @@ class Decomposition:
             ResourceError: the disk is full.
             OSError: the file cannot be written.
         """
-        tensors = {
+        save_tensors(path, self._tensors(), {"format": FORMAT, **_identity(self._metric.layer, self.method)})
+
+    def packed(self) -> "PackedDecomposition":
+        """The eigendecompositions alone, as `save` would write them, without the layer's weights and statistics."""
+        return PackedDecomposition(self.method, self.curves, list(self._bases), self._tensors())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {
             f"{side}.{structure}.{name}": tensor
             for (side, structure), basis in self._bases.items()
             for name, tensor in basis.tensors().items()
         }
-        save_tensors(path, tensors, {"format": FORMAT, **_identity(self._metric.layer, self.method)})
+
+
+@dataclass(frozen=True)
+class PackedDecomposition:
+    """A decomposition to be kept where its layer's weights and statistics are not: those of all layers need not fit into memory.
+
+    Attributes:
+        method: by which it was made.
+        curves: as of the decomposition.
+        offered: sides and structures that were decomposed.
+        tensors: what a file would hold.
+    """
+
+    method: Method
+    curves: list[SideCurve]
+    offered: Sequence[tuple[Side, Structure]]
+    tensors: Mapping[str, torch.Tensor]
+
+    def unpacked(
+        self, weights: ExpertWeights, statistics: LayerStatistics, layer: ExpertLayer, *, device: torch.device | str = "cpu"
+    ) -> Decomposition:
+        """The decomposition, with the weights and statistics that it was made of."""
+        metric = LayerMetric(weights, layer, statistics, device, shrink=self.method.shrink)
+        return Decomposition(metric, self.method, {each: _loaded(metric, *each, self.method, self.tensors) for each in self.offered})
 
 
 def decompose(

@@ -35,7 +35,8 @@ class Method:
         reference: where it comes from.
         description: one sentence for a person who has to choose.
         shrink: experts with few tokens lean on the layer's average; without it, each is measured by its own tokens alone.
-        compensate: a finished model is compensated unless its recipe says otherwise (see `Recipe.compensate`).
+        compensate: the command line and the pages compensate a model that they write unless a person or the recipe file says otherwise.
+            A `Recipe` of Python asks for it by `compensate=True`: nothing is filled in there.
         alternate: shared bases of a model that is compensated are refined at their ranks before (see `alternating`).
         screen: a base for all experts is on offer only where they have enough in common (`base_delta.have_in_common`).
     """

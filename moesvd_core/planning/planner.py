@@ -43,22 +43,26 @@ def plans(
     layers = _on_offer(curves, recipe)
     largest = _largest_removal(layers, recipe)
     removed = [_parameters_to_remove(each, shape.parameters, largest) for each in recipes]
-    return _planned(layers, removed, shape, recipes, sensitivity) if recipes else []
+    most_flops = _most_flops(layers, shape.active_parameters - shape.embedding_parameters, recipe)
+    return _planned(layers, removed, shape, recipes, sensitivity, most_flops) if recipes else []
 
 
 def layer_plans(curves: Sequence[SideCurve], shape: ModelShape, recipe: Recipe) -> dict[int, Plan]:
     """For each layer the plan that removes the recipe's ratio of this layer's own experts and leaves every other layer as it is.
 
-    The reference cut of the sensitivity page: a plan's `predicted_loss` is the layer's predicted sensitivity, and compressing by it is what
-    gets measured. Its `ratio` is of the whole model, as always.
+    What the recipe asks for in operations is a share of what this layer's experts do, too. The reference cut of the sensitivity page: a
+    plan's `predicted_loss` is the layer's predicted sensitivity, and compressing by it is what gets measured. Its `ratio` is of the whole
+    model, as always.
 
     Raises:
-        InputError: as `plan`, with the ratio counted in one layer.
+        InputError: as `plan`, with both ratios counted in one layer, which the message names.
     """
     alone: dict[int, Plan] = {}
     for layer in _on_offer(curves, recipe):
-        removed = _parameters_to_remove(recipe, layer.dense_parameters, _largest_removal([layer], recipe))
-        made = _planned([layer], [removed], shape, [recipe], {layer.layer: 0.0})[0]
+        largest = _largest_removal([layer], recipe)
+        removed = _parameters_to_remove(recipe, layer.dense_parameters, largest, f"layer {layer.layer} alone")
+        most_flops = _most_flops([layer], _dense_flops([layer]), recipe)
+        made = _planned([layer], [removed], shape, [recipe], {layer.layer: 0.0}, most_flops)[0]
         reason = f"alone: {100 * recipe.ratio:g} % of this layer's experts removed, every other layer as it is"
         alone[layer.layer] = replace(made, layers=(replace(made.layers[0], reason=reason),))
     return alone
@@ -118,8 +122,12 @@ def _largest_removal(layers: Sequence[LayerCurves], recipe: Recipe) -> int:
     return dense - sum(int(side.parameters_P[0]) for pair in ladders(layers, recipe.block) for side in pair)
 
 
-def _parameters_to_remove(recipe: Recipe, parameters: int, largest: int) -> int:
-    """The fewest whole parameters that reach the recipe's ratio of `parameters`; at most `largest` can be removed."""
+def _parameters_to_remove(recipe: Recipe, parameters: int, largest: int, where: str = "this model") -> int:
+    """The fewest whole parameters that reach the recipe's ratio of `parameters`; at most `largest` can be removed.
+
+    Args:
+        where: what has so many parameters, for the message.
+    """
     removed = ceil(recipe.ratio * parameters - 1e-6)  # 0.4 of 10 is 4, whatever the last bit of 0.4 says
     if removed / parameters < recipe.ratio:
         removed += 1
@@ -128,7 +136,7 @@ def _parameters_to_remove(recipe: Recipe, parameters: int, largest: int) -> int:
     if removed > largest:
         bound = floor(1e4 * largest / parameters) / 1e4
         fix = "choose a smaller ratio" if bound else "it can leave nothing out of this one, choose another method"
-        raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on this model, got {recipe.ratio:g}: {fix}")
+        raise InputError(f"ratio must be in [0, {bound:g}] for {recipe.method} on {where}, got {recipe.ratio:g}: {fix}")
     return removed
 
 
@@ -145,12 +153,16 @@ def _scores(layers: Sequence[LayerCurves], sensitivity: Mapping[int, float] | No
 
 
 def _planned(
-    layers: list[LayerCurves], removed: list[int], shape: ModelShape, recipes: list[Recipe], sensitivity: Mapping[int, float] | None
+    layers: list[LayerCurves],
+    removed: list[int],
+    shape: ModelShape,
+    recipes: list[Recipe],
+    sensitivity: Mapping[int, float] | None,
+    most_flops: float,
 ) -> list[Plan]:
     """One plan a recipe, which differ in nothing but the ratio; each removes at least its number of parameters."""
     first = recipes[0]
     budget_N = sum(layer.dense_parameters for layer in layers) - np.array(removed, dtype=np.int64)
-    most_flops = _most_flops(layers, shape, first)
     if first.allocation == "greedy":
         allotment = greedy(layers, budget_N, first, most_flops)
     elif first.allocation == "selective":
@@ -161,14 +173,22 @@ def _planned(
     return [_assembled(number, recipe, layers, allotment, shape) for number, recipe in enumerate(recipes)]
 
 
-def _most_flops(layers: Sequence[LayerCurves], shape: ModelShape, recipe: Recipe) -> float:
-    """Multiply-adds a token that the layers' experts may come to; inf where the recipe does not say."""
+def _dense_flops(layers: Sequence[LayerCurves]) -> float:
+    """Multiply-adds a token that the layers' original experts come to."""
+    return sum(side[0].dense_flops for layer in layers for side in (layer.input, layer.output))
+
+
+def _most_flops(layers: Sequence[LayerCurves], total: float, recipe: Recipe) -> float:
+    """Multiply-adds a token that the layers' experts may come to; inf where the recipe does not say.
+
+    Args:
+        total: what the recipe asks for a share of.
+    """
     if recipe.flops_ratio is None:
         return np.inf
     if recipe.allocation != "greedy":
         raise InputError(f"flops_ratio needs greedy allocation, which weighs operations against parameters, got {recipe.allocation}")
-    dense = sum(side[0].dense_flops for layer in layers for side in (layer.input, layer.output))
-    total = shape.active_parameters - shape.embedding_parameters
+    dense = _dense_flops(layers)
     if recipe.flops_ratio * total > dense:
         bound = floor(1e4 * dense / total) / 1e4
         asked = f"got {recipe.flops_ratio:g}: ask for less"
@@ -184,7 +204,7 @@ def _assembled(number: int, recipe: Recipe, layers: Sequence[LayerCurves], allot
         selected = any(side.structure != "dense" for side in sides)
         chosen.append(LayerPlan(layer.layer, selected, allotment.reason(place, number), *sides, layer.dense_parameters))
     removed = sum(layer.original_parameters - layer.parameters for layer in chosen)
-    dense_flops = sum(side[0].dense_flops for layer in layers for side in (layer.input, layer.output))
+    dense_flops = _dense_flops(layers)
     flops = sum(float(choice.flops_N[number]) for pair in allotment.sides for choice in pair)
     active = round(shape.active_parameters - dense_flops + flops)  # an expert's parameter is active as often as it is multiplied
     return Plan(

@@ -46,7 +46,8 @@ class Recipe(Finished):
             finds the price of an operation by itself); None: as many as the ratio brings.
         compensate: refine the bases that experts share at their ranks, and fit each layer's output factors to what the layers before it
             have changed, after the ranks are chosen (`compensation`); costs two passes over some of the calibration text for each ratio,
-            and no parameter.
+            and no parameter. False whatever the method: a plan is of factors as they are sliced until it is asked for; what a method
+            would have is in the registry (`Method.compensate`), and the command line asks for it where nobody says otherwise.
         refit_router: let each router choose, from what the layers before it have changed, as much as it can like the original's from what
             it was before (`compensation`); with or without `compensate`, at the cost of running some of the calibration text through
             everything before each router twice more, and of no parameter.
@@ -115,13 +116,22 @@ class Recipe(Finished):
         Raises:
             InputError: not YAML, not a mapping, or not a recipe.
         """
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"recipe is not plain YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(data, dict):
-            raise InputError(f"recipe must be a YAML mapping such as 'ratio: 0.4', got {type(data).__name__}")
-        return cls.from_dict(data)
+        return cls.from_dict(said_in(text))
+
+
+def said_in(text: str) -> dict[str, Any]:
+    """What a recipe's YAML text says itself, before anything that it leaves out is filled in.
+
+    Raises:
+        InputError: not YAML, or not a mapping.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe is not plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"recipe must be a YAML mapping such as 'ratio: 0.4', got {type(data).__name__}")
+    return data
 
 
 def _check_share(name: str, value: object, whole: str) -> None:

@@ -14,7 +14,7 @@ class ModelShape:
 
     Attributes:
         parameters: of every tensor that the export writes.
-        active_parameters: that one token passes (k experts of each layer).
+        active_parameters: that one token of text passes: k experts of each layer, and nothing that is for pictures or further tokens.
         bytes: of all tensors as the export writes them uncompressed.
         expert_parameters: of the routed experts of all layers, biases included.
         bytes_per_expert_parameter: of the type in which the export writes experts (2 for bfloat16).

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moesvd_core.curve_files import load_curves
+from moesvd_core.curve_files import are_current, load_curves
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import RunError
 from moesvd_core.pipeline import decomposition_key, single_structures
@@ -49,7 +49,7 @@ def bounded_table(run: RunFolder, method: str, flops_ratio: float) -> Table:
 
 def has_curves(run: RunFolder, method: str) -> bool:
     """Whether the run holds all curves that `bounded_table` needs."""
-    return all(file.exists() for file in _curve_files(run, method))
+    return all(are_current(file) for file in _curve_files(run, method))
 
 
 def plan_at_once(run: RunFolder, recipe: Recipe) -> Plan | None:

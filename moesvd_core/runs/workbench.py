@@ -122,7 +122,7 @@ class Workbench:
     @cached_property
     def pipeline(self) -> Pipeline:
         """Decompositions and plans, kept in the run."""
-        return Pipeline(self.stream, self.statistics, self.run.path)
+        return Pipeline(self.stream, self.statistics, self.run.path, files=self.files)
 
     def plan(self, recipe: Recipe) -> Plan:
         """The plan of a recipe; written to `plans/`, beside the recipe itself."""

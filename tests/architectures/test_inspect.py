@@ -10,12 +10,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
 from tiny_factors import model_factors
-from tiny_models import ACTIVE, EXPERTS, TINY, save_tiny, tiny_model
+from tiny_models import ACTIVE, EXPERTS, TINY, save_tiny, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moesvd_core.architectures.find import expert_layers
@@ -91,13 +92,36 @@ def test_the_licence_comes_from_the_front_of_the_model_card(card: str, licence: 
 
 def test_layers_for_multi_token_prediction_are_no_decoder_layers(tmp_path: Path) -> None:
     file = save_tiny("deepseek_v3", tmp_path) / "model.safetensors"
+    active = inspect(tmp_path).active_parameters
     tensors = load_file(file)
     further = {key.replace("layers.2.", "layers.3."): tensor.clone() for key, tensor in tensors.items() if "layers.2.mlp.experts" in key}
     save_file(tensors | further, file, metadata={"format": "pt"})
     facts = inspect(tmp_path)
     assert (facts.layers, facts.moe_layers) == (3, 2)
     assert facts.parameters == sum(tensor.numel() for tensor in (tensors | further).values())
+    assert facts.active_parameters == active
     assert any("multi-token" in warning for warning in facts.warnings)
+
+
+@pytest.mark.parametrize("kind", ["Gemma4", "Qwen3_5Moe"])
+def test_what_sees_pictures_is_no_active_parameter(kind: str, tmp_path: Path) -> None:
+    """Some of these models are loaded with all they have, of others only what reads text."""
+    seen, text = {
+        "Gemma4": ({
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+            "head_dim": 8,
+        }, "gemma4_text"),
+        "Qwen3_5Moe": (
+            {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}, "qwen3_5_moe_text",
+        ),
+    }[kind]  # fmt: skip
+    own = tiny_config(text).to_dict()
+    config = getattr(transformers, f"{kind}Config")(text_config=own, vision_config=seen, tie_word_embeddings=False)
+    getattr(transformers, f"{kind}ForConditionalGeneration")._from_config(config).save_pretrained(tmp_path / "whole")
+    facts, alone = inspect(tmp_path / "whole"), inspect(save_tiny(text, tmp_path / "text"))
+    assert facts.active_parameters == alone.active_parameters
+    assert facts.parameters == sum(tensor.numel() for tensor in load_file(tmp_path / "whole" / "model.safetensors").values())
+    assert facts.parameters > alone.parameters
 
 
 def test_code_that_a_known_model_type_brings_is_warned_of_and_not_run(tmp_path: Path) -> None:

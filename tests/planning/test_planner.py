@@ -102,6 +102,22 @@ def test_layer_plans_cut_one_layer_each() -> None:
             assert layer.reason == "alone: 50 % of this layer's experts removed, every other layer as it is"
 
 
+def test_a_cut_of_one_layer_saves_its_share_of_the_layers_own_operations() -> None:
+    curves = model_curves(3, 4, 64, 64)
+    shape = shape_of(curves, other=100_000)
+    free, tight = (layer_plans(curves, shape, Recipe(allocation="greedy", ratio=0.1, flops_ratio=share)) for share in (None, 0.6))
+    for index, each in tight.items():
+        dense = sum(float(own.dense_flops) for own in curves if own.layer == index)
+        assert each.original_flops - each.flops >= 2 * 0.6 * dense - 2
+        assert free[index].original_flops - free[index].flops < 2 * 0.6 * dense
+
+
+def test_a_cut_beyond_reach_names_its_layer() -> None:
+    curves = model_curves(3, 4, 64, 64)
+    with pytest.raises(InputError, match=r"ratio must be in \[0, 0\.\d+\] for \w+ on layer 0 alone, got 0\.99"):
+        layer_plans(curves, shape_of(curves), Recipe(allocation="uniform", ratio=0.99))
+
+
 def test_json_there_and_back() -> None:
     curves = model_curves(2, 4, 64, 64, structures=("per-expert", "latent"))
     found = plan(curves, shape_of(curves), Recipe(allocation="greedy", ratio=0.6))

@@ -12,6 +12,7 @@ from moesvd_core.evaluation.benchmarks import bench as bench_module
 from moesvd_core.evaluation.benchmarks.quality import QualityBenchmark
 from moesvd_core.evaluation.benchmarks.table import Table
 from moesvd_core.evaluation.hidden import final_hidden
+from moesvd_core.progress import Progress
 
 torch.set_num_threads(1)
 
@@ -84,6 +85,23 @@ def test_several_calibrations_give_a_mean_and_a_spread(folder: Path) -> None:
     assert "(svd)" in verdict and " ± 0.0000 with " in verdict
     assert plain["delta_nll_spread"] == 0, "looks at no text, so calibration cannot move it"
     assert "seeds 0, 1" in table.notes[0]
+
+
+def test_measuring_again_at_a_rivals_bytes_is_told(folder: Path) -> None:
+    """It takes as long as the measurements before, which end at all of theirs."""
+    told: list[Progress] = []
+    settings = QualityBenchmark(
+        str(folder), calibration=Calibration(samples=6, length=32, batch=3), windows=2, length=24, ratios=(0.2, 0.3),
+        methods=("auto", "svd"),
+    )
+    table = settings.run(told.append)
+    compared = [progress for progress in told if progress.stage == "compare"]
+    rows = {(row["method"], row["asked"]): int(row["bytes"] or 0) for row in table.records[1:]}
+    again = [ratio for ratio in (0.2, 0.3) if rows["auto", ratio] > rows["svd", ratio]]
+    assert again
+    for ratio in again:
+        assert any(f"auto again, at the bytes of svd at {ratio:.0%}, seed 0" in progress.message for progress in compared)
+    assert (compared[-1].done, compared[-1].total) == (2, 2)
 
 
 def test_an_interrupted_run_goes_on_without_measuring_anything_twice(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
