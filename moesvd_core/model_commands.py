@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesvd_core.console import LABELS, ProgressBars, plain, show_facts, show_json, show_rows
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, require_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +61,9 @@ def _ask(given: Namespace) -> None:
     from moesvd_core.evaluation.zero_shot import require_harness, task_files, zero_shot
 
     data = Path(given.zero_shot)
-    task_files(data)  # refused before a model is loaded
+    if given.limit is not None:  # refused before a model is loaded, as is what follows
+        require_whole("limit", given.limit, 1, "questions")
+    task_files(data)
     require_harness()
     names = [name for name in (given.reference, given.model) if name is not None]
     scores = {}

@@ -213,6 +213,7 @@ def test_compare_shows_both_models(model: str, capsys: pytest.CaptureFixture[str
         (["evaluate", "MODEL", "--dataset", "EMPTY"], "empty.txt holds no text"),
         (["compare", "MODEL", "MODEL", "--prompt", ""], "prompt must not be empty: write at least one word"),
         (["compare", "MODEL", "MODEL", "--prompt", "a" * 1_000_000], "prompt must have fewer than 64 tokens, the model's limit"),
+        (["evaluate", "MODEL", "--zero-shot", "EMPTY", "--limit", "0"], "limit must be a whole number of at least 1 questions, got 0"),
         (["evaluate", "MODEL", "--zero-shot", "EMPTY"], "no rows of any task: put one or more of openbookqa.jsonl"),
         (["cancel", "unknown"], "no run"),
         (["analyze", "no/such"], "'no/such' is no model folder, and the hub cannot be asked for it"),

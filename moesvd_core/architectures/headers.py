@@ -39,6 +39,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type of numbers as configurations and moesvd.json call it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor lies.

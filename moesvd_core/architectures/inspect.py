@@ -14,6 +14,7 @@ from moesvd_core.architectures.disk_names import expert_tensor
 from moesvd_core.architectures.families import Family, family_of, text_config
 from moesvd_core.architectures.files import ModelFiles, cached_model, file_inside
 from moesvd_core.architectures.find import decoder_layers, expert_layers, submodule
+from moesvd_core.architectures.headers import dtype_name
 from moesvd_core.architectures.hub_headers import hub_headers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.skeleton import skeleton
@@ -175,7 +176,7 @@ def _dtype(files: ModelFiles) -> str:
     bytes_of: Counter[torch.dtype] = Counter()
     for dtype, shape in map(files.header, files.weight_map):
         bytes_of[dtype] += dtype.itemsize * prod(shape)
-    return str(bytes_of.most_common(1)[0][0]).removeprefix("torch.")
+    return dtype_name(bytes_of.most_common(1)[0][0])
 
 
 def _warnings(config: Any, files: ModelFiles, family: Family, layers: int, licence: str | None, gated: bool) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.architectures.headers import dtype_name
 from moesvd_core.architectures.streaming import DecoderStream, LayerStream
 from moesvd_core.calibration.statistics import ModelIdentity
 
@@ -28,7 +29,7 @@ def identify(stream: DecoderStream) -> ModelIdentity:
         digest.update(f"{name} {list(sample.shape)}\n".encode())
         digest.update(sample_bytes(sample))
     source = str(stream.files.folder) if isinstance(stream, LayerStream) else str(getattr(stream.config, "_name_or_path", ""))
-    return ModelIdentity(source, digest.hexdigest(), str(stream.dtype).removeprefix("torch."))
+    return ModelIdentity(source, digest.hexdigest(), dtype_name(stream.dtype))
 
 
 def file_samples(files: ModelFiles) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,6 +20,7 @@ from moesvd_core.architectures.disk_names import expert_tensor, to_disk
 from moesvd_core.architectures.experts_io import write_experts
 from moesvd_core.architectures.families import Family, family_of
 from moesvd_core.architectures.files import CONFIG, ModelFiles, file_inside
+from moesvd_core.architectures.headers import dtype_name
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
 from moesvd_core.architectures.router import rerouted, router_step
@@ -306,11 +307,6 @@ def export(
                 f"{device} has no room to load one layer of the export beside the model: move the model to the CPU and export it again"
             ) from error
     return Export(Path(destination), format, counts, verification)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A floating type as configurations and moesvd.json call it: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _check(format_name: str, config: dict[str, Any] | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, require_whole
 
 STOCK_TASKS = {
     "openbookqa": "openbookqa/openbookqa.yaml",
@@ -67,8 +67,8 @@ def zero_shot(
     """
     files = task_files(data, tasks)
     for name, value in (("limit", limit), ("batch", batch)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+        if value is not None:
+            require_whole(name, value, 1)
     require_harness()
     import lm_eval
     from lm_eval.models.huggingface import HFLM

@@ -6,9 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from moesvd_core.architectures.headers import dtype_name
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.checkpoint.card import CardFacts, describe_again
-from moesvd_core.checkpoint.export import Format, dtype_name, export_streamed
+from moesvd_core.checkpoint.export import Format, export_streamed
 from moesvd_core.checkpoint.manifest import MANIFEST, read_manifest
 from moesvd_core.checkpoint.staging import FACTS
 from moesvd_core.checkpoint.verify import verify

@@ -53,7 +53,7 @@ def test_says_what_to_put_into_an_empty_folder(tmp_path: Path, tokenizer: PreTra
 
 
 def test_refuses_numbers_out_of_bounds(data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(InputError, match="limit must be at least 1, got 0"):
+    with pytest.raises(InputError, match="limit must be a whole number of at least 1, got 0"):
         zero_shot(TINY["mixtral"](), tokenizer, data, limit=0)
 
 

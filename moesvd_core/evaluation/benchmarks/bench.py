@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import moesvd_core
 from moesvd_core.architectures.files import resolve_model
+from moesvd_core.architectures.headers import dtype_name
 from moesvd_core.architectures.streaming import LayerStream
 from moesvd_core.atomic import write_json
 from moesvd_core.calibration import Calibration, Statistics, calibrate
@@ -69,7 +70,7 @@ class QualitySettings:
         number = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         return (
             f"measured on {Path(self.dataset).name}, {count} windows of {length} tokens ({count * (length - 1)} predicted), "
-            f"in {str(bench.stream.dtype).removeprefix('torch.')}; calibrated on {Path(self.calibration.dataset).name}, "
+            f"in {dtype_name(bench.stream.dtype)}; calibrated on {Path(self.calibration.dataset).name}, "
             f"{self.calibration.samples} windows of {read} tokens, {number}"
         )
 

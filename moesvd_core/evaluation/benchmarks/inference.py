@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesvd_core.architectures.files import resolve_model
+from moesvd_core.architectures.headers import dtype_name
 from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.checkpoint.apply import compressed, pack
@@ -103,7 +104,7 @@ class InferenceBenchmark:
     def _notes(self, model: PreTrainedModel) -> list[str]:
         where = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
         return [
-            f"on {where}, {str(model.dtype).removeprefix('torch.')}; prompts of random tokens, {self.test.new_tokens} new tokens each; "
+            f"on {where}, {dtype_name(model.dtype)}; prompts of random tokens, {self.test.new_tokens} new tokens each; "
             f"medians of {self.test.repeats} turns, original and compressed models alternating",
             "× original: tokens a second beside the fastest implementation of the original in that cell and phase; experts: counting the "
             "time within the experts alone; of ideal: that times the share of the experts' parameters kept, 1 where speed rises as size "
