@@ -19,7 +19,7 @@ from moesvd_core.planning import Plan, Recipe
 from moesvd_core.planning.recipe import said_in
 from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder, runs_root
-from moesvd_core.runs.jobs import Job, read_jobs
+from moesvd_core.runs.jobs import ENDED, Job, read_jobs
 from moesvd_core.runs.worker import work
 
 COMMAND_VARIABLE = "MOESVD_COMMAND"
@@ -198,11 +198,15 @@ def _followed(run: RunFolder, job: str) -> Mapping[str, Any]:
         MoesvdError: the job failed, by the error that it failed with; or it was cancelled or interrupted.
     """
     with ProgressBars() as bars:
-        done = {each.id: each for each in work(run, watch=bars)}
-        if job not in done:
+        if _is_open(run, job):
+            work(run, watch=bars)
+        if _is_open(run, job) and run.worker() is not None:
             bars.say(f"another process works on {run.path}: waiting for it")
-            done[job] = Client(run.path.parent).wait(run, job)
-    return _result(done.get(job) or read_jobs(run.log)[job])
+        return _result(Client(run.path.parent).wait(run, job))
+
+
+def _is_open(run: RunFolder, job: str) -> bool:
+    return read_jobs(run.log)[job].state not in ENDED
 
 
 def _result(job: Job) -> Mapping[str, Any]:

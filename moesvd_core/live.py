@@ -18,9 +18,11 @@ from moesvd_core.calibration.statistics import SUMMARY
 from moesvd_core.checkpoint.apply import compressed, pack_where_possible
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import method
+from moesvd_core.devices import unused
 from moesvd_core.errors import ResourceError, RunError
 from moesvd_core.evaluation.hidden import final_hidden
 from moesvd_core.evaluation.perplexity import Evaluation, compare
+from moesvd_core.evaluation.speed import weight_bytes
 from moesvd_core.pipeline import decomposition_key, method_of_plan, single_structures
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Report, silent
@@ -70,7 +72,7 @@ class LiveModel:
 
     def is_of(self, run: RunFolder) -> bool:
         """Whether this is the run's model; a run may have been deleted since, and made again in the same folder."""
-        return (self.run.path, self.run.identity) == (run.path, run.identity)
+        return _is_same(self.run, run)
 
     def plan(self, recipe: Recipe) -> Plan:
         """The plan of a recipe; milliseconds once the run holds the method's decompositions.
@@ -143,8 +145,10 @@ class LiveModels:
     """The live model of this process: at most one, that of the run asked for last."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock = Lock()  # held for as long as a model is loaded
+        self._guard = Lock()  # of the two below, held for a moment
         self._live: LiveModel | None = None
+        self._loading: RunFolder | None = None  # whose model is to stay once it is loaded
 
     def of(self, run: RunFolder) -> LiveModel:
         """The run's model; loads it, and lets go of another run's, where it is not the one in memory.
@@ -153,15 +157,36 @@ class LiveModels:
             InputError, ResourceError, RunError: as `LiveModel`.
         """
         with self._lock:
-            if self._live is None or not self._live.is_of(run):
+            live = self._live
+            if live is None or not live.is_of(run):
+                live = None  # nobody but those who still use it holds the old one while the new one is loaded
+                with self._guard:
+                    self._live, self._loading = None, run
+                live = LiveModel(run)
+                with self._guard:
+                    if self._loading is run:
+                        self._live = live
+            return live
+
+    def forget(self, run: RunFolder) -> None:
+        """Let go of the run's model, also of one that is being loaded just now, without waiting for it."""
+        with self._guard:
+            if self._live is not None and self._live.is_of(run):
                 self._live = None
-                self._live = LiveModel(run)
-            return self._live
+            if self._loading is not None and _is_same(self._loading, run):
+                self._loading = None
 
     def fits(self, run: RunFolder, files_bytes: int) -> bool:
-        """Whether the model of a run, of so many bytes, is live or can be now; what is loaded already is not asked to fit a second time."""
+        """Whether the model of a run, of so many bytes, is live or can be now; what is loaded already is not asked to fit a second time,
+        and another run's model goes before this one is loaded."""
         live = self._live  # without the lock, which is held for as long as a model is loaded
-        return (live is not None and live.is_of(run)) or fits(files_bytes)
+        if live is None:
+            return fits(files_bytes)
+        return live.is_of(run) or live_memory(files_bytes) <= free_for_models() + weight_bytes(live.original)
+
+
+def _is_same(one: RunFolder, other: RunFolder) -> bool:
+    return (one.path, one.identity) == (other.path, other.identity)
 
 
 def is_calibrated(run: RunFolder) -> bool:
@@ -190,5 +215,5 @@ def _require(files_bytes: int, run: RunFolder) -> None:
 def free_for_models() -> int:
     """Bytes free where live models are put: on the graphics card where there is one, else on the host."""
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+        return unused(torch.device("cuda"))  # with what torch still holds of a model that was let go
     return free_memory()

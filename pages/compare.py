@@ -134,7 +134,7 @@ def _ask(context: Context) -> Callable[..., Any]:
         _refuse_long("prompt", prompt)
         run, recipe = live_recipe(context, state)
         yield None, notice("Loading the model."), gr.skip(), gr.skip(), *_closed()
-        live = context.live.of(run)
+        live = context.live_model(run)
         model = live.apply(live.plan(recipe))
         warm_up([live.original, model], live.tokenizer, prompt, sampling)
         weights = weight_bytes(live.original), weight_bytes(model)
@@ -191,7 +191,7 @@ def _score(context: Context) -> Callable[..., Any]:
         """The text coloured by what compression changed."""
         _refuse_long("text", text)
         run, recipe = live_recipe(context, state)
-        live = context.live.of(run)
+        live = context.live_model(run)
         model = live.apply(live.plan(recipe))
         scores = token_scores(model, live.original, live.tokenizer, text)
         first = live.tokenizer.decode(live.tokenizer(text, verbose=False)["input_ids"][:1], skip_special_tokens=True)

@@ -11,11 +11,11 @@ import gradio as gr
 from moesvd_core.checkpoint.export import FORMATS
 from moesvd_core.checkpoint.hub import check_request, push
 from moesvd_core.decomposition.registry import METHODS
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, RunError
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.bounded import plan_at_once
 from moesvd_core.runs.command_line import compress_command, export_command
-from moesvd_core.runs.exports import DamagedExportError, export_name, list_exports, open_export
+from moesvd_core.runs.exports import DamagedExportError, export_folder, export_name, list_exports, open_export
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.known import reach, refuse_unreachable
 from moesvd_core.runs.pushes import Pushes
@@ -27,7 +27,7 @@ from pages.components.export_deletion import ExportDeletion
 from pages.components.page import Page
 from pages.components.recipe_controls import RecipeControls, recipe_of
 from pages.components.session import ViewState
-from pages.components.text import empty, notice, share
+from pages.components.text import empty, notice, sentence, share
 
 OWN = "as the original"
 NUMBERS = (OWN, "bfloat16", "float16", "float32")
@@ -141,10 +141,12 @@ def _write(context: Context) -> Callable[..., Any]:
         recipe = replace(recipe_of(state), compensate=fit, refit_router=refit)
         name, number = place(run, recipe, form, dtype)
         refuse_unreachable(run, recipe)
-        output = str((run.station("exports") / name).absolute())
-        jobs_now = context.client.status(run).jobs
-        if any(job.arguments.get("output") == output and job.state in ("queued", "running") for job in jobs_now):
+        folder = run.station("exports") / name
+        output = str(folder.absolute())
+        if _is_written(context, run, folder):
             raise InputError(f"{name} is being written already: wait for it, or cancel it")
+        if context.pushes.busy_in(folder):
+            raise InputError(f"{name} is being pushed to the hub: wait until that has ended")
         words: dict[str, Any] = {"output": f"out/{name}", "form": form, "dtype": number}
         command = compress_command(run.identity, recipe, **words) or export_command(run.name, recipe, **words)
         wanted: dict[str, Any] = {"recipe": recipe.as_dict(), "output": output, "format": form, "dtype": number}
@@ -152,6 +154,12 @@ def _write(context: Context) -> Callable[..., Any]:
         return gr.Timer(active=True)
 
     return write
+
+
+def _is_written(context: Context, run: RunFolder, folder: Path) -> bool:
+    """Whether a job of the run writes an export, or is about to."""
+    output, asked = str(folder.absolute()), context.client.status(run).jobs
+    return any(job.arguments.get("output") == output and job.state in ("queued", "running") for job in asked)
 
 
 def _listed(context: Context) -> Callable[[ViewState], Any]:
@@ -204,7 +212,10 @@ def _push(context: Context, pushes: Pushes) -> Callable[..., Any]:
     def start(state: ViewState, name: str | None, repository: str, token: str, private: bool) -> tuple[Any, ...]:
         """Push in the background; the field of the token is empty from then on."""
         context.require_rights()
-        export = open_export(context.require_run(state), name or "")
+        run = context.require_run(state)
+        export = open_export(run, name or "")
+        if _is_written(context, run, export.path):
+            raise InputError(f"{export.name} is being written anew: wait for it, or cancel it")
         repository, token = repository.strip(), token.strip()
         check_request(repository, token)
         pushes.start(export.path, repository, lambda: push(export.path, repository, token, private=private))
@@ -215,8 +226,11 @@ def _push(context: Context, pushes: Pushes) -> Callable[..., Any]:
 
 def _pushed(context: Context, pushes: Pushes) -> Callable[..., Any]:
     def look(state: ViewState, name: str | None) -> tuple[Any, ...]:
-        """How the push stands now."""
-        return _push_state(pushes, open_export(context.require_run(state), name or "").path)
+        """How the push stands now; of an export that is gone that it is, and nothing more to wait for."""
+        try:
+            return _push_state(pushes, export_folder(context.require_run(state), name or ""))
+        except RunError as gone:
+            return notice(f"{sentence(str(gone))}.", "error"), gr.Timer(active=False)
 
     return look
 

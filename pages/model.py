@@ -204,7 +204,8 @@ def _run_shown(context: Context) -> Callable[..., Any]:
         values: tuple[Any, ...] = (used.dataset, used.samples, used.length, used.seed, used.batch)
         fields = values
         named = gr.Dropdown(choices=context.models(), value=model, allow_custom_value=True)
-        if facts is None and Path(run.identity.model).is_dir():
+        allowed = context.settings.remote_code or not run.identity.remote_code
+        if facts is None and allowed and Path(run.identity.model).is_dir():
             facts = inspect(run.identity.model, trust_remote_code=run.identity.remote_code).as_dict()
         if filled == (state.run, False):
             named, fields = gr.skip(), tuple(gr.skip() for _ in values)

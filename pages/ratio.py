@@ -153,7 +153,7 @@ def _measure_at_once(context: Context) -> Callable[[ViewState], Any]:
                 now = _measured(context)(state)[0]
                 return gr.skip() if now == card else now, gr.skip(), gr.skip()
             try:
-                context.live.of(run).measure(recipe, TEXT)
+                context.live_model(run).measure(recipe, TEXT)
             except Exception as error:
                 return figures.nothing_measured(f"{_unmeasured(recipe)}: {tell(error, measure)}."), gr.skip(), gr.skip()
         now = figures.measured_html(run, recipe, TEXT, "")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,13 @@ def test_lines_come_back_and_one_that_is_still_being_written_waits(tmp_path: Pat
 )
 def test_a_full_disk_is_known_whoever_met_it(error: Exception, full: bool) -> None:
     assert atomic.is_disk_full(error) is full
+
+
+def test_threads_that_write_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: atomic.write_json(path, [number] * 2000), range(200)))
+    (first, *others) = json.loads(path.read_text())
+    assert len(others) == 1999
+    assert set(others) == {first}
+    assert list(tmp_path.iterdir()) == [path]

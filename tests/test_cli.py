@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
 import huggingface_hub
@@ -20,16 +20,18 @@ from runs.run_helpers import new_run
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from moesvd_core import commands
+from moesvd_core import atomic, commands
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.cli import main, parser
 from moesvd_core.evaluation import zero_shot
 from moesvd_core.evaluation.zero_shot import TaskScore
 from moesvd_core.planning import Recipe
-from moesvd_core.runs.client import enqueue
+from moesvd_core.runs import worker
+from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.jobs import read_jobs
+from moesvd_core.runs.jobs import Job, read_jobs
+from moesvd_core.runs.process import this_process
 
 HOUSE = Path(__file__).parents[1]
 FAST = ["--samples", "4", "--length", "24", "--windows", "4"]
@@ -318,6 +320,32 @@ def test_stopping_by_signal_ends_within_seconds_and_the_run_goes_on(
     [record] = json.loads(capsys.readouterr().out)
     assert (record["action"], record["output"]) == ("compress", str(tmp_path / "out"))
     assert ModelFiles.open(tmp_path / "out").bytes > 0
+
+
+def test_jobs_that_are_resumed_together_wait_for_nobody(runs_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    run = new_run(runs_root)
+    for name in "ab":
+        enqueue(run, "plan", {"name": name})
+    Client(runs_root).cancel(run)
+    monkeypatch.setattr(worker, "_all_actions", lambda: {"plan": lambda run, arguments, report: arguments})
+    assert main(["resume", run.name, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert [record["name"] for record in json.loads(printed.out)] == ["a", "b"]
+    assert "another process" not in printed.err
+
+
+def test_whoever_waits_for_another_process_is_told_so(runs_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    run = new_run(runs_root)
+    job = enqueue(run, "plan", {}).id
+    atomic.write_json(run.worker_file, this_process().as_dict())
+
+    def waited(self: Client, run: RunFolder, job: str) -> Job:
+        run.log.append("finished", job, result={"name": "a"})
+        return read_jobs(run.log)[job]
+
+    monkeypatch.setattr(Client, "wait", waited)
+    assert commands._followed(run, job) == {"name": "a"}
+    assert capsys.readouterr().err.startswith("another process works on")
 
 
 def test_a_push_needs_a_token_and_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

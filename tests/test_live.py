@@ -1,8 +1,10 @@
 """The live model answers as the run's worker would, keeps the original as it is, and there is one of it."""
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from moesvd_core.checkpoint.apply import compressed, factored_modules
 from moesvd_core.errors import InputError, ResourceError, RunError
 from moesvd_core.evaluation.hidden import final_hidden
 from moesvd_core.evaluation.perplexity import Evaluation
+from moesvd_core.evaluation.speed import weight_bytes
 from moesvd_core.live import LiveModel, LiveModels, fits, live_memory
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.folder import RunFolder
@@ -179,5 +182,44 @@ def test_a_model_that_is_live_is_not_asked_to_fit_a_second_time(run: RunFolder, 
     models.of(run)
     monkeypatch.setattr(live_module, "free_for_models", lambda: live_memory(size) - 1)
     assert models.fits(run, size)
-    assert not models.fits(new_run(tmp_path), size)
     assert not LiveModels().fits(run, size)
+    other, held = new_run(tmp_path), weight_bytes(models.of(run).original)
+    monkeypatch.setattr(live_module, "free_for_models", lambda: live_memory(size) - held)
+    assert models.fits(other, size), "this one goes before the other is loaded"
+    monkeypatch.setattr(live_module, "free_for_models", lambda: live_memory(size) - held - 1)
+    assert not models.fits(other, size)
+
+
+def test_a_forgotten_model_is_let_go_of_and_no_other(run: RunFolder, tmp_path: Path) -> None:
+    models = LiveModels()
+    models.forget(run)
+    model = weakref.ref(models.of(run))
+    models.forget(new_run(tmp_path))
+    models.forget(RunFolder(run.path, replace(run.identity, created="2030-01-01T00:00:00+00:00")))
+    assert models.of(run) is model()
+    models.forget(RunFolder.open(run.path))
+    assert model() is None
+
+
+def test_a_model_forgotten_while_it_is_loaded_does_not_stay(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, begun, gate = LiveModels(), Event(), Event()
+
+    def slow(asked: RunFolder) -> LiveModel:
+        begun.set()
+        assert gate.wait(20)
+        return LiveModel(asked)
+
+    for forgotten in (run, new_run(tmp_path)):
+        begun.clear(), gate.clear()
+        models.forget(run)
+        monkeypatch.setattr(live_module, "LiveModel", slow)
+        with ThreadPoolExecutor(2) as pool:
+            loaded = pool.submit(models.of, run)
+            assert begun.wait(20)
+            try:
+                pool.submit(models.forget, RunFolder.open(forgotten.path)).result(timeout=10)
+            finally:
+                gate.set()
+            assert loaded.result().run is run, "whoever asked has it"
+        monkeypatch.setattr(live_module, "LiveModel", LiveModel)
+        assert (models.of(run) is loaded.result()) is (forgotten is not run)

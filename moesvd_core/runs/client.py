@@ -104,8 +104,8 @@ class Client:
     A run that a login made is changed by that login alone; in a run of nobody, every login stops and resumes its own jobs and nobody's.
     """
 
-    def __init__(self, root: Path | None = None, launch: Launch = launch, who: Who = nobody) -> None:
-        self.root = root or runs_root()
+    def __init__(self, root: Path | None = None, launch: Launch = launch, who: Who = nobody, remote_code: bool = True) -> None:
+        self.root, self._remote_code = root or runs_root(), remote_code
         self._launch = launch
         self._who = who
 
@@ -122,9 +122,10 @@ class Client:
 
         Raises:
             InputError: no such action.
-            RunError: the run belongs to another login.
+            RunError: the run belongs to another login, or its model's code is not allowed here.
         """
         self.require_own(run)
+        run.require_code_allowed(self._remote_code)
         job = enqueue(run, action, arguments, by=self._who())
         if not run.attended():
             self._launch(run)
@@ -181,9 +182,9 @@ class Client:
         """Runs with a job that runs or waits, in the order of their turns."""
         order: list[RunStatus] = []
         for ticket in Queue(self.root).tickets():
-            run = RunFolder.named(self.root, ticket.run)
-            if run.name not in [status.id for status in order]:
-                order.append(self.status(run))
+            if ticket.run not in [status.id for status in order]:
+                with suppress(RunError, OSError):  # deleted since, or not to be read: its turn concerns nobody here
+                    order.append(self.status(RunFolder.open(self.root / ticket.run)))
         return order
 
     def cancel(self, run: RunFolder) -> None:
@@ -210,6 +211,8 @@ class Client:
                     Queue(run.path.parent).leave(run, job.id)
             if worker is not None and current in own:
                 atomic.write_text(run.cancel_file, current.id)
+            elif worker is None and any(job.state == "queued" for job in open_jobs if job not in own):
+                self._launch(run)  # for those behind it, of others
 
     def resume(self, run: RunFolder) -> list[Job]:
         """Ask again for the latest job unless it finished, and for those that were stopped together with it. Finished work is not redone.

@@ -59,9 +59,15 @@ class EventLog:
         return [event for fields in lines if (event := _event(fields)) is not None], position
 
 
+_NEEDED: Mapping[str, Mapping[str, type]] = {"submitted": {"action": str}, "progress": {"stage": str, "done": int, "total": int}}
+"""Fields without which an event of a kind says nothing."""
+
+
 def _event(fields: dict[str, Any]) -> Event | None:
     """The event of one line, or None for a line that is none."""
     try:
-        return Event(float(fields.pop("time")), fields.pop("kind"), str(fields.pop("job")), fields)
+        event = Event(float(fields.pop("time")), fields.pop("kind"), str(fields.pop("job")), fields)
+        needed = _NEEDED.get(event.kind, {})
     except (ValueError, KeyError, TypeError):
         return None
+    return event if all(isinstance(fields.get(name), kind) for name, kind in needed.items()) else None

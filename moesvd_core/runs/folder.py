@@ -134,6 +134,7 @@ class RunFolder:
         Raises:
             RunError: there is no run, its run.json is damaged or cannot be read, or another version of this program made it.
         """
+        path = Path(os.path.abspath(path))  # "." has no name, by which runs are called
         try:
             fields = json.loads((path / "run.json").read_text(encoding="utf-8"))
             identity = Identity(**fields)
@@ -146,6 +147,18 @@ class RunFolder:
         if identity.format != FORMAT:
             raise RunError(f"{path} has format {identity.format}, this version reads {FORMAT}: analyze the model again")
         return cls(path, identity)
+
+    def require_code_allowed(self, allowed: bool) -> None:
+        """Refuse a model with code of its own where none may be run, whatever run.json says: anybody may have written that.
+
+        Raises:
+            RunError: it is one.
+        """
+        if self.identity.remote_code and not allowed:
+            raise RunError(
+                f"the model of run {self.name} brings code of its own, which this server does not run: "
+                "start it with --allow-remote-code if you trust the model"
+            )
 
     @classmethod
     def named(cls, root: Path, run: str) -> "RunFolder":

@@ -1,7 +1,8 @@
 """One job at a time on a machine: the others wait in the order in which they were asked for, and everybody can see it.
 
 A ticket is an empty file `.queue/<time>.<run>.<job>` beside the runs. Its place among the tickets is its place in the queue. A ticket
-whose run has no live worker is void: it is removed by whoever looks next, so a killed worker never holds up the others.
+whose run has no live worker is void, and so is one whose job has ended: it is removed by whoever looks next, so a killed worker never
+holds up the others.
 """
 
 import fcntl
@@ -9,12 +10,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moesvd_core.errors import RunError
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.jobs import read_jobs
+from moesvd_core.runs.jobs import ENDED, Job, advance
 
 START_SECONDS = 10.0
 """How long a worker that has just been launched may take until it is there."""
@@ -35,24 +36,45 @@ class Ticket:
         return f"{self.nanoseconds:020d}.{self.job}.{self.run}"
 
 
+@dataclass
+class _Diary:
+    """What a run's diary says of its jobs, as far as it was read: who waits looks several times a second, and diaries grow long.
+
+    Attributes:
+        origin: tells the diary from that of a later run in the same folder.
+        position: from which to read on.
+    """
+
+    origin: tuple[str, int]
+    jobs: dict[str, Job] = field(default_factory=dict)
+    position: int = 0
+
+
 class Queue:
     """The queue of all runs in one folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.folder = root / ".queue"
+        self._diaries: dict[str, _Diary] = {}
+
+    @classmethod
+    def of(cls, run: RunFolder) -> "Queue":
+        """The queue that the run's jobs wait in, however the run's folder was named."""
+        return cls(Path(os.path.abspath(run.path)).parent)
 
     def join(self, run: RunFolder, job: str) -> Ticket:
         """Take the last place."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        ticket = Ticket(time.time_ns(), run.path.name, job)
+        ticket = Ticket(time.time_ns(), _name(run), job)
         (self.folder / ticket.name).touch()
         return ticket
 
     def leave(self, run: RunFolder, job: str) -> None:
         """Give up every place of the job."""
+        name = _name(run)
         for ticket in self._files():
-            if (ticket.run, ticket.job) == (run.path.name, job):
+            if (ticket.run, ticket.job) == (name, job):
                 (self.folder / ticket.name).unlink(missing_ok=True)
 
     def tickets(self) -> list[Ticket]:
@@ -68,8 +90,9 @@ class Queue:
 
     def place(self, run: RunFolder, job: str) -> int | None:
         """Jobs that come before this one, 0 for the one whose turn it is; None without a ticket."""
+        name = _name(run)
         for place, ticket in enumerate(self.tickets()):
-            if (ticket.run, ticket.job) == (run.path.name, job):
+            if (ticket.run, ticket.job) == (name, job):
                 return place
         return None
 
@@ -123,8 +146,29 @@ class Queue:
             run = RunFolder.open(self.root / ticket.run)
         except RunError:
             return False
+        job = self._job(run, ticket)
+        if job is not None and job.state in ENDED:
+            return False
         if run.attended():
             return True
-        job = read_jobs(run.log).get(ticket.job)
         young = time.time() - ticket.nanoseconds / 1e9 < START_SECONDS
         return young and (job is None or job.state == "queued")
+
+    def _job(self, run: RunFolder, ticket: Ticket) -> Job | None:
+        """The ticket's job, or None when the diary does not tell of it or cannot be read: it must not hold up the other runs."""
+        try:
+            origin = (run.identity.created, run.log.path.stat().st_ino)
+            diary = self._diaries.get(ticket.run)
+            if diary is None or diary.origin != origin:
+                diary = self._diaries[ticket.run] = _Diary(origin)
+            events, position = run.log.read(diary.position)
+            advance(diary.jobs, events)
+        except OSError:
+            return None
+        diary.position = position
+        return diary.jobs.get(ticket.job)
+
+
+def _name(run: RunFolder) -> str:
+    """By which the queue knows the run: its folder's name, also where that was given as "."."""
+    return os.path.basename(os.path.abspath(run.path))

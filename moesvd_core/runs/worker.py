@@ -2,7 +2,8 @@
 
 It does the run's jobs one after the other, each when the queue says so, and tells the diary how far it is. It may be killed at any
 instruction: every station stores what it finishes, so the same job asked again goes on from there. For the same reason a worker that
-was told to stop and is deep inside one long operation simply ends itself after a few seconds.
+was told to stop and is deep inside one long operation simply ends itself after a few seconds; what waits behind a cancelled job is done
+by a worker that it starts in its place.
 """
 
 import logging
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moesvd_core import atomic
-from moesvd_core.errors import Cancelled, MoesvdError
+from moesvd_core.errors import Cancelled, MoesvdError, RunError
 from moesvd_core.progress import Progress, Report
+from moesvd_core.runs.client import launch
 from moesvd_core.runs.faults import translate
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.jobs import INTERRUPTED, Job, read_jobs
@@ -72,6 +74,7 @@ def _claim(run: RunFolder) -> bool:
         for job in read_jobs(run.log).values():
             if job.state == "running":
                 run.log.append("interrupted", job.id, error=INTERRUPTED)
+                Queue.of(run).leave(run, job.id)
         run.cancel_file.unlink(missing_ok=True)
         atomic.write_json(run.worker_file, this_process().as_dict())
         run.launched_file.unlink(missing_ok=True)
@@ -99,7 +102,7 @@ def _do(run: RunFolder, job: Job, actions: Callable[[], Mapping[str, Action]], a
     """One job, from its turn to its last line in the diary."""
     report = _Reporter(run, job.id, attendant, watch)
     try:
-        with Queue(run.path.parent).turn(run, job.id, report.waiting):
+        with Queue.of(run).turn(run, job.id, report.waiting):
             run.log.append("started", job.id)
             result = actions()[job.action](run, job.arguments, report)
         attendant.leave()
@@ -189,9 +192,9 @@ class _Attendant:
             raise Cancelled(self._stop_asked)
 
     def _signalled(self, number: int, _: object) -> None:
+        self.closing = True
         if self._stop_asked:  # asked twice: at once
             self._end()
-        self.closing = True
         self._ask(f"stopped by {signal.Signals(number).name}")
 
     def _ask(self, why: str) -> None:
@@ -206,18 +209,43 @@ class _Attendant:
                     self._ask("cancelled")
             except FileNotFoundError:
                 pass  # nobody asked to stop; or the run has just ended, or was deleted under us
-            if self._stop_asked and self._job and time.monotonic() - self._stop_time > STOP_SECONDS:
-                self._end()
+            if self._overdue():
+                self._end_or_hand_over()
 
-    def _end(self) -> NoReturn:
-        """End the process in the middle of its work, which is safe, and say so first."""
-        with self._guard:
-            if self._job:
-                self._run.log.append("cancelled", self._job, error=self._stop_asked)
-                Queue(self._run.path.parent).leave(self._run, self._job)
-        self._run.cancel_file.unlink(missing_ok=True)
-        self._run.worker_file.unlink(missing_ok=True)
-        os._exit(130)
+    def _overdue(self) -> bool:
+        """Whether the work was asked to stop and has not noticed in time."""
+        return bool(self._stop_asked and self._job) and time.monotonic() - self._stop_time > STOP_SECONDS
+
+    def _end_or_hand_over(self) -> None:
+        """End the process, unless the work has stopped by itself at the last moment.
+
+        The run is held meanwhile (before the guard: a signal's handler, whose thread may hold the run, wants the guard alone), so a job
+        that is asked for now either finds a worker on the run that will do it, or finds none.
+        """
+        try:
+            with self._run.locked(), self._guard:
+                if self._overdue():
+                    self._end(hand_over=not self.closing)
+        except RunError:  # the run was deleted, or made read-only: nobody waits for it
+            self._end()
+
+    def _end(self, hand_over: bool = False) -> NoReturn:
+        """End the process in the middle of its work, which is safe, and say so first.
+
+        Args:
+            hand_over: start a worker for the jobs that still wait; it finds the run free once this process has gone.
+        """
+        try:
+            with self._guard:
+                if self._job:
+                    self._run.log.append("cancelled", self._job, error=self._stop_asked)
+                    Queue.of(self._run).leave(self._run, self._job)
+            self._run.cancel_file.unlink(missing_ok=True)
+            if hand_over and any(job.state == "queued" for job in read_jobs(self._run.log).values()):
+                launch(self._run)
+            self._run.worker_file.unlink(missing_ok=True)
+        finally:
+            os._exit(130)
 
 
 class _QuietFile(logging.FileHandler):

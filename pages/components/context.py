@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moesvd_core.errors import RunError
-from moesvd_core.live import LiveModels
+from moesvd_core.live import LiveModel, LiveModels
 from moesvd_core.runs.client import Client, RunStatus
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.pushes import Pushes
@@ -39,12 +39,24 @@ class Context:
     @cached_property
     def client(self) -> Client:
         """The way to runs and their workers, on behalf of whoever's event is being handled."""
-        return (public_demo.Viewer if self.settings.public_demo else Client)(self.settings.runs, who=visitor)
+        return (public_demo.Viewer if self.settings.public_demo else Client)(
+            self.settings.runs, who=visitor, remote_code=self.settings.remote_code
+        )
 
     @cached_property
     def live(self) -> LiveModels:
         """The model that answers at once: at most one in memory, shared by all pages and visitors."""
         return LiveModels()
+
+    def live_model(self, run: RunFolder) -> LiveModel:
+        """The run's model in memory.
+
+        Raises:
+            InputError, ResourceError: as `LiveModels.of`.
+            RunError: the same, or the model's code is not allowed here.
+        """
+        run.require_code_allowed(self.settings.remote_code)
+        return self.live.of(run)
 
     @cached_property
     def pushes(self) -> Pushes:

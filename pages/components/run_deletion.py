@@ -47,6 +47,7 @@ class RunDeletion:
             raise InputError("no run is to be deleted: press Delete beside one first")
         run = self._deletable(asked)
         gone = self._context.client.delete(run)
+        self._context.live.forget(run)
         gr.Info(escape(f"Run {asked} is deleted: {size(gone.bytes)} are free again."), title="Deleted")
         if state.run == asked:
             next_one = self._context.first_run()

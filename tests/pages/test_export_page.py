@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import threading
 from collections.abc import Iterator
 from math import exp, prod
@@ -340,6 +341,35 @@ def test_a_refused_push_is_told_as_text(context: Context, pushing: Any) -> None:
     shown, _ = export._pushed(context, pushes)(state(), NAME)
     assert "refuses" in shown
     assert "<img" not in shown
+
+
+def test_an_export_is_not_written_while_it_is_pushed_nor_pushed_while_it_is_written(context: Context, pushing: Any) -> None:
+    view, run = state(ratio=0.25), context.client.open(RUN)
+    folder = add_export(run, export.place(run, Recipe(ratio=0.25), "factored", export.OWN)[0])
+    _, _, gate = pushing
+    export._push(context, context.pushes)(view, folder.name, "a/b", TOKEN, True)
+    with pytest.raises(InputError, match=f"{folder.name} is being pushed to the hub: wait until that has ended"):
+        export._write(context)(view, "factored", export.OWN, False, False, False)
+    gate.set()
+    until(lambda: not context.pushes.busy_in(folder))
+    export._write(context)(view, "factored", export.OWN, False, False, False)
+    with pytest.raises(InputError, match=f"{folder.name} is being written anew: wait for it"):
+        export._push(context, context.pushes)(view, folder.name, "a/b", TOKEN, True)
+    context.client.cancel(run)
+
+
+def test_an_export_that_vanishes_while_it_is_pushed_is_not_looked_at_again(context: Context, pushing: Any) -> None:
+    pushes, _, _ = pushing
+    folder = add_export(context.client.open(RUN), "vanishing")
+    _, _, clock = export._push(context, pushes)(state(), folder.name, "a/b", TOKEN, True)
+    assert clock.active
+    (folder / "README.md").unlink()
+    shown, clock = export._pushed(context, pushes)(state(), folder.name)
+    assert "Pushing to a/b" in shown and clock.active
+    shutil.rmtree(folder)
+    shown, clock = export._pushed(context, pushes)(state(), folder.name)
+    assert "Run run has no export &#x27;vanishing&#x27;: it was deleted, or never finished." in shown
+    assert not clock.active
 
 
 @pytest.mark.parametrize(("repository", "token"), [("", TOKEN), ("a b/c", TOKEN), ("a/b", ""), ("a/b", "x")])

@@ -12,7 +12,7 @@ from runs.run_helpers import new_run
 from moesvd_core import live
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.decomposition.registry import METHODS
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, RunError
 from moesvd_core.progress import silent
 from moesvd_core.runs import stages
 from moesvd_core.runs.client import Client
@@ -273,3 +273,20 @@ def test_two_runs_of_one_model_and_calibration_are_linked_by_their_folders(conte
     RunFolder.create(context.settings.runs / "mine", first.identity)
     made = model.runs_html(context, ViewState("mine"))
     assert made.count('href="./?run=tiny-00000001&amp;') == made.count('href="./?run=mine&amp;') == made.count("class=chosen") == 1
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_run_that_is_opened_brings_no_code_in(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool) -> None:
+    """run.json may come from anybody: it cannot allow what whoever started the server did not."""
+    asked = list[bool]()
+    monkeypatch.setattr(model, "inspect", lambda path, trust_remote_code: asked.append(trust_remote_code) or inspect(ASSETS / "demo-moe"))
+    trusting = Context(replace(context.settings, remote_code=allowed))
+    identity = Identity("a-1", str(ASSETS / "demo-moe"), {"samples": 1}, "2026-01-01T00:00:00+00:00", remote_code=True)
+    run = RunFolder.create(trusting.settings.runs / "a-1", identity)
+    model._run_shown(trusting)(ViewState(run="a-1"), None, ["auto"])
+    assert asked == ([True] if allowed else [])
+    if not allowed:
+        with pytest.raises(RunError, match="start it with --allow-remote-code"):
+            trusting.live_model(run)
+        with pytest.raises(RunError, match="start it with --allow-remote-code"):
+            trusting.client.submit(run, "plan")

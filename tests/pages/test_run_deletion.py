@@ -78,6 +78,13 @@ def test_the_run_that_is_shown_gives_way_to_another(context: Context) -> None:
     assert [status.id for status in context.client.runs()] == [OLD]
 
 
+def test_a_deleted_run_s_model_leaves_the_memory(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[str] = []
+    monkeypatch.setattr(context.live, "forget", lambda run: forgotten.append(run.name))
+    deletion_of(context)._delete(ViewState(NEW), OLD)
+    assert forgotten == [OLD]
+
+
 def test_another_run_than_the_one_that_is_shown_changes_the_list_alone(context: Context) -> None:
     before = ViewState(NEW, layer=3)
     state, runs, *_ = deletion_of(context)._delete(before, OLD)

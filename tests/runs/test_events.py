@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moesvd_core import atomic
 from moesvd_core.runs.events import EventLog
+from moesvd_core.runs.jobs import read_jobs
 
 
 def test_events_come_back_in_order_with_their_fields(tmp_path: Path) -> None:
@@ -42,7 +44,11 @@ def test_a_torn_last_line_costs_that_line_only(tmp_path: Path, cut: int) -> None
 
 def test_lines_of_several_writers_stay_whole(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
-    threads = [threading.Thread(target=lambda: [log.append("progress", "1", stage="s" * 500) for _ in range(20)]) for _ in range(4)]
+    def write() -> None:
+        for done in range(20):
+            log.append("progress", "1", stage="s" * 500, done=done, total=20)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -67,3 +73,15 @@ def test_a_full_disk_leaves_the_diary_as_it_was(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space"):
         log.append("finished", "1")
     assert log.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [
+    {"time": 1, "kind": "progress", "job": "1", "stagf": "calibrate", "done": 1, "total": 2},
+    {"time": 1, "kind": "progress", "job": "1", "stage": "calibrate", "done": "1", "total": 2},
+    {"time": 1, "kind": "submitted", "job": "2"},
+])
+def test_a_line_without_what_its_kind_tells_is_passed_over(tmp_path: Path, line: dict[str, object]) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.append("submitted", "1", action="analyze")
+    atomic.append_json(log.path, line)
+    assert [job.state for job in read_jobs(log).values()] == ["queued"]

@@ -1,13 +1,14 @@
 """A run folder opens as what it was made, and nothing outside the runs can be reached by an id."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from run_helpers import new_run
 
 from moesvd_core.errors import InputError, RunError
-from moesvd_core.runs.client import Client
+from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import STATIONS, Identity, RunFolder, list_runs, run_id, runs_root
 
 
@@ -107,3 +108,29 @@ def test_the_root_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert runs_root() == tmp_path
     monkeypatch.delenv("MOESVD_RUNS")
     assert runs_root() == Path("runs")
+
+
+def test_a_run_has_its_name_from_within_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tmp_path)
+    monkeypatch.chdir(run.path)
+    assert (RunFolder.open(Path()).name, RunFolder.open(Path()).path) == (run.name, run.path)
+    monkeypatch.chdir(run.path / "factors")
+    assert RunFolder.open(Path("..")).path == run.path
+
+
+def test_a_run_without_a_name_for_pages_waits_with_the_others(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    shutil.copytree(run.path, tmp_path / "my run")
+    enqueue(RunFolder.open(tmp_path / "my run"), "plan", {})
+    enqueue(run, "plan", {})
+    assert [status.id for status in Client(tmp_path).queue()] == ["my run", run.name]
+
+
+def test_code_of_a_model_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
+    trusting = RunFolder.create(tmp_path / "a", Identity("a", "a", {}, "", remote_code=True))
+    launched = list[RunFolder]()
+    with pytest.raises(RunError, match="start it with --allow-remote-code"):
+        Client(tmp_path, launch=launched.append, remote_code=False).submit(trusting, "plan")
+    assert (launched, Client(tmp_path).status(trusting).state) == ([], "new")
+    Client(tmp_path, launch=launched.append, remote_code=True).submit(trusting, "plan")
+    assert launched == [trusting]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from moesvd_core.errors import InputError, RunError
 from moesvd_core.progress import Progress
 from moesvd_core.runs import folder
 from moesvd_core.runs.client import Client, enqueue
+from moesvd_core.runs.events import Kind
 from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.jobs import Job, read_jobs
 from moesvd_core.runs.process import this_process
 from moesvd_core.runs.queue import Queue
 from moesvd_core.runs.worker import STOP_SECONDS, work
@@ -34,6 +37,16 @@ def pid_of(run: RunFolder) -> int:
     worker = run.worker()
     assert worker is not None
     return worker.pid
+
+
+def within(seconds: float, task: Callable[[], list[Job]]) -> list[Job]:
+    """What the task returns, which does not keep the tests waiting for ever."""
+    found: list[list[Job]] = []
+    thread = threading.Thread(target=lambda: found.append(task()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert found, f"not done within {seconds} s"
+    return found[0]
 
 
 def test_a_submitted_job_is_done_by_another_process(client: Client) -> None:
@@ -105,6 +118,38 @@ def test_work_that_does_not_listen_is_ended(client: Client) -> None:
     until(lambda: run.worker() is None, 2)
     with pytest.raises(ProcessLookupError):
         until(lambda: os.kill(pid, 0) is not None, 2)
+
+
+def test_what_waits_behind_work_that_does_not_listen_is_done_by_a_fresh_worker(client: Client) -> None:
+    run = new_run(client.root)
+    ann, bob = (Client(client.root, launch=launch_fake, who=lambda name=name: name) for name in ("ann", "bob"))
+    ann.submit(run, "evaluate", how="deaf")
+    until(lambda: client.status(run).state == "running")
+    pid = pid_of(run)
+    waiting = [bob.submit(run, "similarity")]
+    ann.cancel(run)
+    waiting.append(client.submit(run, "similarity"))
+    until(lambda: client.status(run).jobs[0].state == "cancelled", STOP_SECONDS + 4)
+    for job in waiting:  # by the program's own worker, which finds no model here
+        ended = client.wait(run, job.id, 60)
+        assert (ended.state, "'tiny'" in ended.error) == ("failed", True)
+    assert client.status(run).jobs[0].error == "cancelled"
+    until(lambda: run.worker() is None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert Queue(client.root).tickets() == []
+
+
+def test_a_stopped_worker_that_does_not_listen_starts_no_other(client: Client) -> None:
+    run = new_run(client.root)
+    client.submit(run, "evaluate", how="deaf")
+    until(lambda: client.status(run).state == "running")
+    client.submit(run, "analyze", to=1)
+    os.kill(pid_of(run), signal.SIGTERM)
+    until(lambda: client.status(run).jobs[0].state == "cancelled", STOP_SECONDS + 4)
+    until(lambda: run.worker() is None, 2)
+    assert client.status(run).jobs[0].error == "stopped by SIGTERM"
+    assert not run.launched_file.exists()
 
 
 def test_a_worker_that_hangs_is_recognised_and_cancelling_ends_it(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +237,61 @@ def test_a_killed_worker_does_not_hold_up_the_queue(client: Client) -> None:
     until(lambda: client.status(second).place == 1)
     os.kill(pid_of(first), signal.SIGKILL)
     assert client.wait(second, "1", 20).state == "finished"
+
+
+def test_a_killed_worker_does_not_hold_up_the_next_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Queue, "_counts", lambda *_: True)  # the new worker itself gives up the dead one's place
+    run = new_run(tmp_path)
+    enqueue(run, "evaluate", {"how": "deaf"})
+    enqueue(run, "analyze", {"to": 1})
+    run.log.append("started", "1")
+    [job] = within(10, lambda: work(run, lambda: ACTIONS))
+    assert (job.id, job.state) == ("2", "finished")
+    assert read_jobs(run.log)["1"].state == "interrupted"
+
+
+@pytest.mark.parametrize("end", ["finished", "failed", "cancelled", "interrupted"])
+def test_the_ticket_of_a_job_that_has_ended_is_void_though_its_run_is_attended(tmp_path: Path, end: Kind) -> None:
+    run, queue = new_run(tmp_path), Queue(tmp_path)
+    enqueue(run, "analyze", {"to": 1})
+    enqueue(run, "analyze", {"to": 2})
+    atomic.write_json(run.worker_file, this_process().as_dict())
+    run.log.append("started", "1")
+    assert [ticket.job for ticket in queue.tickets()] == ["1", "2"]
+    run.log.append(end, "1")
+    assert [ticket.job for ticket in queue.tickets()] == ["2"]
+    assert queue.place(run, "2") == 0
+
+
+def test_a_later_run_in_the_same_folder_is_not_taken_for_the_earlier(tmp_path: Path) -> None:
+    run, queue = new_run(tmp_path), Queue(tmp_path)
+    enqueue(run, "analyze", {"to": 1})
+    run.log.append("cancelled", "1")
+    assert queue.tickets() == []
+    run.log.path.rename(tmp_path / "earlier")
+    enqueue(run, "analyze", {"to": 1})
+    assert [ticket.job for ticket in queue.tickets()] == ["1"]
+
+
+def test_a_diary_that_cannot_be_read_holds_up_no_other_run(tmp_path: Path) -> None:
+    first, second = new_run(tmp_path, "first"), new_run(tmp_path, "second")
+    enqueue(first, "analyze", {"to": 1})
+    enqueue(second, "analyze", {"to": 1})
+    first.log.path.unlink()
+    first.log.path.mkdir()
+    assert Queue(tmp_path).place(second, "1") == 1, "as long as its worker may still come"
+
+
+def test_a_run_is_worked_on_from_within_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = new_run(tmp_path)
+    enqueue(made, "analyze", {"to": 1})
+    monkeypatch.chdir(made.path)
+    run = RunFolder(Path(), made.identity)
+    assert Queue.of(run).place(run, "1") == 0
+    [job] = within(10, lambda: work(run, lambda: ACTIONS))
+    assert job.state == "finished"
+    assert Queue(tmp_path).tickets() == []
+    assert not (made.path / ".queue").exists()
 
 
 def test_a_waiting_job_can_be_cancelled(client: Client) -> None:
