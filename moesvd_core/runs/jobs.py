@@ -1,7 +1,10 @@
 """What the diary adds up to: the jobs of a run, the state each is in, and how long the current one still takes."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from moesvd_core.runs.events import Event, EventLog
@@ -68,11 +71,47 @@ class Job:
         }
 
 
+class _Diary:
+    """What a diary says of its run's jobs, as far as this process has read it: many look several times a second, and diaries grow long."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._began: tuple[int, bytes] = (0, b"")
+        self._position = 0
+        self._jobs: dict[str, Job] = {}
+
+    def read_on(self, log: EventLog) -> dict[str, Job]:
+        """The jobs by now; from the beginning where this is not the file any more that was read before."""
+        with self._lock:
+            began, size = _beginning(log)
+            (file, line), (known, before) = began, self._began
+            if file != known or not line.startswith(before) or size < self._position:
+                self._position, self._jobs = 0, {}
+            events, position = log.read(self._position)
+            advance(self._jobs, events)
+            self._began, self._position = began, position
+            return dict(self._jobs)
+
+
+_DIARIES: dict[Path, _Diary] = {}
+_DIARIES_LOCK = Lock()
+
+
 def read_jobs(log: EventLog) -> dict[str, Job]:
-    """The jobs of a run by id, oldest first."""
-    jobs: dict[str, Job] = {}
-    advance(jobs, log.read()[0])
-    return jobs
+    """The jobs of a run by id, oldest first. A process reads each line of a diary once."""
+    with _DIARIES_LOCK:
+        diary = _DIARIES.setdefault(log.path, _Diary())
+    return diary.read_on(log)
+
+
+def _beginning(log: EventLog) -> tuple[tuple[int, bytes], int]:
+    """What tells a diary from that of a later run in the same folder: its file, and the first line, which says when; and its size."""
+    try:
+        with log.path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            return (found.st_ino, file.read(64)), found.st_size
+    except FileNotFoundError:
+        return (0, b""), 0
 
 
 def advance(jobs: dict[str, Job], events: Iterable[Event]) -> None:

@@ -10,12 +10,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from moesvd_core.errors import RunError
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.jobs import ENDED, Job, advance
+from moesvd_core.runs.jobs import ENDED, read_jobs
 
 START_SECONDS = 10.0
 """How long a worker that has just been launched may take until it is there."""
@@ -36,27 +36,12 @@ class Ticket:
         return f"{self.nanoseconds:020d}.{self.job}.{self.run}"
 
 
-@dataclass
-class _Diary:
-    """What a run's diary says of its jobs, as far as it was read: who waits looks several times a second, and diaries grow long.
-
-    Attributes:
-        origin: tells the diary from that of a later run in the same folder.
-        position: from which to read on.
-    """
-
-    origin: tuple[str, int]
-    jobs: dict[str, Job] = field(default_factory=dict)
-    position: int = 0
-
-
 class Queue:
     """The queue of all runs in one folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.folder = root / ".queue"
-        self._diaries: dict[str, _Diary] = {}
 
     @classmethod
     def of(cls, run: RunFolder) -> "Queue":
@@ -146,27 +131,16 @@ class Queue:
             run = RunFolder.open(self.root / ticket.run)
         except RunError:
             return False
-        job = self._job(run, ticket)
+        try:
+            job = read_jobs(run.log).get(ticket.job)
+        except OSError:  # a diary that cannot be read must not hold up the other runs
+            job = None
         if job is not None and job.state in ENDED:
             return False
         if run.attended():
             return True
         young = time.time() - ticket.nanoseconds / 1e9 < START_SECONDS
         return young and (job is None or job.state == "queued")
-
-    def _job(self, run: RunFolder, ticket: Ticket) -> Job | None:
-        """The ticket's job, or None when the diary does not tell of it or cannot be read: it must not hold up the other runs."""
-        try:
-            origin = (run.identity.created, run.log.path.stat().st_ino)
-            diary = self._diaries.get(ticket.run)
-            if diary is None or diary.origin != origin:
-                diary = self._diaries[ticket.run] = _Diary(origin)
-            events, position = run.log.read(diary.position)
-            advance(diary.jobs, events)
-        except OSError:
-            return None
-        diary.position = position
-        return diary.jobs.get(ticket.job)
 
 
 def _name(run: RunFolder) -> str:
