@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moesvd_core.errors import MoesvdError, RunError
 from moesvd_core.planning import SideCurve
-from moesvd_core.tensor_files import MADE_AGAIN, facts_in, load_tensors, save_tensors
+from moesvd_core.tensor_files import MADE_AGAIN, has_format, load_tensors, save_tensors
 
 FORMAT = "moesvd-curves-1"
 """Version of the files; curves in another are made again."""
@@ -41,7 +41,7 @@ def save_curves(path: Path, curves: Sequence[SideCurve]) -> None:
 
 def are_current(path: Path) -> bool:
     """Whether there is a file of curves in today's form."""
-    return path.exists() and _is_known(path)
+    return path.exists() and has_format(path, FORMAT)
 
 
 def load_curves(path: Path) -> list[SideCurve] | None:
@@ -61,8 +61,3 @@ def load_curves(path: Path) -> list[SideCurve] | None:
         ]
     except (ValueError, KeyError, TypeError, MoesvdError) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}): {MADE_AGAIN}") from error
-
-
-def _is_known(path: Path) -> bool:
-    """Whether a file is in today's form, as far as it tells; that a file is damaged is told by whoever reads it."""
-    return bool(facts_in(path).get("format", FORMAT) == FORMAT)

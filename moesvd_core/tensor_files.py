@@ -84,6 +84,11 @@ def facts_in(path: Path) -> dict[str, Any]:
         return {}
 
 
+def has_format(path: Path, form: str) -> bool:
+    """Whether a file is in this form, as far as it tells; that it is damaged is told by whoever reads it."""
+    return bool(facts_in(path).get("format", form) == form)
+
+
 def _digest(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> str:
     """SHA-256 over the facts, and the names, formats, shapes and bytes of the tensors."""
     digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode())

@@ -27,7 +27,7 @@ from moesvd_core.decomposition.shared_v import SharedVBasis
 from moesvd_core.devices import on_card
 from moesvd_core.errors import InputError, RunError, StatisticsError
 from moesvd_core.planning import COUPLED, DENSE, SIDES, LayerPlan, Side, SideCurve, SidePlan, Structure
-from moesvd_core.tensor_files import MADE_AGAIN, facts_in, load_tensors, save_tensors
+from moesvd_core.tensor_files import MADE_AGAIN, has_format, load_tensors, save_tensors
 
 FORMAT = "moesvd-decomposition-2"
 """Version of the file of `Decomposition.save`."""
@@ -204,7 +204,7 @@ def _decomposed(
 
 def is_outdated(path: Path) -> bool:
     """Whether a file is of an earlier version, whose decomposition has to be made again."""
-    return bool(facts_in(path).get("format", FORMAT) != FORMAT)
+    return not has_format(path, FORMAT)
 
 
 def load(

@@ -161,7 +161,7 @@ class Client:
             return RunStatus(run.name, identity.model, identity.created, "new", None, (), owner=identity.owner)
         open_jobs = [job for job in jobs if job.state not in ENDED]
         job = next((job for job in open_jobs if job.state == "running"), open_jobs[0] if open_jobs else jobs[-1])
-        place = Queue(run.path.parent).place(run, job.id) if job.state == "queued" else None
+        place = Queue.of(run).place(run, job.id) if job.state == "queued" else None
         hanging = run.hanging()
         return RunStatus(run.name, identity.model, identity.created, job.state, job, jobs, place, hanging=hanging, owner=identity.owner)
 
@@ -208,7 +208,7 @@ class Client:
             for job in own:
                 if job is not current or worker is None:
                     run.log.append("cancelled", job.id, error="cancelled")
-                    Queue(run.path.parent).leave(run, job.id)
+                    Queue.of(run).leave(run, job.id)
             if worker is not None and current in own:
                 atomic.write_text(run.cancel_file, current.id)
             elif worker is None and any(job.state == "queued" for job in open_jobs if job not in own):
@@ -325,7 +325,7 @@ def enqueue(run: RunFolder, action: str, arguments: Mapping[str, Any], by: str =
     _mark_interrupted(run)  # a job that waited for a worker which never came is not done unasked
     with run.locked():
         number = str(len(read_jobs(run.log)) + 1)
-        Queue(run.path.parent).join(run, number)
+        Queue.of(run).join(run, number)
         run.log.append("submitted", number, action=action, arguments=dict(arguments), **({"by": by} if by else {}))
         return read_jobs(run.log)[number]
 
@@ -386,7 +386,7 @@ def _mark_interrupted(run: RunFolder) -> None:
         for job in read_jobs(run.log).values():
             if _abandoned(run, job):
                 run.log.append("interrupted", job.id, error=INTERRUPTED)
-                Queue(run.path.parent).leave(run, job.id)
+                Queue.of(run).leave(run, job.id)
 
 
 def _abandoned(run: RunFolder, job: Job) -> bool:

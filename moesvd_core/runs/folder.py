@@ -95,14 +95,14 @@ class RunFolder:
     """A run on disk; makes no claim on it (that is the worker's part)."""
 
     def __init__(self, path: Path, identity: Identity) -> None:
-        self.path = path
+        self.path = Path(os.path.abspath(path))  # "." has no name, by which runs are called, and wait in the queue
         self.identity = identity
-        self.log = EventLog(path / "events.jsonl")
+        self.log = EventLog(self.path / "events.jsonl")
 
     @property
     def name(self) -> str:
         """By which lists, links and addresses know the run: its folder's, which is its id unless another folder was asked for."""
-        return self.path.absolute().name
+        return self.path.name
 
     @classmethod
     def create(cls, path: Path, identity: Identity) -> "RunFolder":
@@ -134,7 +134,6 @@ class RunFolder:
         Raises:
             RunError: there is no run, its run.json is damaged or cannot be read, or another version of this program made it.
         """
-        path = Path(os.path.abspath(path))  # "." has no name, by which runs are called
         try:
             fields = json.loads((path / "run.json").read_text(encoding="utf-8"))
             identity = Identity(**fields)

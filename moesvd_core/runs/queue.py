@@ -45,21 +45,20 @@ class Queue:
 
     @classmethod
     def of(cls, run: RunFolder) -> "Queue":
-        """The queue that the run's jobs wait in, however the run's folder was named."""
-        return cls(Path(os.path.abspath(run.path)).parent)
+        """The queue that the run's jobs wait in."""
+        return cls(run.path.parent)
 
     def join(self, run: RunFolder, job: str) -> Ticket:
         """Take the last place."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        ticket = Ticket(time.time_ns(), _name(run), job)
+        ticket = Ticket(time.time_ns(), run.name, job)
         (self.folder / ticket.name).touch()
         return ticket
 
     def leave(self, run: RunFolder, job: str) -> None:
         """Give up every place of the job."""
-        name = _name(run)
         for ticket in self._files():
-            if (ticket.run, ticket.job) == (name, job):
+            if (ticket.run, ticket.job) == (run.name, job):
                 (self.folder / ticket.name).unlink(missing_ok=True)
 
     def tickets(self) -> list[Ticket]:
@@ -75,9 +74,8 @@ class Queue:
 
     def place(self, run: RunFolder, job: str) -> int | None:
         """Jobs that come before this one, 0 for the one whose turn it is; None without a ticket."""
-        name = _name(run)
         for place, ticket in enumerate(self.tickets()):
-            if (ticket.run, ticket.job) == (name, job):
+            if (ticket.run, ticket.job) == (run.name, job):
                 return place
         return None
 
@@ -141,8 +139,3 @@ class Queue:
             return True
         young = time.time() - ticket.nanoseconds / 1e9 < START_SECONDS
         return young and (job is None or job.state == "queued")
-
-
-def _name(run: RunFolder) -> str:
-    """By which the queue knows the run: its folder's name, also where that was given as "."."""
-    return os.path.basename(os.path.abspath(run.path))
