@@ -139,10 +139,12 @@ def _add_runs(kinds: "_Kinds") -> None:
 
     kind = _command(kinds, "plan", commands.plan, "show which layers get which ranks, and what that comes to")
     _add_run(kind)
+    _add_trust(kind)
     _add_recipe(kind)
 
     kind = _command(kinds, "export", commands.export, "write another method, ratio or format of a run")
     _add_run(kind)
+    _add_trust(kind)
     _add_recipe(kind)
     _add_output(kind)
     _add_compensation(kind)
@@ -165,6 +167,8 @@ def _add_runs(kinds: "_Kinds") -> None:
     ):
         kind = _command(kinds, name, command, text, as_json=name != "worker")
         _add_run(kind)
+        if name == "resume":
+            _add_trust(kind)
 
 
 def _add_run(kind: argparse.ArgumentParser) -> None:
@@ -173,6 +177,10 @@ def _add_run(kind: argparse.ArgumentParser) -> None:
 
 def _add_model(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("model", metavar="MODEL", help="folder or hub id")
+    _add_trust(kind)
+
+
+def _add_trust(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--allow-remote-code", action="store_true", help="run code that comes with an unknown type of model")
 
 

@@ -47,7 +47,7 @@ def compress(given: Namespace) -> None:
 
 def export(given: Namespace) -> None:
     """`moesvd export`: another format, ratio or method of a run."""
-    run = opened(given.run)
+    run = _trusted(given)
     arguments = {
         "recipe": _reachable(run, given), "output": str(Path(given.output).absolute()), "format": given.format, "dtype": given.dtype,
         "overwrite": given.overwrite, "command": shlex.join(["moesvd", *given.words]),
@@ -57,7 +57,7 @@ def export(given: Namespace) -> None:
 
 def plan(given: Namespace) -> None:
     """`moesvd plan`: which layers get which ranks, and what that comes to."""
-    run = opened(given.run)
+    run = _trusted(given)
     _show_plan(run, _worked(run, "plan", {"recipe": _reachable(run, given)}), given.json)
 
 
@@ -129,7 +129,7 @@ def delete(given: Namespace) -> None:
 
 def resume(given: Namespace) -> None:
     """`moesvd resume`: go on with what was interrupted, cancelled or failed."""
-    run = opened(given.run)
+    run = _trusted(given)
     jobs = Client(run.path.parent, launch=lambda run: None).resume(run)
     records = [{"action": job.action, **_followed(run, job.id)} for job in jobs]
     if given.json:
@@ -163,6 +163,17 @@ def opened(name: str) -> RunFolder:
     return RunFolder.open(Path(name)) if (Path(name) / "run.json").exists() else RunFolder.named(runs_root(), name)
 
 
+def _trusted(given: Namespace) -> RunFolder:
+    """A run that is there, for work with its model.
+
+    Raises:
+        RunError: there is none, or its model brings code of its own and nobody said that it may be run.
+    """
+    run = opened(given.run)
+    run.require_code_allowed(given.allow_remote_code)
+    return run
+
+
 def _prepared(given: Namespace, recipe: Mapping[str, Any] | None = None) -> RunFolder:
     """The run of the model and the calibration that were asked for; none is made where the model's own headers tell that it would fail.
 
@@ -171,6 +182,7 @@ def _prepared(given: Namespace, recipe: Mapping[str, Any] | None = None) -> RunF
 
     Raises:
         InputError: a model, a text or a recipe that cannot be used.
+        RunError: the run is there, and its model brings code of its own, which nobody allowed.
     """
     from moesvd_core.calibration.settings import Calibration
     from moesvd_core.calibration.text import refuse_unreadable
@@ -183,7 +195,9 @@ def _prepared(given: Namespace, recipe: Mapping[str, Any] | None = None) -> RunF
     refuse_unreadable(calibration.dataset)
     folder = None if given.run is None else Path(given.run)
     wanted = None if recipe is None else Recipe.from_dict(dict(recipe))
-    return prepare(given.model, calibration, folder=folder, allow_remote_code=given.allow_remote_code, recipe=wanted)
+    run = prepare(given.model, calibration, folder=folder, allow_remote_code=given.allow_remote_code, recipe=wanted)
+    run.require_code_allowed(given.allow_remote_code)
+    return run
 
 
 def _worked(run: RunFolder, action: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:

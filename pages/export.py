@@ -148,7 +148,7 @@ def _write(context: Context) -> Callable[..., Any]:
         if context.pushes.busy_in(folder):
             raise InputError(f"{name} is being pushed to the hub: wait until that has ended")
         words: dict[str, Any] = {"output": f"out/{name}", "form": form, "dtype": number}
-        command = compress_command(run.identity, recipe, **words) or export_command(run.name, recipe, **words)
+        command = compress_command(run.identity, recipe, **words) or export_command(run, recipe, **words)
         wanted: dict[str, Any] = {"recipe": recipe.as_dict(), "output": output, "format": form, "dtype": number}
         context.client.submit(run, "compress" if measured else "export", **wanted, overwrite=True, command=command)
         return gr.Timer(active=True)

@@ -29,7 +29,7 @@ from moesvd_core.evaluation.zero_shot import TaskScore
 from moesvd_core.planning import Recipe
 from moesvd_core.runs import worker
 from moesvd_core.runs.client import Client, enqueue
-from moesvd_core.runs.folder import RunFolder
+from moesvd_core.runs.folder import Identity, RunFolder
 from moesvd_core.runs.jobs import Job, read_jobs
 from moesvd_core.runs.process import this_process
 
@@ -332,6 +332,23 @@ def test_jobs_that_are_resumed_together_wait_for_nobody(runs_root: Path, capsys:
     printed = capsys.readouterr()
     assert [record["name"] for record in json.loads(printed.out)] == ["a", "b"]
     assert "another process" not in printed.err
+
+
+def test_code_of_a_model_runs_only_where_the_command_says_so(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder.create(tmp_path / "run", Identity("a", model, {}, "", remote_code=True))
+    output = ["--ratio", "0.2", "--output", str(tmp_path / "out")]
+    words = (["plan", "run", "--ratio", "0.2"], ["export", "run", *output], ["resume", "run"], ["analyze", model, "--run", "run"],
+             ["compress", model, *output, "--run", "run"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("moesvd_core.runs.source.prepare", lambda *_, **__: run)
+    for each in words:
+        assert main(each) == 2
+        assert "brings code of its own, which is not run unasked: say --allow-remote-code" in capsys.readouterr().err
+    assert not read_jobs(run.log)
+    assert main(["resume", "run", "--allow-remote-code"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
 
 
 def test_whoever_waits_for_another_process_is_told_so(runs_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

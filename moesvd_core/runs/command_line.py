@@ -8,7 +8,7 @@ from typing import Any
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
-from moesvd_core.runs.folder import Identity
+from moesvd_core.runs.folder import Identity, RunFolder
 
 _CHOICES = ("metric", "structure", "allocation", "block", "budget")
 _WORDS = {
@@ -27,16 +27,17 @@ def shown_model(model: str) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
-def export_command(run: str, recipe: Recipe, *, output: str, form: str, dtype: str | None = None, file: str = "recipe.yaml") -> str:
+def export_command(run: RunFolder, recipe: Recipe, *, output: str, form: str, dtype: str | None = None, file: str = "recipe.yaml") -> str:
     """`moesvd export`: from a run that is there.
 
     Args:
-        run: name of a run under the folder of runs.
+        run: one under the folder of runs.
         dtype: number format to write; None: the original's.
         file: name of a file with the recipe's YAML; named where method and ratio do not say everything.
     """
     chosen = [] if dtype is None else ["--dtype", dtype]
-    return shlex.join(["moesvd", "export", run, *_recipe(recipe, file), "--output", output, "--format", form, *chosen])
+    words = [*_recipe(recipe, file), "--output", output, "--format", form, *chosen, *_trust(run.identity)]
+    return shlex.join(["moesvd", "export", run.name, *words])
 
 
 def compress_command(
@@ -50,9 +51,13 @@ def compress_command(
     words = _calibration(identity.calibration)
     if words is None or dtype != identity.calibration.get("dtype"):
         return None
-    trusted = ["--allow-remote-code"] if identity.remote_code else []
     model = shown_model(identity.model)
-    return shlex.join(["moesvd", "compress", model, *_recipe(recipe, file), "--output", output, "--format", form, *words, *trusted])
+    words = [*_recipe(recipe, file), "--output", output, "--format", form, *words, *_trust(identity)]
+    return shlex.join(["moesvd", "compress", model, *words])
+
+
+def _trust(identity: Identity) -> list[str]:
+    return ["--allow-remote-code"] if identity.remote_code else []
 
 
 def _recipe(recipe: Recipe, file: str) -> list[str]:

@@ -61,7 +61,7 @@ def estimate(
     Args:
         facts: `ModelFacts.as_dict()`.
         form: None: nothing is exported.
-        methods: for which the model is decomposed.
+        methods: for which the model is decomposed; none: it is run only, for which no statistics are wanted.
         fitted: whether a finished model is fitted to the stream that it changes.
         ratio: of the export's plan, which removes no less.
         dtype: floating type of the export; None: the model's.
@@ -83,11 +83,16 @@ def estimate(
     row_gram = experts * (2 * width) ** 2 if calibration.collects_rows(2 * width) else 0
     backward = 8 * ((2 * experts + 1) * hidden**2 + row_gram) if calibration.gradient else 0
     labels = 1 + calibration.drawn_labels if calibration.gradient else 1  # each has a gradient of its own, of one forward pass
-    batch = calibration.batch * length * (4 * (1 + labels) * hidden + 4 * facts["active"] * width) * 4
+    kept = {decomposition_key(single) for name in methods for single in single_structures(method(name))}
+    calibrates = bool(kept) and (run is None or not (run / "statistics" / SUMMARY).exists())
+    missing = len(kept) * layers - _decomposed(kept, run)
+    sums = 2 * max(forward, backward) if calibrates or missing or fitted else (forward + backward) // 2 if kept else 0
+    batch = calibration.batch * length * (4 * (1 + labels * calibrates) * hidden + 4 * facts["active"] * width) * 4
+    collected = round((facts["layers"] + 2 * labels * pushed) * states) + layers * (forward + backward) // 4
     return Estimate(
-        memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + 2 * max(forward, backward) + batch,
-        run_disk=_left(round((facts["layers"] + 2 * labels * pushed) * states) + layers * (forward + backward) // 4, run)
-        + _factor_bytes(facts, methods, run)
+        memory=_PROGRAM + (outside + 2 * layer_experts) * number + 4 * layer_experts + sums + batch,
+        run_disk=(_left(collected, run) if calibrates else 0)
+        + missing * _factor_bytes(facts)
         + (_fitting_bytes(facts, calibration.samples * length, number) if fitted else 0)
         + 2 * tokens * hidden * number,
         export_disk=0 if form is None else _export_bytes(facts, ratio if form == "factored" else 0.0, dtype),
@@ -95,14 +100,10 @@ def estimate(
     )
 
 
-def _left(calibration: int, run: Path | None) -> int:
-    """What a calibration has yet to write, of the bytes of its hidden states and statistics: nothing once it is finished."""
-    if run is None:
-        return calibration
-    folder = run / "statistics"
-    if (folder / SUMMARY).exists():
-        return 0
-    return max(0, calibration - sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
+def _left(collected: int, run: Path | None) -> int:
+    """What a calibration has yet to write, of the bytes of its hidden states and statistics."""
+    written = () if run is None else (run / "statistics").rglob("*.safetensors")
+    return max(0, collected - sum(file.stat().st_size for file in written))
 
 
 def _export_bytes(facts: Mapping[str, Any], ratio: float, dtype: str | None) -> int:
@@ -113,16 +114,19 @@ def _export_bytes(facts: Mapping[str, Any], ratio: float, dtype: str | None) -> 
     return stored + min(stored, SHARD_SIZE)
 
 
-def _factor_bytes(facts: Mapping[str, Any], methods: Iterable[str], run: Path | None) -> int:
-    """Of the files of all layers that are not decomposed yet, at most: a basis of every expert's smaller spaces, curves, and matrices that
-    all experts share."""
-    kept = {decomposition_key(single) for name in methods for single in single_structures(method(name))}
-    layers, experts, hidden, width = (int(facts[name]) for name in ("moe_layers", "experts", "hidden", "width"))
+def _decomposed(kept: Iterable[str], run: Path | None) -> int:
+    """How many layers' decompositions of these kinds are there."""
+    return 0 if run is None else sum(len(list((run / "factors" / key).glob("layer-*.safetensors"))) for key in kept)
+
+
+def _factor_bytes(facts: Mapping[str, Any]) -> int:
+    """Of the files of one layer's decomposition, at most: a basis of every expert's smaller spaces, curves, and matrices that all experts
+    share."""
+    experts, hidden, width = (int(facts[name]) for name in ("experts", "hidden", "width"))
     sides = (min(2 * width, hidden), min(width, hidden))
     bases = 4 * experts * sum(size**2 for size in sides)
     curves = 2 * 2 * 8 * experts * sum(sides)
-    made = 0 if run is None else sum(len(list((run / "factors" / key).glob("layer-*.safetensors"))) for key in kept)
-    return (len(kept) * layers - made) * (bases + curves + 4 * 3 * hidden * width)
+    return bases + curves + 4 * 3 * hidden * width
 
 
 def _fitting_bytes(facts: Mapping[str, Any], tokens: int, number: int) -> int:

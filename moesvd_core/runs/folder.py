@@ -155,8 +155,8 @@ class RunFolder:
         """
         if self.identity.remote_code and not allowed:
             raise RunError(
-                f"the model of run {self.name} brings code of its own, which this server does not run: "
-                "start it with --allow-remote-code if you trust the model"
+                f"the model of run {self.name} brings code of its own, which is not run unasked: "
+                "say --allow-remote-code (to a server, when it is started) if you trust the model"
             )
 
     @classmethod

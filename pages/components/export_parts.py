@@ -149,7 +149,7 @@ def _quality(run: RunFolder, recipe: Recipe, plan: Plan | None) -> tuple[str, st
 def twin_html(run: RunFolder, recipe: Recipe, *, name: str, form: str, dtype: str | None) -> str:
     """The commands and the recipe that do what the button does."""
     output = f"out/{name}"
-    boxes = [code.box("From this run", code.folded(export_command(run.name, recipe, output=output, form=form, dtype=dtype)))]
+    boxes = [code.box("From this run", code.folded(export_command(run, recipe, output=output, form=form, dtype=dtype)))]
     nothing = compress_command(run.identity, recipe, output=output, form=form, dtype=dtype)
     if nothing is not None:
         boxes.append(code.box("From nothing, with calibration and measurement", code.folded(nothing)))

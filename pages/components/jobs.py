@@ -7,13 +7,16 @@ Work is not bound to the tab: the panel finds it again by the run in the address
 """
 
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from moesvd_core.errors import RunError
 from moesvd_core.runs.client import RunStatus
 from moesvd_core.runs.folder import RunFolder
+from pages.components.context import Context
 from pages.components.header import worker
 from pages.components.page import Page
 from pages.components.session import ViewState
@@ -41,7 +44,7 @@ class Panel:
             self._log = gr.HTML(log_html([]))
         page.ticks(self._draw, [self._status, self._cancel, self._resume, self._log])
         outputs = [self._status, self._cancel, self._resume, self._log, page.wake]
-        for button, act in ((self._cancel, page.context.client.cancel), (self._resume, page.context.client.resume)):
+        for button, act in ((self._cancel, page.context.client.cancel), (self._resume, partial(resume, page.context))):
             button.click(page.changes(self._acting(act)), page.state, outputs, show_progress="hidden", api_visibility="private")
 
     def _acting(self, act: Any) -> Any:
@@ -60,6 +63,17 @@ class Panel:
             gr.Button(visible=resumable(status)),
             log_html([] if run is None else log_lines(run)),
         )
+
+
+def resume(context: Context, run: RunFolder) -> None:
+    """Go on, unless that may write an export anew which is just being read.
+
+    Raises:
+        RunError: it may; or as `Client.resume`.
+    """
+    if context.pushes.busy_in(run.path):
+        raise RunError(f"an export of run {run.name} is being pushed to the hub: resume once that has ended")
+    context.client.resume(run)
 
 
 def resumable(status: RunStatus | None) -> bool:

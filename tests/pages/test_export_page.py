@@ -30,6 +30,7 @@ from pages import export
 from pages.components import code
 from pages.components import export_parts as parts
 from pages.components.context import Context
+from pages.components.jobs import resume
 from pages.components.session import ViewState
 from pages.components.settings import Settings
 from pages.components.text import count, number, share, size
@@ -350,6 +351,8 @@ def test_an_export_is_not_written_while_it_is_pushed_nor_pushed_while_it_is_writ
     export._push(context, context.pushes)(view, folder.name, "a/b", TOKEN, True)
     with pytest.raises(InputError, match=f"{folder.name} is being pushed to the hub: wait until that has ended"):
         export._write(context)(view, "factored", export.OWN, False, False, False)
+    with pytest.raises(RunError, match=f"an export of run {RUN} is being pushed to the hub: resume once that has ended"):
+        resume(context, run)  # which may be of the job that wrote it
     gate.set()
     until(lambda: not context.pushes.busy_in(folder))
     export._write(context)(view, "factored", export.OWN, False, False, False)

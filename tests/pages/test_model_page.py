@@ -286,7 +286,7 @@ def test_a_run_that_is_opened_brings_no_code_in(context: Context, tmp_path: Path
     model._run_shown(trusting)(ViewState(run="a-1"), None, ["auto"])
     assert asked == ([True] if allowed else [])
     if not allowed:
-        with pytest.raises(RunError, match="start it with --allow-remote-code"):
+        with pytest.raises(RunError, match="say --allow-remote-code"):
             trusting.live_model(run)
-        with pytest.raises(RunError, match="start it with --allow-remote-code"):
+        with pytest.raises(RunError, match="say --allow-remote-code"):
             trusting.client.submit(run, "plan")

@@ -1,6 +1,7 @@
 """What a page shows as its twin on the command line is understood there, and means the same."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from moesvd_core.calibration.settings import Calibration
 from moesvd_core.cli import parser
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.command_line import compress_command, export_command, shown_model
-from moesvd_core.runs.folder import Identity
+from moesvd_core.runs.folder import Identity, RunFolder
 
 
 def understood(command: str) -> dict[str, Any]:
@@ -23,20 +24,23 @@ def identity(model: str = "owner/model", **calibration: Any) -> Identity:
     return Identity("run-1", model, Calibration(**calibration).as_dict(), "2026-01-01T00:00:00+00:00")
 
 
+RUN = RunFolder(Path("demo-1"), identity())
+
+
 def test_export_says_everything_in_words() -> None:
-    given = understood(export_command("demo-1", Recipe(method="latent", ratio=0.35), output="my out", form="dense", dtype="bfloat16"))
+    given = understood(export_command(RUN, Recipe(method="latent", ratio=0.35), output="my out", form="dense", dtype="bfloat16"))
     choices = {"method": "latent", "ratio": 0.35, "recipe": None}
     expected = {"run": "demo-1", **choices, "output": "my out", "format": "dense", "dtype": "bfloat16"}
     assert {name: given[name] for name in expected} == expected
 
 
 def test_a_bound_on_operations_has_a_word() -> None:
-    given = understood(export_command("demo-1", Recipe(flops_ratio=0.25), output="out", form="factored"))
+    given = understood(export_command(RUN, Recipe(flops_ratio=0.25), output="out", form="factored"))
     assert (given["flops_ratio"], given["recipe"]) == (0.25, None)
 
 
 def test_a_recipe_with_choices_of_its_own_is_read_from_its_file() -> None:
-    assert understood(export_command("demo-1", Recipe(block=16), output="out", form="factored"))["recipe"] == "recipe.yaml"
+    assert understood(export_command(RUN, Recipe(block=16), output="out", form="factored"))["recipe"] == "recipe.yaml"
 
 
 def test_compress_repeats_the_calibration() -> None:
@@ -58,7 +62,7 @@ def test_a_usual_calibration_needs_no_words() -> None:
     (Recipe(), False, "--no-compensate"), (Recipe(method="svd", compensate=True), True, "--compensate"), (Recipe(method="svd"), None, None),
 ])
 def test_a_model_that_is_fitted_otherwise_than_usual_says_so(recipe: Recipe, given: bool | None, word: str | None) -> None:
-    command = export_command("demo-1", recipe, output="out", form="factored")
+    command = export_command(RUN, recipe, output="out", form="factored")
     assert understood(command)["compensate"] is given
     assert word is None or word in command.split()
 
@@ -89,3 +93,12 @@ def test_folders_of_the_machine_are_not_told(monkeypatch: pytest.MonkeyPatch, tm
     assert shown_model(str(tmp_path / "assets" / "demo-moe")) == "assets/demo-moe"
     assert shown_model("/home/someone/models/demo-moe") == "demo-moe"
     assert shown_model("owner/model") == "owner/model"
+
+
+def test_trust_in_a_models_own_code_has_a_word() -> None:
+    trusted = replace(identity(), remote_code=True)
+    commands = (
+        export_command(RunFolder(Path("demo-1"), trusted), Recipe(), output="out", form="factored"),
+        compress_command(trusted, Recipe(), output="out", form="factored"),
+    )
+    assert [understood(command or "")["allow_remote_code"] for command in commands] == [True, True]

@@ -103,9 +103,33 @@ def test_what_a_run_has_is_not_demanded_again(analysed: RunFolder) -> None:
     new = estimate(facts, CALIBRATION)
     assert new.run_disk > 0 == estimate(facts, CALIBRATION, run=analysed.path).run_disk
     other = estimate(facts, CALIBRATION, methods=["svd"], run=analysed.path).run_disk
-    assert other == estimate(facts, CALIBRATION, methods=["svd"]).run_disk - estimate(facts, CALIBRATION, methods=[]).run_disk > 0
+    assert other == estimate(facts, CALIBRATION, methods=["auto", "svd"]).run_disk - new.run_disk > 0
     measured = estimate(facts, CALIBRATION, tokens=100, run=analysed.path).run_disk
     assert measured == 2 * 100 * facts["hidden"] * 4, "last hidden states of the original and of what is made of it"
+
+
+def test_memory_is_demanded_for_what_is_yet_to_be_done(analysed: RunFolder, tmp_path: Path) -> None:
+    facts = analysed.read_json("source.json")["facts"]
+    looked_at, written, calibrated = (
+        estimate(facts, CALIBRATION, methods=methods, run=run).memory
+        for methods, run in (((), None), (("auto",), analysed.path), (("auto",), None))
+    )
+    assert looked_at < written < calibrated
+    decomposed = estimate(facts, CALIBRATION, methods=["svd"], run=analysed.path).memory
+    fitted = estimate(facts, CALIBRATION, fitted=True, run=analysed.path).memory
+    assert written < decomposed == fitted < calibrated, "without the gradients of a batch"
+
+
+def test_a_model_that_cannot_be_calibrated_here_can_still_be_compared_and_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path / "run")
+    facts = inspect(tmp_path / "model-mixtral").as_dict()
+    needed, more = (estimate(facts, CALIBRATION, methods=methods).memory for methods in ((), ("auto",)))
+    monkeypatch.setattr("moesvd_core.runs.estimate.free_memory", lambda: (needed + more) // 2)
+    assert do(run, "evaluate", text=TEXT).state == "finished"
+    assert do(run, "similarity", experts=2).state == "finished"
+    assert do(run, "plan", recipe=RECIPE).error_kind == "ResourceError"
 
 
 def test_a_calibration_or_decomposition_that_is_half_done_is_demanded_by_what_is_missing(analysed: RunFolder, tmp_path: Path) -> None:
@@ -117,7 +141,9 @@ def test_a_calibration_or_decomposition_that_is_half_done_is_demanded_by_what_is
     assert 0 < layers[1].stat().st_size < missing < estimate(facts, CALIBRATION).run_disk
     (run / "statistics" / "statistics.json").unlink()
     calibrated = sum(file.stat().st_size for file in (run / "statistics").rglob("*.safetensors"))
-    calibration = estimate(facts, CALIBRATION, methods=[]).run_disk
+    twice = estimate(facts, CALIBRATION, methods=["auto", "svd"]).run_disk
+    decomposed = twice - estimate(facts, CALIBRATION, methods=["svd"]).run_disk
+    calibration = estimate(facts, CALIBRATION).run_disk - decomposed
     assert estimate(facts, CALIBRATION, run=run).run_disk == missing + calibration - calibrated
 
 

@@ -129,7 +129,7 @@ def test_a_run_without_a_name_for_pages_waits_with_the_others(tmp_path: Path) ->
 def test_code_of_a_model_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
     trusting = RunFolder.create(tmp_path / "a", Identity("a", "a", {}, "", remote_code=True))
     launched = list[RunFolder]()
-    with pytest.raises(RunError, match="start it with --allow-remote-code"):
+    with pytest.raises(RunError, match="say --allow-remote-code"):
         Client(tmp_path, launch=launched.append, remote_code=False).submit(trusting, "plan")
     assert (launched, Client(tmp_path).status(trusting).state) == ([], "new")
     Client(tmp_path, launch=launched.append, remote_code=True).submit(trusting, "plan")
