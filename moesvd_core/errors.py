@@ -1,5 +1,7 @@
 """Every error that a person can cause or must act on. Each message names the value, the bound and the fix."""
 
+from typing import TypeGuard
+
 
 class MoesvdError(Exception):
     """Base of all errors raised on purpose; the command line prints its message in one line, the pages show it as it is."""
@@ -50,16 +52,21 @@ MOST_WINDOWS = 1_000_000
 _MOST_SEED = 2**32 - 1
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a setting is a number, which can be held against bounds; text is none, nor is a truth value that stands where one belongs."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def require_whole(name: str, value: object, least: int, unit: str = "", *, most: int | None = None) -> None:
     """Refuse what is no whole number, or too small or too large a one; rounding would do something else than was asked for.
 
     Raises:
         InputError: it is.
     """
+    if most is not None and is_number(value) and value > most:  # first: large numbers that are typed come as 1e+30
+        raise InputError(f"{name} must be at most {most:,} {unit}".rstrip() + f", got {value:,}")
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} must be a whole number of at least {least} {unit}".rstrip() + f", got {value!r}")
-    if most is not None and value > most:
-        raise InputError(f"{name} must be at most {most:,} {unit}".rstrip() + f", got {value:,}")
 
 
 def require_seed(value: object) -> None:

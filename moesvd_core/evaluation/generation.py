@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesvd_core.architectures.streaming import require_known
-from moesvd_core.errors import EvaluationError, InputError, require_seed, require_whole
+from moesvd_core.errors import EvaluationError, InputError, is_number, require_seed, require_whole
 from moesvd_core.evaluation.hidden import context_limit
 
 MAX_NEW_TOKENS = 4096
@@ -42,14 +42,16 @@ class Sampling:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.new_tokens <= MAX_NEW_TOKENS:
+        if is_number(self.new_tokens) and not 1 <= self.new_tokens <= MAX_NEW_TOKENS:
             raise InputError(f"new_tokens must be in [1, {MAX_NEW_TOKENS}], got {self.new_tokens}")
         require_whole("new_tokens", self.new_tokens, 1)
-        if not 0 <= self.temperature <= 5:
-            raise InputError(f"temperature must be in [0, 5], got {self.temperature}: 0 always takes the most probable token")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], got {self.top_p}: 1 keeps every token")
+        if not (is_number(self.temperature) and 0 <= self.temperature <= 5):
+            raise InputError(f"temperature must be in [0, 5], got {self.temperature!r}: 0 always takes the most probable token")
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise InputError(f"top_p must be in (0, 1], got {self.top_p!r}: 1 keeps every token")
         require_seed(self.seed)
+        if not isinstance(self.chat, bool):
+            raise InputError(f"chat must be true or false, got {self.chat!r}")
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Answer:
     Attributes:
         text: decoded so far, without half a character at its end.
         tokens: ids so far, without the token that ended the answer.
-        first_token_seconds: from the prompt to the first token.
-        seconds: this model's own time so far.
+        first_token_seconds: from the prompt to the first token, or to the one that ended the answer before there was any.
+        seconds: this model's own time up to the last token in `tokens`; where there is none, as `first_token_seconds`.
         finished: "end" when the model stopped, "length" at the longest answer, "context" at the model's limit before it, "stopped"
             where nobody waits for the rest, "" while it goes on.
     """
@@ -161,25 +163,26 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids_1L: 
             output = model(input_ids=ids_1L, position_ids=position_1L, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         token = _choose(output.logits[0, -1].float().cpu(), sampling, noise)
-        seconds += time.perf_counter() - start
-        first = first or seconds
-        if token in ends:
-            finished = "end"
-        else:
+        took = time.perf_counter() - start
+        first = first or took
+        if token not in ends:
             tokens.append(token)
-            finished = full if len(tokens) == longest else ""
+            seconds += took  # the step that ends an answer brings no token: with its time a rate would be too low
+        finished = "end" if token in ends else full if len(tokens) == longest else ""
         ids_1L, position_1L = ids_1L.new_tensor([[token]]), position_1L[:, -1:] + 1
         text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        yield Answer(text if finished else text.rstrip("�"), tuple(tokens), first, seconds, finished)
+        yield Answer(text if finished else text.rstrip("�"), tuple(tokens), first, seconds or first, finished)
 
 
 def _choose(logit_V: torch.Tensor, sampling: Sampling, noise: torch.Generator) -> int:
     """The next token: the largest logit, or the largest after tempering, cutting the tail and adding Gumbel noise."""
-    if not logit_V.isfinite().any() or logit_V.isnan().any():
+    top = logit_V.max()
+    if not top.isfinite():
         raise EvaluationError("the model's logits are not finite: check the weights for NaN or Inf, or use bfloat16 instead of float16")
     if sampling.temperature == 0:
         return int(logit_V.argmax())
-    logp_V = (logit_V / sampling.temperature).log_softmax(-1)
+    # The largest is 0 at every temperature and the others tend to -Inf: divided as they come, a small one would make several of them Inf.
+    logp_V = ((logit_V - top).double() / sampling.temperature).log_softmax(-1)
     sorted_V, order_V = logp_V.exp().sort(descending=True)
     beyond_V = sorted_V.cumsum(-1) - sorted_V >= sampling.top_p
     logp_V[order_V[beyond_V]] = -torch.inf

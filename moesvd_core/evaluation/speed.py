@@ -20,11 +20,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from moesvd_core.architectures.find import expert_layers
 from moesvd_core.devices import finish_all, on_card
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, require_seed, require_whole
 from moesvd_core.evaluation.hidden import context_limit
 from moesvd_core.kernels import has_grouped_product
 from moesvd_core.progress import Progress, Report, silent
@@ -73,9 +73,19 @@ class SpeedTest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("prompt_tokens", "new_tokens", "repeats", "batch"):
+            require_whole(name, getattr(self, name), 1)
+        require_seed(self.seed)
+
+    def require_room(self, config: PretrainedConfig, name: str) -> None:
+        """Refuse what is longer than a model was made for.
+
+        Raises:
+            InputError: it is; the message calls the model by its name.
+        """
+        limit = context_limit(config)
+        if limit is not None and self.prompt_tokens + self.new_tokens > limit:
+            raise InputError(f"prompt_tokens + new_tokens must be at most {limit} for {name}, got {self.prompt_tokens} + {self.new_tokens}")
 
 
 def measure_speed(models: Mapping[str, PreTrainedModel], test: SpeedTest | None = None, *, report: Report = silent) -> dict[str, Speed]:
@@ -88,9 +98,7 @@ def measure_speed(models: Mapping[str, PreTrainedModel], test: SpeedTest | None 
     if not models:
         raise InputError("at least one model must be given to measure, got none")
     for name, model in models.items():
-        limit = context_limit(model.config)
-        if limit is not None and test.prompt_tokens + test.new_tokens > limit:
-            raise InputError(f"prompt_tokens + new_tokens must be at most {limit} for {name}, got {test.prompt_tokens} + {test.new_tokens}")
+        test.require_room(model.config, name)
     prompts = {name: _prompt(model, test) for name, model in models.items()}
     held = {name: (_flops(model, prompts[name]), _peak_bytes(model, prompts[name], test)) for name, model in models.items()}
     timings: dict[str, list[tuple[float, ...]]] = {name: [] for name in models}

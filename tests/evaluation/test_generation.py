@@ -1,6 +1,9 @@
 """Answers against transformers' own generate, and what must hold when two models answer side by side."""
 
+import re
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from tiny_models import TINY, save_tiny
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesvd_core.errors import EvaluationError, InputError
+from moesvd_core.evaluation import generation
 from moesvd_core.evaluation.generation import Sampling, answer, first_divergence, side_by_side, warm_up
 
 torch.set_num_threads(1)
@@ -105,6 +109,35 @@ def test_time_is_each_models_own(tokenizer: PreTrainedTokenizerBase) -> None:
     assert left.tokens_per_second == pytest.approx(3 / (left.seconds - left.first_token_seconds))
 
 
+@pytest.mark.parametrize("shown", [0, 1, 3])
+def test_the_step_that_ends_an_answer_does_not_slow_it(
+    shown: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sampling = endless("mixtral"), Sampling(new_tokens=6, temperature=3.0, seed=1)
+    *_, full = answer(model, tokenizer, PROMPT, sampling)
+    assert full.tokens[shown] not in full.tokens[:shown]
+    model.generation_config.eos_token_id = [full.tokens[shown]]
+    ticks = count()
+    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: 0.1 * next(ticks)))  # every step takes 0.1 s
+    answers = list(answer(model, tokenizer, PROMPT, sampling))
+    assert (answers[-1].finished, answers[-1].tokens) == ("end", full.tokens[:shown])
+    for each in answers:
+        assert each.first_token_seconds == pytest.approx(0.1)
+        assert each.seconds == pytest.approx(0.1 * max(1, len(each.tokens)))
+        assert each.tokens_per_second == (pytest.approx(10) if len(each.tokens) > 1 else None)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.3])
+@pytest.mark.parametrize("temperature", [1e-20, 1e-39, 5e-324])
+def test_the_smallest_temperatures_take_the_most_probable_tokens(
+    temperature: float, top_p: float, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = endless("mixtral")
+    *_, greedy = answer(model, tokenizer, PROMPT, Sampling(new_tokens=4))
+    *_, sampled = answer(model, tokenizer, PROMPT, Sampling(4, temperature, top_p))
+    assert sampled.tokens == greedy.tokens != (0, 0, 0, 0)
+
+
 @pytest.mark.parametrize(("left", "right", "index"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None)])
 def test_first_divergence(left: list[int], right: list[int], index: int | None) -> None:
     assert first_divergence(left, right) == index
@@ -129,12 +162,36 @@ def test_refuses_settings_out_of_bounds(wrong: dict[str, float]) -> None:
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
-def test_logits_that_are_not_finite_end_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("name", ["new_tokens", "temperature", "top_p", "seed", "chat"])
+@pytest.mark.parametrize("wrong", ["1", None, [1]])
+def test_refuses_settings_of_another_type(name: str, wrong: object) -> None:
+    with pytest.raises(InputError, match=rf"^{name} must be .*, got {re.escape(repr(wrong))}"):
+        Sampling(**{name: wrong})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["new_tokens", "temperature", "top_p", "seed"])
+def test_a_truth_value_is_no_number(name: str) -> None:
+    with pytest.raises(InputError, match=rf"^{name} must be .*, got True"):
+        Sampling(**{name: True})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logit", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_end_the_answer(logit: float, temperature: float, tokenizer: PreTrainedTokenizerBase) -> None:
     model = endless("mixtral")
-    with torch.no_grad():
-        model.lm_head.weight[5] = torch.nan
+    model.lm_head.register_forward_hook(lambda _, __, logit_BLV: logit_BLV.index_fill(-1, torch.tensor([5]), logit))
     with pytest.raises(EvaluationError, match="not finite"):
-        next(answer(model, tokenizer, PROMPT))
+        next(answer(model, tokenizer, PROMPT, Sampling(temperature=temperature)))
+
+
+def test_tokens_that_a_model_rules_out_are_not_taken(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = endless("mixtral")
+    *_, full = answer(model, tokenizer, PROMPT, Sampling(new_tokens=1))
+    out = torch.tensor([*range(5), *full.tokens])
+    model.lm_head.register_forward_hook(lambda _, __, logit_BLV: logit_BLV.index_fill(-1, out, -torch.inf))
+    for temperature in (0.0, 1e-39, 1.0):
+        *_, last = answer(model, tokenizer, PROMPT, Sampling(new_tokens=4, temperature=temperature))
+        assert not set(last.tokens) & set(out.tolist())
 
 
 def test_warming_up_reads_the_prompt_and_writes_a_token_by_every_model(tokenizer: PreTrainedTokenizerBase) -> None:

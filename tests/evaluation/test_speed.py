@@ -98,5 +98,8 @@ def test_refuses_what_cannot_be_measured() -> None:
         measure_speed({})
     with pytest.raises(InputError, match=r"at most 64 for a, got 60 \+ 8"):
         measure_speed({"a": TINY["mixtral"]()}, SpeedTest(prompt_tokens=60, new_tokens=8))
-    with pytest.raises(InputError, match="repeats must be at least 1, got 0"):
-        SpeedTest(repeats=0)
+    for name, wrong in (("repeats", 0), ("repeats", True), ("prompt_tokens", 1.5), ("new_tokens", "3"), ("batch", None)):
+        with pytest.raises(InputError, match=f"^{name} must be a whole number of at least 1, got {wrong!r}"):
+            SpeedTest(**{name: wrong})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="seed must be a whole number of at least 0, got -1"):
+        SpeedTest(seed=-1)

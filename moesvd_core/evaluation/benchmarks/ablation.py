@@ -6,6 +6,7 @@ settings of calibration, or by statistics that lack something.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import fsum
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from moesvd_core.calibration import Calibration, Statistics
 from moesvd_core.decomposition.metrics import BACKWARD_SUMS
 from moesvd_core.decomposition.registry import METHODS, Method
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, require_seed
 from moesvd_core.evaluation.benchmarks.bench import Bench, QualitySettings, with_seed
+from moesvd_core.evaluation.benchmarks.checks import require_ratios
 from moesvd_core.evaluation.benchmarks.table import Cell, Table, shown
 from moesvd_core.evaluation.perplexity import Evaluation
 from moesvd_core.planning import Plan, Recipe
@@ -108,6 +110,9 @@ class AblationBenchmark(QualitySettings):
                 raise InputError(f"variant must be one of {', '.join(known)}, got {name!r}")
         if not self.ratios or not self.variants or not self.seeds:
             raise InputError("at least one ratio, one variant and one seed must be given to compare")
+        require_ratios("ratios", self.ratios)
+        for seed in self.seeds:
+            require_seed(seed)
 
     def run(self, report: Report = silent) -> Table:
         """Calibrate, plan, factor and measure every variant at every ratio.
@@ -166,11 +171,11 @@ def _lacking(names: Sequence[str]) -> Callable[[Statistics], Statistics]:
 
 
 def _row(variant: Variant, ratio: float, found: _Found) -> dict[str, Cell]:
-    """Means over calibrations, beside the variant that has the ingredient."""
+    """Means over calibrations, beside the variant that has the ingredient; no times of one that lost nothing."""
     samples, whole = found.get((variant.name, ratio), []), found.get((variant.beside, ratio), [])
     nll, kl = (_losses(samples, figure) for figure in ("delta_nll", "kl_mean"))
     times = [
-        fmean(own) / fmean(compared) if own and compared else None
+        fmean(own) / fmean(compared) if own and fsum(compared) else None
         for own, compared in ((nll, _losses(whole, "delta_nll")), (kl, _losses(whole, "kl_mean")))
     ]
     return {

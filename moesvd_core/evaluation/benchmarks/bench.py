@@ -60,7 +60,9 @@ class QualitySettings:
         path = resolve_model(self.model)
         tokenizer = AutoTokenizer.from_pretrained(path)
         stream = LayerStream(path, dtype=self.dtype, device="cuda" if torch.cuda.is_available() else "cpu")
-        window_NL = evaluation_windows(tokenizer, self.dataset, window_length(self.length, context_limit(stream.config)), self.windows)
+        limit = context_limit(stream.config)
+        window_length(self.calibration.length, limit)  # refused before the original is run over the text
+        window_NL = evaluation_windows(tokenizer, self.dataset, window_length(self.length, limit), self.windows)
         return Bench(stream, tokenizer, final_hidden(stream, window_NL, report=report), self.dataset, self.work)
 
     def measured_on(self, bench: "Bench", seeds: tuple[int, ...]) -> str:

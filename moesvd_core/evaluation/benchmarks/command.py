@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from math import isfinite
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -15,6 +16,7 @@ import torch
 
 import moesvd_core
 from moesvd_core.calibration import Calibration
+from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.ablation import AblationBenchmark
 from moesvd_core.evaluation.benchmarks.bench import QualitySettings
 from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark
@@ -120,7 +122,10 @@ def _ratios(given: _Given) -> _Benchmark:
 
 def _memory(given: _Given) -> _Benchmark:
     if "gigabytes" in given:
-        given["bytes"] = round(float(str(given.pop("gigabytes"))) * 1e9)
+        gigabytes = float(str(given.pop("gigabytes")))
+        if not isfinite(gigabytes):
+            raise InputError(f"gigabytes must be a finite number above 0, got {gigabytes}")
+        given["bytes"] = round(gigabytes * 1e9)
     size = ModelSize(**(SHAPE | _chosen(ModelSize, given)))
     probe = ProbeSettings(**_chosen(ProbeSettings, given))  # type: ignore[arg-type]
     return MemoryBenchmark(**_chosen(MemoryBenchmark, given, size=size, probe=probe))  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ from moesvd_core.decomposition.decompose import Decomposition, decompose
 from moesvd_core.decomposition.factors import LayerFactors, PivotedFactors
 from moesvd_core.decomposition.registry import METHODS, Method, method
 from moesvd_core.devices import finish_all
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, is_number, require_whole
+from moesvd_core.evaluation.benchmarks.checks import require_device
 from moesvd_core.evaluation.benchmarks.machine import place
 from moesvd_core.evaluation.benchmarks.synthetic import RandomLayer, expert_output, random_layer
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
@@ -42,8 +43,8 @@ class DecomposeBenchmark:
 
     def __post_init__(self) -> None:
         require(self.methods, self.ratio)
-        if self.repeats < 1:
-            raise InputError(f"repeats must be at least 1, got {self.repeats}")
+        require_whole("repeats", self.repeats, 1)
+        require_device(self.device)
 
     def run(self, report: Report = silent) -> Table:
         """Time everything, loop and methods in turn, and compare the errors of the layer's output on tokens not calibrated on."""
@@ -98,8 +99,8 @@ def require(methods: Sequence[str], ratio: float) -> None:
     """
     for name in methods:
         method(name)
-    if not 0 < ratio < 1:
-        raise InputError(f"ratio must be in (0, 1), got {ratio}")
+    if not (is_number(ratio) and 0 < ratio < 1):
+        raise InputError(f"ratio must be in (0, 1), got {ratio!r}")
 
 
 def warm_up(work: Callable[[RandomLayer, str], object], names: Sequence[str], device: str) -> None:

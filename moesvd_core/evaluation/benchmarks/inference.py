@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesvd_core.architectures.files import resolve_model
 from moesvd_core.architectures.headers import dtype_name
@@ -20,7 +20,8 @@ from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.checkpoint.apply import compressed, pack
 from moesvd_core.decomposition.registry import method
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, is_number
+from moesvd_core.evaluation.benchmarks.checks import require_device
 from moesvd_core.evaluation.benchmarks.synthetic import ModelSize, byte_tokenizer, random_model
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.evaluation.speed import Rate, Speed, SpeedTest, measure_speed
@@ -67,10 +68,17 @@ class InferenceBenchmark:
         for name in self.methods:
             method(name)
         for share in self.kept:
-            if not 0 < share < 1:
-                raise InputError(f"kept must be shares in (0, 1) of the experts' parameters, got {share}")
+            if not (is_number(share) and 0 < share < 1):
+                raise InputError(f"kept must be shares in (0, 1) of the experts' parameters, got {share!r}")
         if not (self.kept and self.methods and self.batches and self.prompts):
             raise InputError("at least one share, method, batch and prompt length must be given to compare")
+        require_device(self.device)
+        self.tests  # noqa: B018 - refuses what is out of bounds
+
+    @property
+    def tests(self) -> list[SpeedTest]:
+        """What is timed, cell by cell."""
+        return [replace(self.test, batch=batch, prompt_tokens=prompt) for batch, prompt in product(self.batches, self.prompts)]
 
     def run(self, report: Report = silent) -> Table:
         """Compress and time.
@@ -79,11 +87,14 @@ class InferenceBenchmark:
             InputError: settings that the model does not allow.
         """
         os.environ.setdefault(*KERNELS)
+        path = None if self.model is None else resolve_model(self.model)
+        config = self.size.config() if path is None else AutoConfig.from_pretrained(path)
+        for test in self.tests:
+            test.require_room(config, _title(self))  # before minutes of compressing
         tokenizer: PreTrainedTokenizerBase
-        if self.model is None:
+        if path is None:
             tokenizer, model = byte_tokenizer(), random_model(self.size, self.device)
         else:
-            path = resolve_model(self.model)
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval().to(self.device)
         pipeline = Pipeline(MemoryStream(model), calibrate(MemoryStream(model), tokenizer, self.calibration, report=report))
@@ -95,9 +106,8 @@ class InferenceBenchmark:
                 if pack(packed):
                     models[f"{name}, packed"], plans[f"{name}, packed"] = packed, plan
         rows = []
-        for batch, prompt in product(self.batches, self.prompts):
-            test = replace(self.test, batch=batch, prompt_tokens=prompt)
-            cell = {f"original, {name}": each for name, each in _originals(model, batch * prompt)} | models
+        for test in self.tests:
+            cell = {f"original, {name}": each for name, each in _originals(model, test.batch * test.prompt_tokens)} | models
             rows += _rows(measure_speed(cell, test, report=report), plans, test)
         return Table.of(f"Speed of the original and of compressed models: {_title(self)}", rows, self._notes(model))
 

@@ -23,6 +23,7 @@ from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import method
 from moesvd_core.devices import finish_all
+from moesvd_core.evaluation.benchmarks.checks import require_device
 from moesvd_core.evaluation.benchmarks.decompose import compressed, require, warm_up
 from moesvd_core.evaluation.benchmarks.machine import place
 from moesvd_core.evaluation.benchmarks.synthetic import Family, ModelSize, RandomLayer, random_model
@@ -65,6 +66,7 @@ class LayerBenchmark:
 
     def __post_init__(self) -> None:
         require(self.methods, self.ratio)
+        require_device(self.device)
         self.calibration("words.txt")
         self.model  # noqa: B018 - both refuse what is out of bounds
 

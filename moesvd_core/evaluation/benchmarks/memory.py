@@ -12,10 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from moesvd_core.calibration import Calibration
+from moesvd_core.calibration.text import window_length
+from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import ResourceError
 from moesvd_core.evaluation.benchmarks.memory_probe import ProbeResult, ProbeSettings
 from moesvd_core.evaluation.benchmarks.synthetic import ModelSize, write_random_mixtral
 from moesvd_core.evaluation.benchmarks.table import Table
+from moesvd_core.planning import Recipe
 from moesvd_core.progress import Progress, Report, silent
 
 BOUND = 1_500_000_000
@@ -37,6 +41,14 @@ class MemoryBenchmark:
     size: ModelSize = field(default_factory=lambda: ModelSize(**SHAPE))
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        # Here, and not in the settings: the measured process, which makes them too, must import nothing before it reads its first figure.
+        probe = self.probe
+        method(probe.method)
+        Recipe(probe.method, probe.ratio)
+        Calibration(probe.dataset, probe.samples, probe.length)
+        window_length(probe.length, self.size.context)
 
     def run(self, report: Report = silent) -> Table:
         """Write, compress, and report the peak.

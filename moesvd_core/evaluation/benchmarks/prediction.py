@@ -15,6 +15,7 @@ from statistics import fmean, median
 from moesvd_core.decomposition.registry import METHODS, method
 from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.bench import CalibratedBench, QualitySettings
+from moesvd_core.evaluation.benchmarks.checks import require_ratios
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.evaluation.perplexity import Evaluation
 from moesvd_core.pipeline import Pipeline
@@ -89,6 +90,8 @@ class PredictionBenchmark(QualitySettings):
             method(name)
         if not self.methods:
             raise InputError("at least one method must be given to predict")
+        require_ratios("ratios", self.ratios)
+        require_ratios("layer_ratios", self.layer_ratios, "a layer's experts")
         for name, given, fitted in (("ratios", self.ratios, self.fitted), ("layer_ratios", self.layer_ratios, self.layers_fitted)):
             if missing := [ratio for ratio in fitted if ratio not in given]:
                 words = ", ".join(f"{ratio:g}" for ratio in missing)
@@ -206,13 +209,14 @@ def _scopes(judged: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def _judged(predictor: str, scope: str, points: Sequence[Point], claimed: Sequence[float]) -> dict[str, Cell]:
-    """Rank correlation, and the error as a share of what was measured."""
+    """Rank correlation, and the error as a share of what was measured; None where there is nothing to tell it by."""
     measured = [point.measured for point in points]
     errors = sorted(abs(claim / loss - 1) for claim, loss in zip(claimed, measured, strict=True) if loss != 0)
-    noise = median(point.stderr / abs(point.measured) for point in points if point.measured != 0)
+    noise = [point.stderr / abs(point.measured) for point in points if point.measured != 0]
     kl = [point.evaluation.kl_mean or 0.0 for point in points]
-    correlations = rank_correlation(claimed, measured), rank_correlation(claimed, kl)
-    return _row(predictor, scope, len(points), *correlations, median(errors), errors[int(0.9 * (len(errors) - 1))], noise)
+    correlations = _known(rank_correlation(claimed, measured)), _known(rank_correlation(claimed, kl))
+    shares = (median(errors), errors[int(0.9 * (len(errors) - 1))], median(noise)) if errors else ()
+    return _row(predictor, scope, len(points), *correlations, *shares)
 
 
 def _row(
@@ -248,6 +252,11 @@ def _mean(correlations: Sequence[float]) -> float | None:
     """Mean of those that there are: layers that all lose the same have none."""
     known = [each for each in correlations if not isnan(each)]
     return fmean(known) if known else None
+
+
+def _known(correlation: float) -> float | None:
+    """A rank correlation, None where there is none: of a single point, or of points that are all alike."""
+    return None if isnan(correlation) else correlation
 
 
 def _point_row(point: Point, scores: _Scores) -> dict[str, Cell]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from moesvd_core.decomposition.registry import METHODS, method
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, require_seed
 from moesvd_core.evaluation.benchmarks.bench import Bench, CalibratedBench, QualitySettings, with_seed
+from moesvd_core.evaluation.benchmarks.checks import require_ratios
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.evaluation.perplexity import Evaluation
 from moesvd_core.planning import Plan, Recipe
@@ -54,6 +55,9 @@ class QualityBenchmark(QualitySettings):
             method(name)
         if not self.ratios or not self.methods or not self.seeds:
             raise InputError("at least one ratio, one method and one seed must be given to compare")
+        require_ratios("ratios", self.ratios)
+        for seed in self.seeds:
+            require_seed(seed)
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds must differ, got {', '.join(map(str, self.seeds))}: a calibration repeated has no spread")
 
@@ -135,6 +139,8 @@ def _verdict(runs: _Runs, ratio: float, samples: _Samples) -> Iterator[str]:
     for figure, title in LOSSES.items():
         loss = _mean_of(figure)
         best = min(rivals, key=lambda name: loss(rivals[name]))
+        if loss(rivals[best]) == 0:
+            continue  # a ratio of 0 leaves every model as it is, and nothing is no measure of anything
         ours = runs.ours_within(rivals[best], found[OURS], ratio)
         better = [f"{name} ({loss(each):.4f})" for name, each in found.items() if name != OURS and loss(each) < loss(found[OURS])]
         yield (

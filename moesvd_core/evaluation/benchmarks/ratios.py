@@ -21,6 +21,7 @@ from moesvd_core.checkpoint.export import export_streamed
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.decomposition.registry import METHODS, method
 from moesvd_core.errors import InputError
+from moesvd_core.evaluation.benchmarks.checks import require_ratios
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.pipeline import Pipeline
 from moesvd_core.planning import Plan, Recipe
@@ -44,6 +45,7 @@ class RatiosBenchmark:
             method(name)
         if not self.ratios or not self.methods:
             raise InputError("at least one ratio and one method must be given to compare")
+        require_ratios("ratios", self.ratios)
 
     def run(self, report: Report = silent) -> Table:
         """Plan, apply and export every method at every ratio it reaches, and count what lies on the disk."""

@@ -32,8 +32,12 @@ class Result:
         return self.table.text() + "\n" + "; ".join(f"{name}: {value}" for name, value in self.facts.items()) + "\n"
 
     def json(self) -> str:
-        """Everything but the drawings."""
-        return json.dumps({"benchmark": self.name, **self.table.as_dict(), "facts": dict(self.facts)}, indent=2)
+        """Everything but the drawings.
+
+        Raises:
+            ValueError: a cell is NaN or infinite, which JSON has no word for; what is not known is None.
+        """
+        return json.dumps({"benchmark": self.name, **self.table.as_dict(), "facts": dict(self.facts)}, indent=2, allow_nan=False)
 
     def write(self, folder: Path) -> None:
         """Write `NAME.csv`, `NAME.json`, `NAME.html`, and a CSV for each table behind the first.

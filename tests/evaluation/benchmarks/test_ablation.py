@@ -71,7 +71,17 @@ def test_sums_that_variants_leave_out_are_there_to_be_left_out() -> None:
     assert {variant.beside for variant in VARIANTS} <= known
 
 
+def test_what_lost_nothing_is_no_measure(folder: Path) -> None:
+    settings = AblationBenchmark(str(folder), Calibration(samples=3, length=32), windows=2, length=24, ratios=(0.0,), variants=("auto",))
+    (row,) = settings.run().records
+    assert (row["delta_nll"], row["times its delta_nll"], row["times its kl_mean"]) == (0.0, None, None)
+
+
 def test_refuses_variants_that_are_not_there(folder: Path) -> None:
     with pytest.raises(InputError, match=r"variant must be one of auto, .*input metric.*got 'luck'"):
         AblationBenchmark(str(folder), variants=("luck",))
+    with pytest.raises(InputError, match=r"ratios must be numbers in \[0, 1\), .*got 1\.5"):
+        AblationBenchmark(str(folder), ratios=(0.2, 1.5))
+    with pytest.raises(InputError, match="seed must be a whole number of at least 0, got -1"):
+        AblationBenchmark(str(folder), seeds=(-1,))
     assert ablation.WHOLE == VARIANTS[0].name

@@ -12,7 +12,7 @@ from tiny_models import save_tiny
 from moesvd_core import experts
 from moesvd_core.decomposition.registry import METHODS, method
 from moesvd_core.errors import InputError, ResourceError
-from moesvd_core.evaluation.benchmarks import memory
+from moesvd_core.evaluation.benchmarks import inference, memory
 from moesvd_core.evaluation.benchmarks.command import add_arguments, run
 from moesvd_core.evaluation.benchmarks.decompose import DecomposeBenchmark, compressed, warm_up
 from moesvd_core.evaluation.benchmarks.memory_probe import peak_bytes, resident_bytes
@@ -148,3 +148,72 @@ def test_bad_settings_are_told_before_any_work(folder: Path) -> None:
         benchmark("layer", "--experts", "2", "--active", "3")
     with pytest.raises(InputError, match="hidden must be a multiple of 64"):
         benchmark("layer", "--hidden", "96")
+    with pytest.raises(InputError, match="repeats must be a whole number of at least 1, got 0"):
+        benchmark("decompose", "--repeats", "0")
+
+
+@pytest.mark.parametrize("ratio", ["1.5", "1", "-0.1", "nan"])
+@pytest.mark.parametrize("name", ["quality", "ablation", "prediction", "ratios"])
+def test_ratios_that_no_method_reaches_are_refused_before_a_model_is_looked_for(name: str, ratio: str) -> None:
+    with pytest.raises(InputError, match=rf"^ratios must be numbers in \[0, 1\), shares of the model's parameters .*got {float(ratio)}$"):
+        benchmark(name, "nowhere", "--ratios", "0.2", "0.4", "0.6", ratio)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompts", "4", "0"], "prompt_tokens must be a whole number of at least 1, got 0"),
+        (["--batches", "0"], "batch must be a whole number of at least 1, got 0"),
+        (["--new-tokens", "0"], "new_tokens must be a whole number of at least 1, got 0"),
+        (["--prompts", "4", "300"], r"prompt_tokens \+ new_tokens must be at most 64 for model, got 300 \+ 8"),
+    ],
+)
+def test_speed_that_cannot_be_measured_is_refused_before_the_model_is_loaded(
+    words: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "AutoModelForCausalLM", None)
+    with pytest.raises(InputError, match=message):
+        benchmark("inference", "--model", folder, *words)
+
+
+def test_a_random_model_has_its_bound_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "random_model", lambda *_: pytest.fail("the model was made"))
+    with pytest.raises(InputError, match=r"at most 2048 for a random model \(mixtral, .*\), got 2041 \+ 8"):
+        benchmark("inference", "--prompts", "2041")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "nope"], "method must be one of auto, .*got 'nope'"),
+        (["--ratio", "1.5"], r"ratio must be a number in \[0, 1\), .*got 1.5"),
+        (["--samples", "0"], "samples must be a whole number of at least 1 windows, got 0"),
+        (["--length", "1"], "length must be a whole number of at least 2 tokens, got 1"),
+        (["--length", "4096"], r"length must be in \[2, 2048\] tokens .*got 4096"),
+        (["--gigabytes", "nan"], "gigabytes must be a finite number above 0, got nan"),
+    ],
+)
+def test_what_cannot_be_compressed_is_refused_before_a_checkpoint_is_written(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "write_random_mixtral", lambda *_: pytest.fail("the checkpoint was written"))
+    with pytest.raises(InputError, match=message):
+        benchmark("memory", *words)
+
+
+@pytest.mark.parametrize("name", ["decompose", "layer", "inference"])
+@pytest.mark.parametrize(
+    ("cards", "device", "message"),
+    [
+        (0, "xyz", "device must be cpu on this machine, where torch finds no graphics card, got 'xyz'"),
+        (0, "cuda", "device must be cpu on this machine, where torch finds no graphics card, got 'cuda'"),
+        (2, "cuda:2", "device must be one of cpu, cuda, cuda:0, cuda:1, got 'cuda:2'"),
+        (2, "meta", "device must be one of cpu, cuda, cuda:0, cuda:1, got 'meta'"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    name: str, cards: int, device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    with pytest.raises(InputError, match=f"^{message}$"):
+        benchmark(name, "--device", device)

@@ -1,5 +1,6 @@
 """Predictions are judged by plans that their laws have not seen, and figures show all of them."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moesvd_core.errors import InputError
 from moesvd_core.evaluation.benchmarks.bench import CalibratedBench
 from moesvd_core.evaluation.benchmarks.figures import figures_of
 from moesvd_core.evaluation.benchmarks.prediction import PredictionBenchmark
+from moesvd_core.evaluation.benchmarks.result import Result
 from moesvd_core.evaluation.benchmarks.table import Cell, Table
 from moesvd_core.evaluation.perplexity import Evaluation
 from moesvd_core.planning import Plan
@@ -112,6 +114,21 @@ def test_the_table_judges_what_was_not_seen(table: Table) -> None:
     assert [row["predictor"] for row in cuts] == ["predicted", "S_L", "OWL"]
 
 
+@pytest.mark.parametrize(("ratio", "unknown"), [(0.05, 2), (0.0, 5)])
+def test_what_one_point_cannot_tell_is_not_known(ratio: float, unknown: int, folder: Path, tmp_path: Path) -> None:
+    """One plan has no rank among others, and one that loses nothing no error as a share of that."""
+    table = benchmark(folder, methods=("svd",), ratios=(ratio, 0.1, 0.2, 0.3), layer_ratios=(), layers_fitted=())
+    Result("prediction", table, figures_of("prediction", table), {}).write(tmp_path)
+    first = table.records[0]
+    figures = list(first)[3:]
+    assert (first["over"], first["points"]) == ("all", 1)
+    assert [name for name in figures if first[name] is None] == figures[:unknown]
+    assert json.loads((tmp_path / "prediction.json").read_text(encoding="utf-8"))["rows"] == table.records
+    written = (tmp_path / "prediction.csv").read_text(encoding="utf-8")
+    assert written.splitlines()[1].split(",")[3 : 3 + unknown] == [""] * unknown
+    assert "nan" not in table.text() + written
+
+
 def test_figures_show_every_point_above_zero(table: Table) -> None:
     points = [point for point in table.details["points"].records if point["fitted"] is not None and float(point["delta_nll"] or 0) > 0]
     scatter, layers = figures_of("prediction", table)
@@ -119,6 +136,13 @@ def test_figures_show_every_point_above_zero(table: Table) -> None:
     assert sum(len(trace["x"]) for trace in drawn) == len(points)
     assert [trace["name"] for trace in layers.data] == ["predicted", "S_L", "OWL"]
     assert all(max(trace["x"]) == 1 for trace in layers.data)
+
+
+@pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan"), "0.5", True])
+def test_refuses_ratios_that_no_method_reaches(ratio: float) -> None:
+    for name, whole in (("ratios", "the model's parameters"), ("layer_ratios", "a layer's experts")):
+        with pytest.raises(InputError, match=rf"^{name} must be numbers in \[0, 1\), shares of {whole} to remove, got {ratio!r}$"):
+            PredictionBenchmark("nowhere", **{name: (0.2, 0.4, 0.6, ratio)})  # type: ignore[arg-type]
 
 
 def test_laws_are_fitted_to_ratios_that_are_measured(folder: Path) -> None:

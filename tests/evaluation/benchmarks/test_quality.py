@@ -126,6 +126,18 @@ def test_a_ratio_out_of_reach_is_a_row_not_an_end(folder: Path) -> None:
     assert any("ratio must be in" in note for note in table.notes)
 
 
+def test_a_ratio_of_nothing_has_no_verdict(folder: Path) -> None:
+    table = bench(folder, ratios=(0.0,), methods=("auto", "svd"))
+    assert [row["delta_nll"] for row in table.records[1:]] == [0.0, 0.0]
+    assert not [note for note in table.notes if "times as much" in note]
+
+
+def test_windows_that_the_model_cannot_read_are_refused_before_the_original_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "final_hidden", lambda *_, **__: pytest.fail("the original was run"))
+    with pytest.raises(InputError, match=r"length must be in \[2, 64\] tokens for this model, got 100"):
+        QualityBenchmark(str(folder), calibration=Calibration(samples=2, length=100), windows=2, length=24).run()
+
+
 def test_refuses_names_that_are_not_there(folder: Path) -> None:
     with pytest.raises(InputError, match=r"method must be one of auto.*got 'best'"):
         QualityBenchmark(str(folder), methods=("best",))
@@ -133,3 +145,5 @@ def test_refuses_names_that_are_not_there(folder: Path) -> None:
         QualityBenchmark(str(folder), ratios=())
     with pytest.raises(InputError, match="seeds must differ, got 1, 1"):
         QualityBenchmark(str(folder), seeds=(1, 1))
+    with pytest.raises(InputError, match="seed must be a whole number of at least 0, got -1"):
+        QualityBenchmark(str(folder), seeds=(0, -1))

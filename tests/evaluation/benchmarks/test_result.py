@@ -33,6 +33,12 @@ def test_files_hold_the_unrounded_figures(tmp_path: Path) -> None:
     assert data["facts"] == {"command": "moesvd benchmark sizes", "torch": "9.9"}
 
 
+@pytest.mark.parametrize("figure", [float("nan"), float("inf")])
+def test_json_has_no_word_for_what_is_no_number(figure: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Result("sizes", Table.of("Sizes", ({"kl": figure},)), [], {}).json()
+
+
 def test_the_terminal_shows_where_it_was_measured() -> None:
     assert RESULT.text().endswith("measured on <air>\n\ncommand: moesvd benchmark sizes; torch: 9.9\n")
 
