@@ -57,10 +57,10 @@
 
   // -- words -------------------------------------------------------------------------------------------------------------------------
 
-  const three = value => (Math.abs(value) >= 100 ? value.toFixed(0) : Math.abs(value) >= 10 ? value.toFixed(1) : value.toFixed(2));
+  const three = value => (Math.abs(value) >= 99.95 ? value.toFixed(0) : Math.abs(value) >= 9.995 ? value.toFixed(1) : value.toFixed(2));
 
   function scaled(value, units) {
-    const unit = units.find(([size]) => Math.abs(value) >= size);
+    const unit = units.find(([size]) => Math.abs(value) >= 0.9995 * size); // what three digits round up to 1 of it
     return unit ? `${three(value / unit[0])} ${unit[1]}` : value.toFixed(0);
   }
 
@@ -84,6 +84,10 @@
     const cell = at(table, place, layer) * SIDES + side, state = table.states[table.state[cell]];
     if (state === "dense") return "dense";
     const [low, middle, high] = table.rank.subarray(3 * cell, 3 * cell + 3);
+    if (middle === 0 && high === DENSE_RANK) { // experts stay or go as a whole
+      const start = at(table, place, layer) * table.widest, own = table.kept.subarray(start, start + table.experts[layer]);
+      return `${state}\n${own.filter(kept => kept === WHOLE).length} of ${own.length}`;
+    }
     const rank = each => (each === DENSE_RANK ? "full" : String(each));
     return `${state}\n${low === high ? rank(low) : [low, middle, high].map(rank).join(" · ")}`;
   }
@@ -475,7 +479,7 @@
       this.paintBound(totals("ratio"), table.asked[place] / 100);
       const pinned = this.pinned();
       const alone = "from calibration alone: several times too small, until three plans are measured";
-      const source = table.law ? `fitted to ${table.law.points} measured plans, ± ${share(table.law.error, 0)}` : alone;
+      const source = table.law ? `fitted to ${table.law.points} measured plans${table.law.shared ? " of all methods" : ""}, ± ${share(table.law.error, 0)}` : alone;
       if (pinned) {
         const other = name => pinned[0].totals[name][pinned[1]];
         write("size-remark", `${signed(totals("bytes") - other("bytes"), bytes)} against the pinned plan`);
@@ -483,7 +487,7 @@
         write("active-remark", `${signed(totals("active_parameters") - other("active_parameters"), count)} against the pinned plan`);
         write("operations-remark", `${signed(totals("flops") - other("flops"), count)} against the pinned plan`);
       } else {
-        write("size-remark", `of ${bytes(before("bytes"))}, on disk and loaded into memory`);
+        write("size-remark", `of ${bytes(before("bytes"))}, on disk`);
         write("loss-remark", `nats a token, ${source}`);
         write("active-remark", `of ${count(before("active_parameters"))} parameters a token`);
         write("operations-remark", `of ${count(before("flops"))} a token, ${saving(1 - totals("flops") / before("flops"))}`);
@@ -704,7 +708,7 @@
 
   function expertRows(table, kept) {
     const rows = [];
-    eachCell(table, (row, expert, cell) => rows.push([table.layers[row], expert, kept[cell] / WHOLE, table.load[cell]]));
+    eachCell(table, (row, expert, cell) => rows.push([table.layers[row], expert, (kept[cell] / WHOLE).toFixed(2), table.load[cell]]));
     return rows;
   }
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moesvd_core import errors
-from moesvd_core.console import LABELS, ProgressBars, plain, ranks, show_facts, show_json, show_rows
+from moesvd_core.console import LABELS, ProgressBars, plain, show_facts, show_json, show_rows
 from moesvd_core.errors import Cancelled, InputError, MoesvdError
-from moesvd_core.planning import Plan, Recipe
+from moesvd_core.planning import Plan, Ranks, Recipe
 from moesvd_core.planning.recipe import said_in
 from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder, runs_root
@@ -301,7 +301,7 @@ def _show_plan(run: RunFolder, record: Mapping[str, Any], as_json: bool) -> None
     shown = {name: facts[name] for name in _PLAN_FACTS if facts.get(name) is not None}
     show_facts(title, shown, LABELS["dense" if dense else "plan"])
     rows = [
-        (layer.layer, layer.input.structure, ranks(layer.input.ranks), layer.output.structure, ranks(layer.output.ranks),
+        (layer.layer, layer.input.structure, Ranks.of(layer.input.ranks).words, layer.output.structure, Ranks.of(layer.output.ranks).words,
          f"{layer.parameters / layer.original_parameters:.0%}", layer.predicted_loss, layer.reason)
         for layer in Plan.from_dict({name: facts[name] for name in Plan.__dataclass_fields__}).layers
     ]

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from moesvd_core.planning import Ranks
 from moesvd_core.progress import Progress
 
 _LOSS = {"predicted_loss": "truncation loss, nats a token (second-order)"}
@@ -103,15 +102,6 @@ def cell(value: Any) -> str:
 def plain(text: str) -> str:
     """Text that changes nothing on a terminal: control characters other than the end of a line and the tab are spelled out."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
-
-
-def ranks(values: Sequence[int]) -> str:
-    """Ranks of a side: minimum · median · maximum of those that are factored, and how many stay dense."""
-    found = Ranks.of(values)
-    if found.dense == len(values):
-        return "dense"
-    text = f"{found.least}" if found.least == found.most else f"{found.least} · {found.median} · {found.most}"
-    return text + (f", {found.dense} dense" if found.dense else "")
 
 
 def _out() -> Console:

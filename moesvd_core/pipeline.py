@@ -49,10 +49,14 @@ def method_of(recipe: Recipe, methods: Mapping[str, Method] = METHODS) -> Method
         methods: what names stand for.
 
     Raises:
-        InputError: no such method, metric, structure or allocation.
+        InputError: no such method, metric, structure or allocation; or a base alone, where one is made only if experts have much in common.
     """
     structures = None if recipe.structure is None else (recipe.structure,)
-    return method(recipe.method, methods).customised(metric=recipe.metric, structures=structures, allocation=recipe.allocation)
+    chosen = method(recipe.method, methods).customised(metric=recipe.metric, structures=structures, allocation=recipe.allocation)
+    if chosen.screen and chosen.structures == ("base-delta",):
+        fix = f"leave it out, or name method d2-moe with metric {chosen.metric}"
+        raise InputError(f"structure base-delta is one of several for {recipe.method}, where experts have much in common: {fix}")
+    return chosen
 
 
 def method_of_plan(plan: Plan, layers: Iterable[LayerPlan], methods: Mapping[str, Method] = METHODS) -> Method:

@@ -100,6 +100,15 @@ def _found(context: Context, state: ViewState, name: str | None) -> Sensitivity 
     return None if run is None else analysis.sensitivity(run, name or None)
 
 
+def _nothing(context: Context, state: ViewState) -> str:
+    """What stands in the place of every figure before the run's analysis has come to an end."""
+    run = context.open(state)
+    asked = () if run is None else context.client.status(run).jobs
+    if any(job.action == "analyze" and job.state in ("queued", "running") for job in asked):
+        return figure.nothing("The model is being analysed", "This appears at the end; the Model page says how far that is.")
+    return figure.nothing("Nothing was analysed yet", _ADVICE)
+
+
 def _shown(state: ViewState, found: Sensitivity) -> int:
     """The layer of the view; else the one that suffers most, as far as is known."""
     column = "measured_nll" if found.measured else "S_L"
@@ -134,7 +143,7 @@ def _overview(context: Context) -> Callable[..., tuple[Any, ...]]:
         """All layers at once."""
         found = _found(context, state, chosen)
         if found is None:
-            empty = figure.nothing("Nothing was analysed yet", _ADVICE)
+            empty = _nothing(context, state)
             return empty, empty, empty, ""
         index = _shown(state, found)
         shown = figures.metric_map(found, index), figures.routing_map(found, index), figures.lines(found, index)
@@ -149,7 +158,7 @@ def _layer(context: Context) -> Callable[..., tuple[Any, ...]]:
         """One layer: its spectra, its experts' loads, and what each method would keep of it."""
         found = _found(context, state, chosen)
         if found is None:
-            empty = figure.nothing("Nothing was analysed yet", _ADVICE)
+            empty = _nothing(context, state)
             return "", empty, empty, empty, empty, ""
         index, run = _shown(state, found), context.require_run(state)
         curves, plans = analysis.layer_curves(run, index), analysis.plan_tables(run)

@@ -14,7 +14,8 @@ from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.checkpoint.export import export_streamed
 from moesvd_core.decomposition.factors import BaseDeltaFactors, LayerFactors
 from moesvd_core.decomposition.registry import METHODS, method
-from moesvd_core.pipeline import Pipeline, single_structures
+from moesvd_core.errors import InputError
+from moesvd_core.pipeline import Pipeline, method_of, single_structures
 from moesvd_core.planning import Recipe
 
 RATIO = 0.4
@@ -82,6 +83,13 @@ def test_where_they_have_nothing_in_common_no_base_is_made_and_none_is_looked_fo
     again = Pipeline(pipeline.stream, pipeline.statistics, tmp_path / "run")
     monkeypatch.setattr(LayerStream, "layer", None)  # no layer is loaded
     assert len(again.curves(METHODS["auto"])) == len(curves)
+
+
+def test_a_base_alone_is_asked_of_the_method_that_always_makes_one() -> None:
+    with pytest.raises(InputError, match=r"base-delta is one of several for auto, .* name method d2-moe with metric output"):
+        method_of(Recipe("auto", structure="base-delta", allocation="uniform"))
+    made = method_of(Recipe("d2-moe", metric="output"))
+    assert (made.metric, made.structures, made.screen) == ("output", ("base-delta",), False)
 
 
 def test_the_screen_is_of_the_base_alone() -> None:

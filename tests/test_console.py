@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from moesvd_core.console import LABELS, ProgressBars, cell, plain, ranks, show_facts, show_rows
+from moesvd_core.console import LABELS, ProgressBars, cell, plain, show_facts, show_rows
 from moesvd_core.progress import Progress
 
 
@@ -15,17 +15,6 @@ from moesvd_core.progress import Progress
 )
 def test_values_as_people_read_them(value: object, text: str) -> None:
     assert cell(value) == text
-
-
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [
-        ([-1, -1], "dense"), ([8, 8], "8"), ([0, 24, 8, -1], "0 · 8 · 24, 1 dense"),
-        ([0, 24, 8, 32], "0 · 8 · 32"), ([0, -1, -1, -1], "0, 3 dense"),
-    ],
-)
-def test_ranks_of_a_side(values: list[int], text: str) -> None:
-    assert ranks(values) == text
 
 
 def test_a_figure_can_be_called_otherwise_in_print(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,7 @@ class LossLaw:
             all others.
         together: q, how losses of layers come together.
         layers: factors of the layers that were cut alone; that of any other layer is 1.
+        shared: whether the plans are of several methods, none of which has enough of its own here: the error then is that over all of them.
     """
 
     factor: float
@@ -59,6 +60,7 @@ class LossLaw:
     error: float
     together: float = 1.0
     layers: Mapping[int, float] = field(default_factory=dict)
+    shared: bool = False
 
     @classmethod
     def fit(

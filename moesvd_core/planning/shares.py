@@ -21,6 +21,9 @@ SELECTIVE_CUT = 0.875
 """Share of a layer's expert parameters that selective decomposition removes at most while other layers are left. Table 1's layer counts
 with Table 10's sizes come to 0.76 (20 %) to 0.98 (60 %) of each decomposed layer of Mixtral-8x7B."""
 
+_WHOLE = {"kept-experts": "experts", "merged-experts": "groups"}
+"""What structures cannot cut through."""
+
 
 @dataclass(frozen=True)
 class Ladder:
@@ -122,6 +125,9 @@ def by_share(layers: Sequence[LayerCurves], budget_N: IntArray, recipe: Recipe, 
     def reason(place: int, plan: int) -> str:
         kept = kept_text(layers[place], sides[place], plan)
         if outliers is None:
+            whole = _WHOLE.get(sides[place][1].structures[plan])
+            if whole is not None:
+                return f"keeps {kept}: the same share of every layer, as nearly as whole {whole} allow"
             return f"keeps {kept}: every matrix keeps the same share"
         mean = sum(outliers[layer.layer] for layer in layers) / len(layers)
         return f"keeps {kept}: outlier ratio {outliers[layers[place].layer]:.3g}, mean of all layers {mean:.3g}"

@@ -1,7 +1,7 @@
 """What a run already knows of plans and of how good they are, read from its files; nothing is planned or measured here."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp
 from pathlib import Path
@@ -125,9 +125,8 @@ def loss_laws(run: RunFolder, methods: Iterable[str], dataset: str) -> dict[str,
         own = [point for point in points if point.method == method]
         used = [*own, *_told(_cuts(run, method, dataset))] if len(own) >= ENOUGH else points
         if len(used) >= ENOUGH:
-            laws[method] = LossLaw.fit(
-                [point.predicted for point in used], [point.measured for point in used], [point.error for point in used]
-            )
+            law = LossLaw.fit([point.predicted for point in used], [point.measured for point in used], [point.error for point in used])
+            laws[method] = replace(law, shared=any(point.method != method for point in used))
     return laws
 
 

@@ -90,12 +90,15 @@ def summary_html(
     else:
         left = plan.parameters - (_router_parameters(plan, facts) if form == "dense" else 0)
         kept = ("Parameters", count(left), f"{share(1 - left / plan.original_parameters)} removed of {count(plan.original_parameters)}")
-    active = count(plan.active_parameters) if plan and not whole else count(facts["active_parameters"])
+    active = ("Active a token", count(facts["active_parameters"]), "as many as the original")
+    if not whole:
+        known = ("–", "known once planned; ") if plan is None else (count(plan.active_parameters), "")
+        active = ("Active a token", known[0], f"{known[1]}the original has {count(facts['active_parameters'])}")
     computed = [("Operations a token", count(plan.flops), f"the original does {count(plan.original_flops)}")] if plan else []
     bars = [("Original", int(facts["bytes"]), ""), ("This export", needed, about)]
     pairs = [
         kept,
-        ("Active a token", active, f"the original has {count(facts['active_parameters'])}"),
+        active,
         *([] if whole else computed),
         _quality(run, recipe, plan),
     ]

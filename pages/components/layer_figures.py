@@ -198,9 +198,8 @@ def _mark_plan(drawn: go.Figure, name: str, plan: Mapping[str, Any] | None, side
 
 
 def _stored(plan: Mapping[str, Any], side: Side) -> str:
-    """Structure and ranks of one side: "per-expert 8 · 96 · 160", with how many slots stay dense."""
+    """Structure and ranks of one side: "per-expert 8 · 96 · 160"."""
     if plan["structure"][side] == "dense":
         return "dense"
     ranks: Ranks = plan["ranks"][side]
-    spread = str(ranks.least) if ranks.least == ranks.most else f"{ranks.least} · {ranks.median:g} · {ranks.most}"
-    return f"{plan['structure'][side]} {spread}{f', {ranks.dense} dense' if ranks.dense else ''}"
+    return f"{plan['structure'][side]} {ranks.words}"

@@ -115,7 +115,10 @@ def _predicted(run: RunFolder, line: Recipe, law: LossLaw | None) -> list[float]
 
 def _fit_text(method: str, law: LossLaw | None) -> str:
     """What predictions were fitted to, and how far the fit is off."""
-    return "" if law is None else f", fitted to {law.points} measured plans ({method}: off by {share(law.error, 0)} in the median)"
+    if law is None:
+        return ""
+    of, over = (" of all methods", f"{method} has too few of its own; over all of them") if law.shared else ("", method)
+    return f", fitted to {law.points} measured plans{of} ({over}: off by {share(law.error, 0)} in the median)"
 
 
 def measured_html(run: RunFolder, recipe: Recipe, text: Text, otherwise: str) -> str:

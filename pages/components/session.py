@@ -12,7 +12,7 @@ from moesvd_core.runs.folder import is_run_id
 
 @dataclass(frozen=True)
 class ViewState:
-    """One view, as plain data.
+    """One view, as plain data. Ratios are whole percents, at which runs have their plans: pages would show different ones for others.
 
     Attributes:
         run: name of a run, "" for none.
@@ -39,6 +39,7 @@ class ViewState:
             raise InputError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if not 0 <= self.ratio < 1:  # also refuses NaN
             raise InputError(f"ratio must be in [0, 1), got {self.ratio}")
+        object.__setattr__(self, "ratio", min(round(self.ratio, 2), 0.99))
         if self.flops_ratio is None:
             return
         if not 0 < self.flops_ratio < 1:
@@ -46,6 +47,7 @@ class ViewState:
         if not METHODS[self.method].bounds_flops:
             weighing = ", ".join(WEIGHING)
             raise InputError(f"flops_ratio needs a method that weighs operations ({weighing}), got {self.method}: choose one of them")
+        object.__setattr__(self, "flops_ratio", min(max(round(self.flops_ratio, 2), 0.01), 0.99))
 
     def but(self, **changes: Any) -> "ViewState":
         """The same view with some fields changed; another run forgets the layer, and operations are bounded where the method weighs them.

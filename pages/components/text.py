@@ -7,6 +7,8 @@ from typing import Any
 from moesvd_core.planning import Recipe
 
 NAME = "MoE-SVD Explorer"
+_ROUNDED = 0.9995
+"""What three digits round up to 1: as much belongs to the next unit, not 1000 to the one below."""
 
 
 def escape(text: object) -> str:
@@ -22,17 +24,16 @@ def recipe_name(recipe: Recipe) -> str:
 
 def count(value: float) -> str:
     """A number of things with three digits: 950, 16.3 K, 16.3 M, 46.7 B."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " K")):
-        if abs(value) >= size:
-            scaled = value / (1e3 if unit == " K" else size)
-            return f"{_three(scaled)}{unit}"
+    for least, size, unit in ((_ROUNDED * 1e12, 1e12, "T"), (_ROUNDED * 1e9, 1e9, "B"), (_ROUNDED * 1e6, 1e6, "M"), (1e4, 1e3, "K")):
+        if abs(value) >= least:
+            return f"{_three(value / size)} {unit}"
     return f"{value:,.0f}"
 
 
 def size(value: float) -> str:
     """Bytes as people count them: 512 B, 33.2 MB, 93.4 GB (powers of ten, as disks are sold and the hub counts)."""
     for unit_size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(value) >= unit_size:
+        if abs(value) >= _ROUNDED * unit_size:
             return f"{_three(value / unit_size)} {unit}"
     return f"{value:.0f} B"
 
@@ -64,7 +65,7 @@ def moment(iso: str) -> str:
 
 def number(value: Any, digits: int = 3) -> str:
     """A measured figure with so many significant digits; "–" for none."""
-    return "–" if value is None else f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    return "–" if value is None else f"{value:,.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"
 
 
 def sentence(text: str) -> str:
@@ -84,4 +85,4 @@ def empty(title: str, advice: str) -> str:
 
 
 def _three(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"

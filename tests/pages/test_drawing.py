@@ -30,6 +30,10 @@ def test_numbers_have_three_digits_and_a_unit() -> None:
     assert [text.duration(value) for value in (8.4, 60, 200, 3000, 7500)] == ["8 s", "1 min", "3 min 20 s", "50 min", "2 h 5 min"]
     assert text.share(0.405) == "40.5 %"
     assert [text.number(value) for value in (None, 0.001234, 38.5656, 123456.0)] == ["–", "0.00123", "38.6", "123,456"]
+    near = [999.7, 99.96, 999_600.0]
+    assert [text.number(value) for value in near] == ["1,000", "100", "999,600"]
+    assert [text.count(value) for value in (999_960_000, 999.6e9, 9_999, 99_960)] == ["1.00 B", "1.00 T", "9,999", "100 K"]
+    assert [text.size(value) for value in (999_960_000, 999_400_000, 99.96e6)] == ["1.00 GB", "999 MB", "100 MB"]
     assert text.moment("2026-01-01T09:30:00+00:00") == "2026-01-01 09:30 UTC"
     assert text.moment("yesterday") == "yesterday"
 

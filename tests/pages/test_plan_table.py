@@ -12,7 +12,6 @@ import pytest
 from planned_run import planned_run
 from runs.run_helpers import new_run
 
-from moesvd_core import console
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.errors import RunError
 from moesvd_core.planning import DENSE, Ranks
@@ -111,7 +110,7 @@ def test_every_place_that_shows_a_plan_has_the_same_median(ranks: list[int]) -> 
     found = Ranks.of(ranks)
     assert found.median in ranks
     assert plan_table._spread(ranks)[1] == found.median
-    assert console.ranks(ranks).split(" · ")[1] == str(found.median)
+    assert found.words.split(" · ")[1] == str(found.median)
 
 
 def test_what_was_not_planned_has_no_table(run: RunFolder, tmp_path: Path) -> None:

