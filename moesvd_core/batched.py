@@ -102,7 +102,7 @@ class Arranged:
 
     def holds(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
         """Whether the parameters are still where they were."""
-        return all((now := parameters[name]) is not None and now.data_ptr() == place for name, place in self._found)
+        return all((now := parameters.get(name)) is not None and now.data_ptr() == place for name, place in self._found)
 
     def places(self, expert: torch.Tensor) -> torch.Tensor:
         """Where experts stand in the order."""
@@ -204,7 +204,7 @@ def sum_of_pairs(batches: Sequence[Batch], x_PC: torch.Tensor, place_P: torch.Te
     batch, pairs = shares[0]
     if pairs is not None:
         return add_up(_answered(shares, x_PC, place_P), torch.arange(len(place_P)).view(weight_Tk.shape), weight_Tk)
-    x_PC = _through(batch[:-1], x_PC, place_P) * weight_Tk.view(-1, 1)
+    x_PC = _through(batch[:-1], x_PC, place_P) * weight_Tk.reshape(-1, 1)
     return _sums(batch[-1], x_PC, place_P, weight_Tk.shape[1])
 
 

@@ -9,6 +9,7 @@ width, n input rows, G members of a group, R rank, N rows and C columns of one e
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -42,27 +43,20 @@ Gate = Callable[[torch.Tensor], torch.Tensor]
 def gate_of(module: nn.Module, rows: str) -> Gate:
     """The family's own step from `input matrix · x` [P, n] to hidden neurons [P, m], without keeping the module's weights alive.
 
+    It can be pickled: a bound method is looked up by its function's name when it comes back, which is not that of the class's attribute.
+
     Args:
         module: the native experts module.
         rows: "plain" for families without a gate, else the order of the gate's rows (which only the family's own function looks at).
     """
     if rows == "plain":
         return _activation(module)
-    usual = getattr(type(module), "_apply_gate", _default_apply_gate) is _default_apply_gate
-    if usual and (_activation(module) is silu or type(_activation(module)) in (nn.SiLU, SiLUActivation)):
+    apply = getattr(type(module), "_apply_gate", _default_apply_gate)
+    if apply is _default_apply_gate and (_activation(module) is silu or type(_activation(module)) in (nn.SiLU, SiLUActivation)):
         return swiglu
-    if hasattr(module, "_apply_gate"):
-        shell = copy.copy(module)
-        shell._parameters, shell._buffers = {}, {}
-        gate: Gate = shell._apply_gate  # type: ignore[assignment]
-        return gate
-    activation = _activation(module)
-
-    def chunked(pre_PN: torch.Tensor) -> torch.Tensor:
-        gate_PM, up_PM = pre_PN.chunk(2, dim=-1)
-        return activation(gate_PM) * up_PM
-
-    return chunked
+    shell = copy.copy(module)
+    shell._parameters, shell._buffers = {}, {}
+    return partial(apply, shell)
 
 
 def swiglu(pre_PN: torch.Tensor) -> torch.Tensor:
@@ -123,13 +117,14 @@ class FactoredExperts(nn.Module):
 
         Large ones as its kernels read them, in about as many bytes (`Side.filled_up`). Small ones are arranged without being asked
         (`Side.arranged`), but for those of so many ranks that parameters cannot be views: they are filled up to the largest rank here.
-        Until `unpack` packed factors answer without gradients only, and cannot be saved, moved or compiled.
+        Until `unpack` packed factors answer without gradients only, and cannot be saved, loaded, moved, copied or compiled: whoever tries
+        gets an `InputError`, or a `RuntimeError` for gradients and graphs.
 
         Raises:
             ValueError: the factors are not on a CPU in bfloat16, or its kernels know no such order.
         """
-        example = next(self.parameters())
-        if example.device.type == "meta" and self.packed:
+        example = next(self.parameters(), None)
+        if example is None or (example.device.type == "meta" and self.packed):  # every rank is 0; or nothing is left to do
             return
         if example.device.type != "cpu" or example.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ValueError(f"only bfloat16 on a CPU that computes with it can be packed, got {example.dtype} on {example.device}")
@@ -142,8 +137,9 @@ class FactoredExperts(nn.Module):
 
     def unpack(self) -> None:
         """Undo `pack`, exactly."""
-        self.input.unpack()
-        self.output.unpack()
+        with torch.inference_mode(False):  # or what is made there could never be trained
+            self.input.unpack()
+            self.output.unpack()
 
     @property
     def packed(self) -> list[torch.Tensor]:
@@ -159,6 +155,9 @@ class FactoredExperts(nn.Module):
         recorded = torch.is_grad_enabled() or in_graph()
         if recorded and self.packed:
             raise RuntimeError("packed experts answer without gradients and graphs only: use torch.no_grad(), or unpack() them")
+        if recorded and not in_graph():
+            self.input.before_training()
+            self.output.before_training()
         alone = not recorded and index_Tk.device.type == "cpu" and len(index_Tk) > 0 and not self._heard
         if alone and self._small and self.input.batchable and self.output.batchable:
             first, then = self.input.arranged(), self.output.arranged()
@@ -191,13 +190,17 @@ class FactoredExperts(nn.Module):
 
     @property
     def _heard(self) -> bool:
-        """Whether somebody listens to the output side and expects all pairs there, as compensation does."""
-        return bool(self.output._forward_pre_hooks)
+        """Whether somebody listens to a side and expects all pairs there, as compensation does, or changes it first, as pruning does."""
+        return bool(self.input._forward_pre_hooks or self.output._forward_pre_hooks)
 
     def _answer_arranged(
         self, first: Arranged, then: Arranged, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None
     ) -> torch.Tensor:
-        """The answer of small experts, in the way that takes least time for so many pairs."""
+        """The answer of small experts, in the way that takes least time for so many pairs, and in the matrices' own precision whatever the
+        way: autocast knows some of its steps only, and what it rounds does not fit where answers are written."""
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self._answer_arranged(first, then, hidden_TD, index_Tk, weight_Tk)
         joined = first.joined and then.joined
         if index_Tk.numel() * self._size <= FEW_MULTIPLICATIONS * self.num_experts * (1 if joined else APART):
             out_TD = self._answer_by_pair(first, then, hidden_TD, index_Tk, weight_Tk)

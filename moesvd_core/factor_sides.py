@@ -50,7 +50,7 @@ class DenseSide(Side):
     def _tile(self) -> TiledSide | None:
         return TiledSide(self._parameters, [list(self.weight)]) if self.weight.numel() > 0 else None
 
-    def matrices(self) -> torch.Tensor:
+    def _multiplied_out(self) -> torch.Tensor:
         return self.weight
 
 
@@ -138,10 +138,10 @@ class PerExpertSide(Side):
         pieces = 1 if self._apart else len(self.slabs)
         first, last = ([list[torch.Tensor | None]([None] * experts) for _ in range(pieces)] for _ in range(2))
         for expert in self.factored:
-            last[0][expert] = self.get_parameter("left_0")[0, :, :0]  # of rank 0, or with pieces in other slabs only
+            last[0][expert] = self.matrix("left_0", 0)[:, :0]  # of rank 0, or with pieces in other slabs only
         for i, (_, members) in enumerate(self.slabs):
             for place, expert in enumerate(members):
-                right_RC, left_NR = self.get_parameter(f"right_{i}")[place], self.get_parameter(f"left_{i}")[place]
+                right_RC, left_NR = self.matrix(f"right_{i}", place), self.matrix(f"left_{i}", place)
                 first[i % pieces][expert], last[i % pieces][expert] = right_RC, left_NR
         whole = [self.dense[self.whole.index(expert)] if expert in self.whole else None for expert in range(experts)] if self.whole else ()
         return TiledSide(self._parameters, last, first, whole)
@@ -199,7 +199,7 @@ class PerExpertSide(Side):
                     yield left_FNR[place, :, start:stop], self.get_parameter(f"left_{i}").detach()[own]
                     start = stop
 
-    def matrices(self) -> torch.Tensor:
+    def _multiplied_out(self) -> torch.Tensor:
         example = next(self.parameters(), torch.empty(0))
         full_ENC = example.new_zeros(len(self.ranks), self.rows, self.columns)
         for i, (_, members) in enumerate(self.slabs):
@@ -261,9 +261,9 @@ class SharedRightSide(Side):
         return Arranged(self._parameters, [[left_ENR]], shared_NC=right_RC)
 
     def _tile(self) -> TiledSide | None:
-        return TiledSide(self._parameters, [list(self.get_parameter("left_0"))]) if self.batchable else None
+        return TiledSide(self._parameters, [list(self.matrix("left_0"))]) if self.batchable else None
 
-    def matrices(self) -> torch.Tensor:
+    def _multiplied_out(self) -> torch.Tensor:
         full: dict[int, torch.Tensor] = {}
         for g, group in enumerate(self.groups):
             left_KNR, right_RC = getattr(self, f"left_{g}"), getattr(self, f"right_{g}")
@@ -323,7 +323,7 @@ class SharedLeftSide(Side):
     def _tile(self) -> TiledSide | None:
         return TiledSide(self._parameters, [list(self.right)]) if self.batchable else None
 
-    def matrices(self) -> torch.Tensor:
+    def _multiplied_out(self) -> torch.Tensor:
         return self.left @ self.right
 
 

@@ -47,7 +47,12 @@ def keeps_tail(group_P: torch.Tensor) -> bool:
 
 def in_graph() -> bool:
     """Whether operations are being recorded, to be compiled or played back by a GPU: nothing may depend on what tensors hold."""
-    return torch.compiler.is_compiling() or capturing()
+    return written_down() or capturing()
+
+
+def written_down() -> bool:
+    """Whether they are recorded by name, to be compiled or traced: a kernel of our own would be left out."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 Run = tuple[int, int, int]
@@ -209,7 +214,7 @@ class Pairs:
         self.expert_P = index_Tk.reshape(-1)
         self.runs: list[Run] | None = None
         self.tiles: Tiles | None = None
-        if index_Tk.numel() > 0 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and usable(index_Tk):
+        if index_Tk.numel() > 0 and not (torch.is_grad_enabled() or written_down()) and usable(index_Tk):
             self.tiles = Tiles(index_Tk, experts)
             self.expert_P, self._end_E = self.tiles.expert_P, self.tiles.end_E
             return

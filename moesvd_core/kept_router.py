@@ -13,7 +13,7 @@ Shapes: T tokens, E experts, K kept experts, k active ones.
 
 import copy
 from collections.abc import Sequence
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def restrict(block: nn.Module, experts: int, kept: Sequence[int], active: int) -
         _check_groups(router, groups, chosen, experts, kept, active)
     router.kept_experts, router.counted_experts, router.by_groups = tuple(kept), experts, groups > 1
     router.kept_tables = {}
-    router.forward = MethodType(_forward, router)
+    router.forward = partial(_forward, router)  # a method would be looked up by its name when it is unpickled, in a class without it
 
 
 def release(block: nn.Module) -> None:
@@ -115,7 +115,8 @@ def _forward(router: Any, *args: Any, **kwargs: Any) -> Any:
     """The router's own forward with what is left of it; its answer in the numbers of all experts."""
     experts, device = router.counted_experts, next(router.parameters()).device
     if device not in router.kept_tables:  # made once: a GPU would be waited for at every call
-        router.kept_tables[device] = torch.tensor(router.kept_experts, device=device)
+        with torch.inference_mode(False):  # or no later call could record gradients
+            router.kept_tables[device] = torch.tensor(router.kept_experts, device=device)
     kept_K: torch.Tensor = router.kept_tables[device]
     if router.by_groups:
         shell = _shell(router)

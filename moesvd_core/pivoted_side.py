@@ -42,6 +42,7 @@ class PivotedSide(Side):
             self.register_parameter(f"right_{i}", nn.Parameter(torch.empty(len(members), rank, columns - rank, **kind)))
             index = torch.arange(rank, dtype=index_type(kind.get("dtype") or torch.get_default_dtype()), device=kind.get("device"))
             self.register_buffer(f"pivot_{i}", index.repeat(len(members), 1))
+        self._pivots = tuple(self._buffers)
         if self.whole:
             self.dense = nn.Parameter(torch.empty(len(self.whole), rows, columns, **kind))
         self._place = {expert: (i, place) for i, (_, members) in enumerate(self.slabs) for place, expert in enumerate(members)}
@@ -69,8 +70,8 @@ class PivotedSide(Side):
     ) -> torch.Tensor:
         """Rows of a slab's experts, their columns in order, by grouped products [Q, N]."""
         rank = self.slabs[i][0]
-        z_QR = x_QC[:, :rank] + grouped_linear(x_QC[:, rank:], self.get_parameter(f"right_{i}"), end_G)
-        return grouped_linear(clean(z_QR), self.get_parameter(f"left_{i}"), end_G)
+        z_QR = x_QC[:, :rank] + grouped_linear(x_QC[:, rank:], getattr(self, f"right_{i}"), end_G)
+        return grouped_linear(clean(z_QR), getattr(self, f"left_{i}"), end_G)
 
     def answer(self, expert: int, x_QC: torch.Tensor) -> torch.Tensor:
         if self.ranks[expert] <= 0:
@@ -111,7 +112,8 @@ class PivotedSide(Side):
 
         None where this is how they stand, as `neuron_order` has them stored; a graph that is recorded first does not look.
         """
-        pivots = [pivot_GR for pivot_GR in self._buffers.values() if pivot_GR is not None]  # one a slab, in their order
+        buffers: dict[str, Any] = self._buffers  # others may have put theirs beside the pivots
+        pivots: list[torch.Tensor] = [buffers[name] for name in self._pivots]  # one a slab, in their order
         if self._found is not None and all(own is other for own, other in zip(self._found[0], pivots, strict=True)):
             return self._found[1]
         device = next((own.device for own in (*pivots, *self.parameters())), None)
@@ -176,19 +178,19 @@ class PivotedSide(Side):
         first, last, whole = (list[torch.Tensor | None]([None] * len(self.ranks)) for _ in range(3))
         for expert, rank in enumerate(self.ranks):
             if rank < 0:
-                whole[expert] = self.get_parameter("dense")[self.whole.index(expert)]
+                whole[expert] = self.matrix("dense", self.whole.index(expert))
             elif rank == 0:
-                last[expert] = self.get_parameter("left_0")[0, :, :0]
+                last[expert] = self.matrix("left_0", 0)[:, :0]
             else:
                 i, place = self._place[expert]
-                first[expert], last[expert] = self.get_parameter(f"right_{i}")[place], self.get_parameter(f"left_{i}")[place]
+                first[expert], last[expert] = self.matrix(f"right_{i}", place), self.matrix(f"left_{i}", place)
         return TiledSide(self._parameters | self._buffers, [last], [first], whole if self.whole else (), self._order(), after_identity=True)
 
-    def matrices(self) -> torch.Tensor:
+    def _multiplied_out(self) -> torch.Tensor:
         example = next(self.parameters(), torch.empty(0))
         full_ENC, order_EC = example.new_zeros(len(self.ranks), self.rows, self.columns), self._order()
         for i, (_, members) in enumerate(self.slabs):
-            left_GNR, right_GRS = self.get_parameter(f"left_{i}"), self.get_parameter(f"right_{i}")
+            left_GNR, right_GRS = getattr(self, f"left_{i}"), getattr(self, f"right_{i}")
             ordered_GNC = torch.cat([left_GNR, left_GNR @ right_GRS], 2)
             if order_EC is not None:
                 order_GNC = order_EC[list(members), None].expand(ordered_GNC.shape)

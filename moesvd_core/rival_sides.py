@@ -48,8 +48,8 @@ class BaseDeltaSide(PerExpertSide):
     def joins(self) -> bool:
         return False
 
-    def matrices(self) -> torch.Tensor:
-        full_ENC = super().matrices()
+    def _multiplied_out(self) -> torch.Tensor:
+        full_ENC = super()._multiplied_out()
         full_ENC[[expert for expert, rank in enumerate(self.ranks) if rank >= 0]] += self.base
         return full_ENC
 
@@ -61,7 +61,7 @@ class NarrowSide(DenseSide):
         super().__init__(experts, *((size, columns) if reads_tokens else (rows, size)), reads_tokens, **kind)
         self.blocks, self.full = blocks, rows if reads_tokens else columns
 
-    def matrices(self) -> torch.Tensor:
+    def _multiplied_out(self) -> torch.Tensor:
         return self.filled(self.weight, 1 if self.reads_tokens else 2)
 
     def filled(self, value: torch.Tensor, dim: int) -> torch.Tensor:
@@ -90,7 +90,7 @@ class MergedSide(Side):
     def chains(self, expert: int) -> list[list[torch.Tensor]]:
         return [[self.matrix("weight", self.groups[expert])]]
 
-    def matrices(self) -> torch.Tensor:
+    def _multiplied_out(self) -> torch.Tensor:
         return self.weight[self.groups]
 
 

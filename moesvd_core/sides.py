@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moesvd_core.batched import Arranged
+from moesvd_core.errors import InputError
 from moesvd_core.grouped import Pairs, grouped_linear, in_turns, pack, through, times
 from moesvd_core.tiles import TiledSide, where
 
@@ -66,6 +67,7 @@ class Side(nn.Module):
         self._tables: dict[str, torch.Tensor] = {}
         self._packed: dict[str, list[torch.Tensor]] = {}
         self._arranged: Arranged | None = None
+        self._moved = False  # whether parameters may stand as `arranged` puts them; copies of them do, without what it made
         self._tiled: TiledSide | None = None
 
     def forward(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
@@ -105,7 +107,7 @@ class Side(nn.Module):
         own = self._parameters | self._buffers
         if self._tiled is None or self._tiled.found != where(own):
             known = all(tensor is None or (tensor.is_cuda and tensor.itemsize == 2) for tensor in own.values())
-            self._tiled = self._tile() if known else None
+            self._tiled = self._tile() if known and not self._computed else None
         return self._tiled
 
     def _tile(self) -> TiledSide | None:
@@ -117,6 +119,11 @@ class Side(nn.Module):
         hook = getattr(self, "_hf_hook", None)
         return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
+    @property
+    def _computed(self) -> bool:
+        """Whether others compute parameters anew for each call, as torch's pruning (in a plain tensor) and parametrisations do."""
+        return bool(self._modules) or any(isinstance(value, torch.Tensor) for value in self.__dict__.values())
+
     def answer(self, expert: int, x_QC: torch.Tensor) -> torch.Tensor:
         """The same for rows of one expert [Q, N]."""
         return through(self.chains(expert), x_QC, self.rows)
@@ -126,7 +133,15 @@ class Side(nn.Module):
         raise NotImplementedError
 
     def matrices(self) -> torch.Tensor:
-        """Every expert's matrix, multiplied out [E, N, C]."""
+        """Every expert's matrix, multiplied out [E, N, C].
+
+        Raises:
+            InputError: they are packed.
+        """
+        self._require_unpacked()
+        return self._multiplied_out()
+
+    def _multiplied_out(self) -> torch.Tensor:
         raise NotImplementedError
 
     @property
@@ -143,7 +158,8 @@ class Side(nn.Module):
         """The matrices as products of many experts need them, without gradients, on a CPU.
 
         The parameters become views of them. They keep their shapes and numbers, and may be trained, saved, moved and compiled as before;
-        where one was replaced or moved since, all are put in order again.
+        where one was replaced or moved since, all are put in order again. Those that have a gradient stay as they are: some optimisers
+        (`fused`) take it, the parameter and their own sums for memory in one order, and would not notice that it is not.
         """
         if (found := self._in_order) is not None:
             return found
@@ -151,11 +167,24 @@ class Side(nn.Module):
             if (found := self._in_order) is not None:
                 return found
             own = [parameter for parameter in self._parameters.values() if parameter is not None]
-            if not self.here or any(type(parameter) is not nn.Parameter for parameter in own):
+            if not self.here or self._computed or any(type(each) is not nn.Parameter or each.grad is not None for each in own):
                 return None  # what others have put in their place is theirs
             with torch.inference_mode(any(parameter.is_inference() for parameter in own)), torch.no_grad():
-                self._arranged = self._arrange()
+                self._arranged, self._moved = self._arrange(), True
             return self._arranged
+
+    def before_training(self) -> None:
+        """Undo `arranged` where gradients are recorded: optimisers count on memory of a parameter's own, in the usual order."""
+        if self._moved and any(parameter is not None and parameter.requires_grad for parameter in self._parameters.values()):
+            self._settle()
+
+    def _settle(self) -> None:
+        with _ARRANGING:
+            for parameter in self._parameters.values():
+                if type(parameter) is nn.Parameter:
+                    with torch.inference_mode(parameter.is_inference()):
+                        parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+            self._arranged, self._moved = None, False
 
     @property
     def _in_order(self) -> Arranged | None:
@@ -171,22 +200,29 @@ class Side(nn.Module):
     def _arrange(self) -> Arranged | None:
         return None
 
+    def _require_unpacked(self) -> None:
+        if self.packed:
+            raise InputError("packed experts cannot be saved, loaded, moved, copied or multiplied out: call unpack(model) first")
+
     def _apply(self, *call: Any, **more: Any) -> "Side":
         """What moves parameters leaves the memory behind that they were views of."""
+        self._require_unpacked()
         self._arranged = self._tiled = None
         return super()._apply(*call, **more)  # type: ignore[no-untyped-call, no-any-return]
 
     def _save_to_state_dict(self, *call: Any) -> None:
         """Who saves parameters expects that each has memory of its own, in the usual order."""
-        with _ARRANGING:
-            if self._arranged is not None:
-                self._arranged = None
-                for parameter in self.parameters():
-                    with torch.inference_mode(parameter.is_inference()):
-                        parameter.data = parameter.detach().contiguous()
+        self._require_unpacked()
+        if self._moved:
+            self._settle()
         super()._save_to_state_dict(*call)
 
+    def _load_from_state_dict(self, *call: Any) -> None:
+        self._require_unpacked()
+        super()._load_from_state_dict(*call)
+
     def __getstate__(self) -> dict[str, Any]:
+        self._require_unpacked()
         return self.__dict__ | {"_arranged": None, "_tiled": None}
 
     def join(self) -> None:
@@ -194,7 +230,7 @@ class Side(nn.Module):
 
     def own(self, x_PC: torch.Tensor, name: str, pairs: Pairs) -> torch.Tensor:
         """Every pair's row times its expert's matrix of a parameter [E, N, C], giving [P, N]."""
-        return grouped_linear(x_PC, self.get_parameter(name), pairs.end_E)
+        return grouped_linear(x_PC, getattr(self, name), pairs.end_E)
 
     def shared(self, x_PC: torch.Tensor, name: str) -> torch.Tensor:
         """Rows times the one matrix of a parameter [N, C]."""

@@ -175,6 +175,49 @@ def test_every_structure_answers_each_way_within_its_rounding(input_form: str, o
             assert close(factored(*call), expected, 1.5e-2)
 
 
+AUTOCAST_FORMS = [("latent", "basis"), ("ragged", "dense"), ("pivoted", "pivoted-full")]
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("forms", AUTOCAST_FORMS)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_autocast_changes_nothing_about_the_answers_of_small_experts(
+    name: str, forms: tuple[str, str], given: torch.dtype, way: list[int]
+) -> None:
+    model = TINY[name]()
+    layer = expert_layers(model)[0]
+    factored = replace_experts(model, layer, layer_factors(layer, read_experts(model.get_submodule(layer.name), layer), *forms))
+    for call in calls_of(factored, 1, 9, 70, dtype=given):
+        with torch.no_grad():
+            expected = factored(*call)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                answer = factored(*call)
+        assert answer.dtype == given
+        assert torch.equal(answer, expected)
+    if "pivoted" not in forms:  # which are never filled up, so that they do not answer all at once
+        assert way
+
+
+def test_a_model_of_small_experts_goes_on_under_autocast_as_where_gradients_are_recorded() -> None:
+    student = compressed(model := TINY["mixtral"](), model_factors(model))
+    batch = tiny_batch(rows=8, length=40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = student(**batch).logits
+        with torch.no_grad():
+            answer = student(**batch).logits
+    assert answer.dtype == expected.dtype
+    assert close(answer, expected, 3e-2)
+
+
+@pytest.mark.parametrize("forms", AUTOCAST_FORMS)
+def test_routers_weights_may_stand_in_any_order_in_memory(forms: tuple[str, str], way: list[int]) -> None:
+    factored = rounded_layer("mixtral", *forms).float()
+    for hidden_TD, index_Tk, weight_Tk in calls_of(factored, 9, 70):
+        with torch.no_grad():
+            answer = factored(hidden_TD, index_Tk.t().contiguous().t(), weight_Tk.t().contiguous().t())
+            assert torch.equal(answer, factored(hidden_TD, index_Tk, weight_Tk))
+
+
 @pytest.mark.parametrize(
     "forms", [("latent", "basis"), ("ragged", "ragged"), ("ragged", "dense"), ("equal", "equal"), ("pivoted", "pivoted")]
 )
@@ -580,7 +623,7 @@ def test_the_replaced_module_keeps_no_dense_weight_alive() -> None:
     model = TINY["gpt_oss"]()
     layer, factors = model_factors(model)[0]
     replace_experts(model, layer, factors)
-    shell = model.get_submodule(layer.name).gate.__self__
+    (shell,) = model.get_submodule(layer.name).gate.args
     assert not shell._parameters
     assert not shell._buffers
 
@@ -662,6 +705,19 @@ def test_compiles_into_one_graph_for_any_number_of_tokens(forms: tuple[str, str]
         call = torch.randn(tokens, layer.hidden), torch.randint(12, (tokens, 2)), torch.rand(tokens, 2)
         with torch.no_grad():
             assert torch.allclose(compiled(*call), factored(*call), atol=2e-5), "also once the other has arranged the parameters"
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(("input_form", "output_form"), [*product(INPUT_FORMS, ["basis"]), *product(["latent"], OUTPUT_FORMS)])
+def test_a_traced_graph_follows_the_router(input_form: str, output_form: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "SMALL_EXPERT", 1 << 20 if small else 0)
+    factored = rounded_layer("mixtral", input_form, output_form, num_local_experts=12).float()
+    traced_with, call = calls_of(factored, 9, 9)
+    with torch.no_grad():
+        factored(*traced_with)
+        traced = torch.jit.trace(factored, traced_with, check_trace=False)
+        assert torch.allclose(traced(*call), factored(*call), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])

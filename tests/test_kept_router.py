@@ -1,6 +1,7 @@
 """Pruned experts are gone: the model answers as the one whose router and experts were cut, in every family."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,30 @@ def test_a_copy_moves_and_trains_with_its_own_router() -> None:
     assert gates[1].weight.grad is None
     x_TD = torch.randn(4, 32)
     assert not torch.equal(gates[0](x_TD)[1], gates[1](x_TD)[1])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_comes_back_from_a_pickle_and_keeps_choosing_among_the_same(name: str) -> None:
+    small = pruned(TINY[name]())
+    with torch.no_grad():
+        expected = small(**tiny_batch()).logits
+        again = pickle.loads(pickle.dumps(small))  # noqa: S301
+        assert torch.equal(again(**tiny_batch()).logits, expected)
+        for module in (again.get_submodule(layer.name.rpartition(".")[0]) for layer in expert_layers(small)):
+            for weight in router_of(module).parameters():
+                weight.neg_()
+        assert not torch.equal(again(**tiny_batch()).logits, expected), "the routers are the copy's own"
+        assert torch.equal(small(**tiny_batch()).logits, expected)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_can_be_trained_after_an_answer_in_inference_mode(name: str) -> None:
+    small = pruned(TINY[name]())
+    with torch.inference_mode():
+        small(**tiny_batch())
+    small(**tiny_batch(), labels=tiny_batch()["input_ids"]).loss.backward()
+    for layer in expert_layers(small):
+        assert any(weight.grad is not None for weight in router_of(small.get_submodule(layer.name.rpartition(".")[0])).parameters())
 
 
 def test_while_replaced_only() -> None:

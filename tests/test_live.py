@@ -95,6 +95,15 @@ def test_large_factors_are_packed_on_a_cpu_and_answer_as_those_of_the_worker(tmp
     assert live.measure(Recipe(ratio=0.3), ON).tokens > 0
 
 
+def test_a_model_whose_experts_are_all_gone_still_answers(live: LiveModel) -> None:
+    """The end of the slider: every rank is 0, and no parameter is left where packing looks for their number format."""
+    plan = live.plan(Recipe("fisher", live._pipeline.max_ratio(Recipe("fisher"))))
+    model = live.apply(plan)
+    assert not any(list(module.parameters()) for module in factored_modules(model).values())
+    assert len(model.generate(WINDOWS[:1, :8], max_new_tokens=3, do_sample=False)[0]) == 11
+    assert live.measure(Recipe("fisher", plan.asked_ratio), ON).tokens > 0
+
+
 def test_a_plan_whose_metric_is_not_the_methods_own_is_applied(live: LiveModel) -> None:
     plan = live.plan(Recipe("svd", 0.1, structure="kept-experts", metric="saliency"))
     assert factored_modules(live.apply(plan))

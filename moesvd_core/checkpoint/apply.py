@@ -118,7 +118,7 @@ def pack_where_possible(model: nn.Module) -> None:
 
 
 def unpack(model: nn.Module) -> None:
-    """Undo `pack`, exactly: packed factors can neither be trained nor saved, moved or compiled."""
+    """Undo `pack`, exactly: packed factors can neither be trained nor saved, loaded, moved, copied or compiled, which raises an error."""
     for module in factored_modules(model).values():
         module.unpack()
 

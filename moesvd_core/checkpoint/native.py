@@ -21,7 +21,7 @@ def native_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The model with native experts, sharing every other tensor with it; where experts were pruned, with fewer of them.
 
     Raises:
-        InputError: layers keep different numbers of experts.
+        InputError: layers keep different numbers of experts, or factors are packed.
     """
     modules = factored_modules(model)
     layers = {name: ExpertLayer(**module.expert_layer) for name, module in modules.items()}
