@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from moesvd_core.architectures.disk_names import expert_tensor
 from moesvd_core.architectures.families import family_of
 from moesvd_core.architectures.files import ModelFiles
+from moesvd_core.architectures.headers import dtype_name
 from moesvd_core.architectures.skeleton import skeleton
 from moesvd_core.architectures.streaming import DecoderStream, LayerStream
 from moesvd_core.checkpoint.manifest import check_manifest
@@ -104,7 +105,19 @@ def verify(
         _check_fit(stream, None)
     elif source is not None:
         _check_fit_of_source(stream, source)
-    return Verification(files, len(stream.files.weight_map), None if expected is None else _compare(path, logits, expected, stream.dtype))
+    fix = "make the export again" if like is None else _fix(stream.model, like)
+    difference = None if expected is None else _compare(path, logits, expected, stream.dtype, fix)
+    return Verification(files, len(stream.files.weight_map), difference)
+
+
+def _fix(loaded: nn.Module, like: PreTrainedModel) -> str:
+    """What to do where a model that has all tensors of another one answers otherwise: what no file holds can differ, if it was cast."""
+    usual = dict(loaded.named_buffers())
+    for name, buffer in like.named_buffers():
+        if name in usual and usual[name].dtype != buffer.dtype:
+            was, now = dtype_name(usual[name].dtype), dtype_name(buffer.dtype)
+            return f"'{name}' of the model that was written is in {now}, {was} once it is loaded: load it with dtype= instead of casting it"
+    return "make the export again"
 
 
 def _take_equal(path: Path | str, model: nn.Module, left: dict[str, Tensor]) -> None:
@@ -149,12 +162,12 @@ def _refuse_leftovers(stream: LayerStream) -> None:
             raise CheckpointError(f"{stream.files.folder}: tensor '{key}' has no place in the model; make the export again")
 
 
-def _compare(path: Path | str, logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+def _compare(path: Path | str, logits: Tensor, expected: Tensor, dtype: torch.dtype, fix: str) -> float:
     difference = ((logits.float() - expected.float().to(logits.device)).abs().max() / expected.float().abs().max().clamp(min=1e-12)).item()
     tolerance = _TOLERANCE.get(dtype, _COARSE)
     if not difference <= tolerance:
         raise CheckpointError(
             f"{path}: reloaded, the model's logits differ by {difference:.1e} of the largest from those before, "
-            f"allowed is {tolerance:.0e}; make the export again"
+            f"allowed is {tolerance:.0e}; {fix}"
         )
     return difference

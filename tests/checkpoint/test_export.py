@@ -134,6 +134,14 @@ def test_what_a_model_keeps_in_float32_is_compared_as_such(tmp_path: Path) -> No
     assert made.verification.logit_difference <= 1e-6
 
 
+def test_a_model_whose_rotary_frequencies_were_rounded_by_a_cast_is_told_so(tmp_path: Path) -> None:
+    """No file holds them: loaded again they are what they should be, and a router that is close to chance chooses another expert."""
+    cast = tiny_model("mixtral", num_local_experts=8).to(torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"'model\.rotary_emb\.inv_freq' .* is in bfloat16, float32 once it is loaded: load it with"):
+        export(compressed(cast, model_factors(cast, forms=(("many-ranks", "basis"),))), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_with_another_tensor_than_the_model_s_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TINY["mixtral"]()
     factored = compressed(whole, model_factors(whole))
