@@ -79,7 +79,7 @@ def build(context: Context) -> None:
                 with gr.Row(elem_classes="columns"):
                     with gr.Column(scale=4, min_width=280):
                         dataset = gr.Textbox("sotu", label="Text", info=context.text_help)
-                        windows = gr.Number(64, label=_NAMES["windows"])
+                        windows = gr.Number(Text.windows, label=_NAMES["windows"], placeholder=str(Text.windows))
                         measure = gr.Button("Measure this plan", elem_id="measure")
                     with gr.Column(scale=8, min_width=300):
                         jobs.Panel(page)
@@ -207,10 +207,10 @@ def _nothing_scored() -> str:
 
 def _measure(context: Context) -> Callable[..., Any]:
     def measure(state: ViewState, dataset: str, windows: Any) -> Any:
-        """Ask the worker to measure the view's plan."""
+        """Ask the worker to measure the view's plan; an empty field has its usual value, and not all windows of the text."""
         run = context.require_run(state)
         with named(_NAMES):
-            text = Text(dataset=context.find_text(dataset), windows=windows)
+            text = Text(dataset=context.find_text(dataset), windows=Text.windows if windows is None else windows)
         refuse_unreachable(run, recipe_of(state))
         context.client.submit(run, "measure", recipe=recipe_of(state).as_dict(), text=vars(text))
         return gr.Timer(active=True)

@@ -88,9 +88,11 @@ def build(context: Context) -> None:
                     ExportDeletion(page, chosen, _listed(context))
         watch = gr.Timer(PUSH_SECONDS, active=False)
 
-        chosen_how = [form, dtype, fit, refit]
-        page.view(lambda state: METHODS[state.method].compensate, [fit], fields=("method",))
-        page.view(_preview(context), [summary, twin, write], fields=_RECIPE, controls=chosen_how)
+        chosen_how, preview = [form, dtype, fit, refit], [summary, twin, write]
+        offered = gr.State(ViewState.method)  # whose usual compensation the box was given
+        page.view(lambda *values: _offered(context, *values), [fit, offered, *preview], fields=_RECIPE, reads=[offered, *chosen_how])
+        changed = [form.input, dtype.input, fit.change, refit.input]
+        gr.on(changed, page.changes(_preview(context)), [page.state, *chosen_how], preview, trigger_mode="always_last", **_PRIVATE)
         details = [files, about, card, pushed, watch, pushing]
         page.view(_newest(context, pushes), [chosen, *details], fields=("run",))
         write.click(page.changes(_write(context)), [page.state, *chosen_how, measured], page.wake, **_PRIVATE)
@@ -110,6 +112,13 @@ def place(run: RunFolder, recipe: Recipe, form: str, dtype: str) -> tuple[str, s
         raise InputError(f"format must be one of {', '.join(FORMATS)}, numbers one of {', '.join(NUMBERS)}")
     number = None if dtype == OWN else dtype
     return export_name(run.identity.model, recipe, form, number), number
+
+
+def _offered(context: Context, state: ViewState, offered: str, form: str, dtype: str, fit: bool, refit: bool) -> tuple[Any, ...]:
+    """The box of compensation, set as usual when another method is chosen, else left as a person set it; and the preview of just that."""
+    same = offered == state.method
+    fit = fit if same else METHODS[state.method].compensate
+    return gr.skip() if same else fit, state.method, *_preview(context)(state, form, dtype, fit, refit)
 
 
 def _preview(context: Context) -> Callable[..., Any]:

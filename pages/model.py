@@ -1,5 +1,6 @@
 """Model: choose one, see within seconds what it is and whether it fits, analyse it; and the runs that are there."""
 
+import os.path
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from moesvd_core.runs.workbench import Text
 from pages.components import jobs, machine, next_steps, tables
 from pages.components.context import Context
 from pages.components.handler import refuse
+from pages.components.header import is_stopping
 from pages.components.model_facts import facts_html, needs_html
 from pages.components.numbers import named
 from pages.components.page import Page
+from pages.components.places import named_for_people
 from pages.components.run_deletion import RunDeletion
 from pages.components.session import ViewState
 from pages.components.text import empty, moment, sentence
@@ -71,8 +74,8 @@ def build(context: Context) -> None:
         looked = [page.state, name, *fields]
         name.input(page.changes(_probe(context)), looked, [facts, card, needs], show_progress_on=card, **_LOOK)
         asked = [page.state, name, facts, *fields]
-        for field in fields:
-            field.input(page.changes(_needs(context)), asked, needs, show_progress="hidden", **_PRIVATE)
+        written = [field.input for field in fields]
+        gr.on(written, page.changes(_needs(context)), asked, needs, show_progress="hidden", trigger_mode="always_last", **_PRIVATE)
         begun, started = [page.state, name, methods, probe, *calibration], [page.state, page.wake]
         analyse.click(page.changes(_analyse(context)), begun, started, show_progress="hidden", **_PROBE)
 
@@ -82,11 +85,11 @@ def _fields(context: Context) -> list[Any]:
     usual = Calibration()
     dataset = gr.Textbox(usual.dataset, label="Text", info=context.text_help)
     with gr.Row():
-        samples = gr.Number(usual.samples, label=_NAMES["samples"], min_width=110)
+        samples = gr.Number(usual.samples, label=_NAMES["samples"], min_width=110, placeholder=str(usual.samples))
         length = gr.Number(None, label=_NAMES["length"], min_width=110, placeholder="the model's")
     with gr.Row():
-        seed = gr.Number(usual.seed, label=_NAMES["seed"], min_width=110)
-        batch = gr.Number(usual.batch, label=_NAMES["batch"], min_width=110)
+        seed = gr.Number(usual.seed, label=_NAMES["seed"], min_width=110, placeholder=str(usual.seed))
+        batch = gr.Number(usual.batch, label=_NAMES["batch"], min_width=110, placeholder=str(usual.batch))
     methods = gr.CheckboxGroup(list(METHODS), value=list(PLANNED), label="Plan for")
     return [dataset, samples, length, seed, batch, methods]
 
@@ -127,7 +130,8 @@ def _probe(context: Context) -> Callable[..., Any]:
         """Look at a model without loading it; where that is refused, the card says why, and what is chosen still."""
         try:
             model = context.find_model(text or "")
-            found = inspect(model, trust_remote_code=context.settings.remote_code).as_dict()
+            with named_for_people(model, context.settings.models):
+                found = inspect(model, trust_remote_code=context.settings.remote_code).as_dict()
         except MoesvdError as error:
             refuse(error)
             shown = f". Run {state.run} is still chosen." if state.run else "."
@@ -150,7 +154,7 @@ def _remark(context: Context, state: ViewState, model: str) -> str:
 
 def _place(model: str) -> str:
     """What a model's name means: its folder, links followed; a hub id stays itself."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+    return os.path.realpath(model) if os.path.exists(model) else model  # which `Path` refuses to say of a name that is too long
 
 
 def _needs(context: Context) -> Callable[..., Any]:
@@ -180,7 +184,7 @@ def _analyse(context: Context) -> Callable[..., Any]:
         model = context.find_model(text or "")
         calibration = calibration_of(context, values, _without_field(_run_of(context, state, model)))
         where = {"root": settings.runs, "model_roots": settings.models, "owner": visitor()}
-        with named(_NAMES):
+        with named(_NAMES), named_for_people(model, settings.models):
             run = prepare(model, calibration, allow_remote_code=settings.remote_code, **where)
         if context.client.status(run).busy:
             raise InputError(f"run {run.name} is at work already: wait for it, or cancel it")
@@ -206,7 +210,8 @@ def _run_shown(context: Context) -> Callable[..., Any]:
         named = gr.Dropdown(choices=context.models(), value=model, allow_custom_value=True)
         allowed = context.settings.remote_code or not run.identity.remote_code
         if facts is None and allowed and Path(run.identity.model).is_dir():
-            facts = inspect(run.identity.model, trust_remote_code=run.identity.remote_code).as_dict()
+            with named_for_people(run.identity.model, context.settings.models):
+                facts = inspect(run.identity.model, trust_remote_code=run.identity.remote_code).as_dict()
         if filled == (state.run, False):
             named, fields = gr.skip(), tuple(gr.skip() for _ in values)
         if facts is None:
@@ -235,7 +240,7 @@ def runs_html(context: Context, state: ViewState) -> str:
 
 def _row(context: Context, status: RunStatus) -> dict[str, Any]:
     model = context.model_name(status.model) if status.model else None
-    told = jobs.summary(status).replace(f"{context.settings.runs}/", "")  # where runs lie on the machine is nobody's business
+    told = jobs.summary(status, stopping=is_stopping(context, status)).replace(f"{context.settings.runs}/", "")  # no folder is told
     own = status.id and not context.settings.public_demo and context.client.may_delete(status.owner)
     return {"run": status.id or None, "model": model, "state": told, "created": status.created or None, "own": own}
 

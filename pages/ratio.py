@@ -18,7 +18,7 @@ from pages.components import ratio_figures as figures
 from pages.components import ratio_stage as stage
 from pages.components.context import Context
 from pages.components.handler import tell
-from pages.components.page import Page
+from pages.components.page import POINT, Page
 from pages.components.reach import flops_within, reach_percent, within_reach
 from pages.components.recipe_controls import keep_within_reach
 from pages.components.session import ViewState
@@ -60,8 +60,8 @@ def build(context: Context) -> None:
         page.view(_measured(context), [measured, measure], fields=("run", "method", "ratio", "flops_ratio"))
         page.view(_curve(context), [curve], fields=("run", "method", "flops_ratio"))
         keep_within_reach(page, method)
-        control.release(page.changes(_released), page.state, page.state, **_QUIET)
-        expert_map.select(page.changes(_layer_chosen), page.state, page.state, **_QUIET)
+        control.release(page.changes(_released), page.state, page.state, **POINT)
+        expert_map.select(page.changes(_layer_chosen), page.state, page.state, **POINT)
         answered = [measured, curve, newest]
         measured.change(page.changes(_measure_at_once(context)), [page.state, measured], answered, **_HEAVY)  # whenever it says “Measuring”
         newest.change(page.changes(_plans(context)), page.state, control, **_QUIET)  # each point may change what all plans are predicted
@@ -93,7 +93,7 @@ def _method_shown(context: Context) -> Callable[[ViewState], Any]:
         """The list of methods, what the chosen one does, and whether it has to be planned first."""
         run = context.open(state)
         planned = [] if run is None else analysed(run)
-        names = [(name if name in planned or not planned else f"{name} (not planned yet)", name) for name in METHODS]
+        names = [(name if name in planned or not planned else f"{name} (not planned)", name) for name in METHODS]
         chosen = METHODS[state.method]
         text = f'<p class="ratio-about">{escape(chosen.description)} <span>Source: {escape(chosen.reference)}</span></p>'
         missing = state.method not in planned or (state.flops_ratio is not None and not has_curves(run, state.method))

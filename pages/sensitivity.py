@@ -15,7 +15,7 @@ from pages.components.analysis import Sensitivity
 from pages.components.context import Context
 from pages.components.layers import choose, picked, picker, readable, shown_layer
 from pages.components.numbers import named
-from pages.components.page import Page
+from pages.components.page import CHOICE, POINT, Page
 from pages.components.session import ViewState
 from pages.components.text import escape, share
 
@@ -56,10 +56,10 @@ def build(context: Context) -> None:
         page.view(_lists(context), [measurement, layer], fields=("run", "layer"), controls=[measurement])
         page.view(_overview(context), [metrics, routing, lines, correlations], fields=("run", "layer"), controls=[measurement])
         page.view(_layer(context), detail, controls=[measurement, by])
-        layer.input(page.changes(choose), [page.state, layer], page.state, **_QUIET)
+        layer.input(page.changes(choose), [page.state, layer], page.state, **CHOICE)
         for box, axis in ((metrics, "y"), (routing, "y"), (lines, "x")):
-            box.select(page.changes(_clicked(axis)), page.state, page.state, **_QUIET)
-        kept.select(page.changes(_ratio_clicked), page.state, page.state, **_QUIET)
+            box.select(page.changes(_clicked(axis)), page.state, page.state, **POINT)
+        kept.select(page.changes(_ratio_clicked), page.state, page.state, **POINT)
 
 
 def _detail() -> tuple[gr.Radio, gr.HTML, list[gr.HTML]]:
@@ -88,7 +88,7 @@ def _measuring(page: Page) -> None:
             with gr.Row():
                 method = gr.Dropdown(list(METHODS), value="auto", label="Method", min_width=140)
                 ratio = gr.Dropdown(_CUTS, value=0.5, label="Removed of the layer", min_width=140)
-                windows = gr.Number(_WINDOWS, label=_NAMES["windows"], min_width=140)
+                windows = gr.Number(_WINDOWS, label=_NAMES["windows"], min_width=140, placeholder=str(_WINDOWS))
             start = gr.Button("Measure each layer", variant="primary", elem_id="measure-layers")
         with gr.Column(scale=5, min_width=300):
             jobs.Panel(page)
@@ -198,7 +198,7 @@ def _measure(context: Context) -> Callable[..., Any]:
         with named(_NAMES):
             text = Text(windows=_WINDOWS if windows is None else windows)
         context.client.submit(run, "sensitivity", recipe=recipe.as_dict(), text={"windows": text.windows})
-        gr.Info(f"Each layer in turn loses {share(recipe.ratio, 0)} of its experts by {method}.", title="Measuring")
+        gr.Info(f"Each layer in turn loses {share(recipe.ratio, 0)} of its experts by {method}.")
         return gr.Timer(active=True)
 
     return measure

@@ -13,7 +13,7 @@ from pages.components import similarity_figures as figures
 from pages.components.context import Context
 from pages.components.layers import choose, picked, picker, readable, shown_layer
 from pages.components.numbers import named
-from pages.components.page import Page
+from pages.components.page import CHOICE, POINT, Page
 from pages.components.session import ViewState
 from pages.components.similarity_figures import Choice
 from pages.components.text import notice, sentence
@@ -63,8 +63,8 @@ def build(context: Context) -> None:
         controls = [side, matrix, share, estimator, control]
         page.view(_layers(context), [layer], fields=("run", "layer"))
         page.view(_draw(context), [facts, pairs, chance, means, overlap], fields=("run", "layer"), controls=controls)
-        layer.input(page.changes(choose), [page.state, layer], page.state, **_QUIET)
-        means.select(page.changes(_clicked), page.state, page.state, **_QUIET)
+        layer.input(page.changes(choose), [page.state, layer], page.state, **CHOICE)
+        means.select(page.changes(_clicked), page.state, page.state, **POINT)
         start.click(page.changes(_compare(context)), [page.state, experts, seed], page.wake, **_QUIET)
 
 

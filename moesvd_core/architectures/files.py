@@ -259,6 +259,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or without a model type.
     """
+    if not os.path.lexists(folder / CONFIG) and len(_homes(folder)) == 1:  # what was fetched from the hub lies beside its blobs
+        raise CheckpointError(f"no {CONFIG} in {folder}: this is no model folder; give the folder that holds one")
     file = file_inside(folder, CONFIG)
     config = _read_json(file)
     model_type = config.get("model_type")

@@ -47,7 +47,7 @@ class ExportDeletion:
         export = self._deletable(state, asked)
         freed = sum(file_sizes(export))
         self._context.client.delete_export(self._context.require_run(state), export.name)
-        gr.Info(escape(f"Export {asked} is deleted: {size(freed)} are free again."), title="Deleted")
+        gr.Info(escape(f"Export {asked} is deleted: {size(freed)} are free again."))
         return self._drawn(state), *self._question.none()
 
     def _deletable(self, state: ViewState, name: str) -> Path:

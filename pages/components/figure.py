@@ -1,7 +1,7 @@
 """A plotly figure that reports clicks, follows light and dark, can be used by keyboard, and hands out its data.
 
     plot = figure.box("Sensitivity by layer", height=420, clicks=True)
-    plot.select(page.changes(pick), page.state, page.state)
+    plot.select(page.changes(pick), page.state, page.state, **POINT)
     def pick(event: gr.SelectData, state: ViewState) -> ViewState:
         return state.but(layer=figure.clicked(event).y)
     def draw(state) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from gradio.helpers import log_message
 
 from moesvd_core.atomic import is_disk_full
 from moesvd_core.errors import MoesvdError
@@ -17,14 +18,19 @@ from pages.components.visitor import remembered
 log = logging.getLogger(__name__)
 
 
-def warn(message: str, title: str = "Please look") -> None:
-    """Show a sentence over the page; it may hold what a stranger wrote."""
-    gr.Warning(escape(message), title=title)
+def warn(message: str) -> None:
+    """Show a sentence over the page, under "Warning" (Gradio shows no other title); it may hold what a stranger wrote."""
+    gr.Warning(escape(message))
+
+
+def broken(message: str) -> None:
+    """Show a sentence over the page, under "Error": `gr.Error` would have to be raised, and end the event that is being handled."""
+    log_message(escape(message), title="Error", level="error")
 
 
 def refuse(error: MoesvdError) -> None:
     """Show over the page why something was refused; the error says itself what to do."""
-    warn(str(error), "That did not work")
+    warn(str(error))
 
 
 def explained(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,5 +75,5 @@ def tell(error: Exception, function: Callable[..., Any]) -> str:
     log.exception("%s.%s failed", function.__module__, function.__qualname__)
     known = "the disk is full: make room, then ask again" if is_disk_full(error) else ""
     message = known or f"unexpected {type(error).__name__}: the server's log has the details"
-    warn(message, "Something broke")
+    broken(message)
     return message

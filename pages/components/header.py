@@ -2,6 +2,7 @@
 
 import gradio as gr
 
+from moesvd_core.errors import RunError
 from moesvd_core.runs.client import RunStatus
 from pages.components.assets import mount
 from pages.components.context import Context
@@ -35,8 +36,22 @@ def draw(context: Context, title: str, purpose: str, state: ViewState, status: R
     )
 
 
-def worker(status: RunStatus | None) -> str:
-    """What the run's worker does, in a few words."""
+def is_stopping(context: Context, status: RunStatus | None) -> bool:
+    """Whether the job that runs was asked to stop, and has not stopped yet; a worker that hangs does not stop by being asked."""
+    if status is None or status.job is None or status.state != "running" or status.hanging is not None:
+        return False
+    try:
+        return context.client.open(status.id).cancel_file.read_text() == status.job.id
+    except (RunError, OSError):  # nobody asked; or the run was deleted meanwhile
+        return False
+
+
+def worker(status: RunStatus | None, *, stopping: bool = False) -> str:
+    """What the run's worker does, in a few words.
+
+    Args:
+        stopping: as `is_stopping`.
+    """
     if status is None:
         return "no run yet"
     job = status.job
@@ -46,6 +61,8 @@ def worker(status: RunStatus | None) -> str:
         return _WORDS.get(status.state, status.state)
     if status.hanging is not None:
         return f"silent for {duration(status.hanging)}"
+    if stopping:
+        return "cancelling"
     if not job.total:
         return "starting"
     if job.done >= job.total:  # of a stage: the next one has not told of itself yet
@@ -67,6 +84,6 @@ def _strip(context: Context, state: ViewState, status: RunStatus | None) -> str:
     return (
         f'<dl class="strip"><div><dt>Model</dt><dd>{escape(model)}</dd></div><div><dt>Run</dt><dd>{escape(state.run or "–")}</dd></div>'
         f"<div><dt>Ratio</dt><dd>{escape(_ratio(state))}</dd></div>"
-        f'<div><dt>Worker</dt><dd class="worker {escape(kind)}">{escape(worker(status))}</dd></div>'
+        f'<div><dt>Worker</dt><dd class="worker {escape(kind)}">{escape(worker(status, stopping=is_stopping(context, status)))}</dd></div>'
         f"{_DEMO if context.settings.public_demo else ''}</dl>"
     )

@@ -17,7 +17,7 @@ from moesvd_core.errors import RunError
 from moesvd_core.runs.client import RunStatus
 from moesvd_core.runs.folder import RunFolder
 from pages.components.context import Context
-from pages.components.header import worker
+from pages.components.header import is_stopping, worker
 from pages.components.page import Page
 from pages.components.session import ViewState
 from pages.components.text import duration, escape, share
@@ -57,9 +57,10 @@ class Panel:
 
     def _draw(self, state: ViewState, status: RunStatus | None) -> tuple[Any, ...]:
         run = self._page.context.open(state) if status is not None else None
+        stopping = is_stopping(self._page.context, status)
         return (
-            draw(status),
-            gr.Button(visible=status is not None and status.busy),
+            draw(status, stopping=stopping),
+            gr.Button(visible=status is not None and status.busy, interactive=not stopping),
             gr.Button(visible=resumable(status)),
             log_html([] if run is None else log_lines(run)),
         )
@@ -81,8 +82,12 @@ def resumable(status: RunStatus | None) -> bool:
     return status is not None and not status.busy and status.state in ("interrupted", "failed", "cancelled")
 
 
-def draw(status: RunStatus | None) -> str:
-    """The state of a run's work as HTML."""
+def draw(status: RunStatus | None, *, stopping: bool = False) -> str:
+    """The state of a run's work as HTML.
+
+    Args:
+        stopping: as `is_stopping`.
+    """
     if status is None or status.job is None:
         return _frame("Nothing runs", "", None, "Work that you start appears here, with progress and time left.")
     job = status.job
@@ -99,6 +104,8 @@ def draw(status: RunStatus | None) -> str:
         if status.hanging is not None:
             silent = f"Its worker has given no sign of life for {duration(status.hanging)}: it may hang."
             return _frame(f"{title} hangs", "running", done, f"{silent} Cancel ends it, and resume goes on. {count}.{more}")
+        if stopping:
+            return _frame(f"Cancelling: {title}", "running", done, f"It stops within seconds, and what was finished is kept.{more}")
         return _frame(f"{title} runs", "running", done, f"{count}{f' ({_told(job.message, status.model)})' if job.message else ''}.{more}")
     if job.state == "finished":
         return _frame(f"{title} finished", "finished", None, f"Took {duration((job.ended or 0) - (job.started or job.ended or 0))}.")
@@ -107,13 +114,17 @@ def draw(status: RunStatus | None) -> str:
     return _frame(f"{title} {job.state}", job.state, reached, f"{_told(job.error or job.state, status.model)}.{advice}")
 
 
-def summary(status: RunStatus) -> str:
-    """The state of a run's work in a line: "Analysis finished", "Analysis calibrate 44 %, 58 s left in this stage"."""
+def summary(status: RunStatus, *, stopping: bool = False) -> str:
+    """The state of a run's work in a line: "Analysis finished", "Analysis calibrate 44 %, 58 s left in this stage".
+
+    Args:
+        stopping: as `is_stopping`.
+    """
     if status.state == "damaged":
         return status.error
     if status.job is None:
         return "nothing asked yet"
-    return f"{ACTION_WORDS.get(status.job.action, status.job.action)} {worker(status) if status.busy else status.state}"
+    return f"{ACTION_WORDS.get(status.job.action, status.job.action)} {worker(status, stopping=stopping) if status.busy else status.state}"
 
 
 def log_lines(run: RunFolder) -> list[str]:

@@ -4,7 +4,7 @@
         with Page(context, "Ratio", "How small the model may become, and what that costs.") as page:
             plot = figure.box("Expert map", height=480)
             page.view(lambda state: map_of(context, state), [plot], fields=("run", "method"))
-            plot.select(page.changes(pick), page.state, page.state)       # pick(event, state) returns another ViewState
+            plot.select(page.changes(pick), page.state, page.state, **POINT)  # pick(event, state) returns another ViewState
 
 There is one flow: an event returns a new `ViewState`; header, address and every view that depends on a changed field follow. A view is
 a function of the state, and of controls of its page that are not worth an address. While the run works, one event every few seconds
@@ -12,7 +12,7 @@ keeps header and `ticks` up to date, and a slower one does while other runs work
 ended, all views are drawn again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,10 @@ from pages.components.visitor import remembered
 TICK_SECONDS = 2.0
 SLOW_SECONDS = 10.0
 """Between two looks at what others do: another tab, another login, the command line."""
+CHOICE: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
+"""Of a field in which is chosen what is shown: the last choice counts. By Gradio's default it is lost while another is on its way."""
+POINT: Mapping[str, Any] = {**CHOICE, "trigger_mode": "multiple"}
+"""Likewise of an event that brings along what was chosen (`.select`, `.release`): the last of several would bring the first one's."""
 FIELDS = ("run", "layer", "method", "ratio", "flops_ratio")
 """Of `ViewState`: what a view may depend on."""
 Draw = Callable[..., Any]

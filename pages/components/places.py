@@ -1,14 +1,17 @@
 """What a visitor may name: models and texts under the declared folders, and things of the hub. Nothing else of this machine.
 
-Whether a path outside exists is not told: the answer is the same for all of them.
+Whether a path outside exists is not told: the answer is the same for all of them. `os.path` is asked what there is: a name that no path
+can have, because it is too long, is not there to it, and an error to `Path`.
 """
 
+import os.path
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from moesvd_core.architectures.files import resolve_model
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, MoesvdError
 
 DEMO_MODEL = "demo-moe"
 DEFAULT_TEXT = "sotu"
@@ -24,16 +27,17 @@ def find_model(text: str, roots: Sequence[Path], remote_code: bool = False) -> s
     """The model that a visitor named, as the engine takes it: a folder, or a hub id. Nothing is fetched.
 
     Raises:
-        InputError: neither.
+        InputError: neither, or a folder that holds no model.
     """
     name = text.strip()
     if not name:
         raise InputError("no model is named: choose one of the list, or write a folder or a hub id (owner/name)")
     for place in _places(name, roots):
-        if place.is_dir():
-            resolve_model(place, roots=roots, allow_remote_code=remote_code)
+        if os.path.isdir(place):
+            with named_for_people(str(place), roots):
+                resolve_model(place, roots=roots, allow_remote_code=remote_code)
             return str(place)
-    if _HUB_MODEL.fullmatch(name) and ".." not in name and "--" not in name and not Path(name).exists():
+    if _HUB_MODEL.fullmatch(name) and ".." not in name and "--" not in name and not os.path.exists(name):
         return name
     raise InputError(f"{name[:200]!r} is neither a model folder under {_said(roots)} nor a hub id (owner/name): check the spelling")
 
@@ -47,9 +51,9 @@ def find_text(text: str, roots: Sequence[Path]) -> str:
     name = text.strip() or DEFAULT_TEXT
     if Path(name).suffix.lower() in _TEXT_FILES:
         for place in _places(name, roots):
-            if place.is_file():
+            if os.path.isfile(place):
                 return str(place)
-    elif name == DEFAULT_TEXT or (_HUB_TEXT.fullmatch(name) and ".." not in name and not Path(name).exists()):
+    elif name == DEFAULT_TEXT or (_HUB_TEXT.fullmatch(name) and ".." not in name and not os.path.exists(name)):
         return name
     raise InputError(
         f"{name[:200]!r} is neither {DEFAULT_TEXT}, nor a {', '.join(_TEXT_FILES)} file under {_said(roots)}, "
@@ -72,7 +76,7 @@ def model_names(roots: Sequence[Path]) -> list[str]:
 
 def model_name(model: str, roots: Sequence[Path]) -> str:
     """A model's name for people: without the folders that the machine keeps it in."""
-    if not Path(model).exists():
+    if not os.path.exists(model):
         return Path(model).name if Path(model).is_absolute() else model
     place = Path(model).resolve()
     for root in roots:
@@ -80,6 +84,16 @@ def model_name(model: str, roots: Sequence[Path]) -> str:
             inside = place.relative_to(root.resolve())
             return root.name if inside == Path() else str(inside)
     return place.name
+
+
+@contextmanager
+def named_for_people(model: str, roots: Sequence[Path]) -> Iterator[None]:
+    """Let an error about a model call it by its name for people, which tells no folder of the machine."""
+    try:
+        yield
+    except MoesvdError as error:
+        error.args = (str(error).replace(model, model_name(model, roots)),)
+        raise
 
 
 def _places(name: str, roots: Sequence[Path]) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.known import analysed
 from pages.components.handler import warn
-from pages.components.page import Page
+from pages.components.page import CHOICE, Page
 from pages.components.reach import beyond_reach, flops_percent, reach_percent, within_reach
 from pages.components.session import ViewState
 
@@ -20,20 +20,18 @@ _EVENT: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidd
 
 
 class RecipeControls:
-    """Draws itself where it is made, and changes the page's state."""
+    """Draws itself where it is made, and changes the page's state. The sliders have no button to reset them: no event tells of that."""
 
     def __init__(self, page: Page) -> None:
         self._page = page
+        method = gr.Dropdown(list(METHODS), value=ViewState.method, label="Method", elem_id="recipe-method")
         with gr.Row():
-            method = gr.Dropdown(list(METHODS), value=ViewState.method, label="Method", elem_id="recipe-method", min_width=160)
-            ratio = gr.Slider(0, _HIGHEST, 40, step=1, label="Ratio, %", elem_id="recipe-ratio", min_width=220)
-            fewer = gr.Slider(0, _HIGHEST, 0, step=1, label="Operations saved, %", elem_id="recipe-flops", min_width=220)
+            ratio = gr.Slider(0, _HIGHEST, 40, step=1, label="Ratio, %", elem_id="recipe-ratio", min_width=220, buttons=[])
+            fewer = gr.Slider(0, _HIGHEST, 0, step=1, label="Operations saved, %", elem_id="recipe-flops", min_width=220, buttons=[])
         page.view(self._values, [method, ratio, fewer], fields=_RECIPE)
         keep_within_reach(page, method)
-        dragged = page.changes(lambda state, percent: state.but(ratio=percent / 100))
-        asked = ratio.input(dragged, [page.state, ratio], page.state, trigger_mode="always_last", **_EVENT)
-        bounded = page.changes(lambda state, percent: state.but(flops_ratio=percent / 100 or None))
-        saved = fewer.input(bounded, [page.state, fewer], page.state, trigger_mode="always_last", **_EVENT)
+        asked = ratio.input(page.changes(_dragged), [page.state, ratio], [page.state, ratio], **CHOICE)
+        saved = fewer.input(page.changes(_bounded), [page.state, fewer], [page.state, fewer], **CHOICE)
         for event in (asked, saved):  # a number out of bounds is refused before any handler: the boxes go back to the view's
             event.failure(page.changes(self._values), page.state, [method, ratio, fewer], **_EVENT)
 
@@ -41,7 +39,7 @@ class RecipeControls:
         """The view's method and ratio; methods that are planned come first, and the slider ends where the method does."""
         run = self._page.context.open(state)
         ready = [] if run is None else analysed(run)
-        choices = [(name, name) for name in ready] + [(f"{name} (not planned yet)", name) for name in METHODS if name not in ready]
+        choices = [(name, name) for name in ready] + [(f"{name} (not planned)", name) for name in METHODS if name not in ready]
         most = None if run is None else reach_percent(run, state.method)
         percent = _HIGHEST if most is None else max(1, most)
         weighs = METHODS[state.method].bounds_flops
@@ -50,6 +48,16 @@ class RecipeControls:
             gr.Dropdown(choices=choices, value=state.method), gr.Slider(maximum=percent, value=min(percent, round(100 * state.ratio, 2))),
             gr.Slider(maximum=bound, value=min(bound, round(100 * (state.flops_ratio or 0.0), 2)), visible=weighs),
         )
+
+
+def _dragged(state: ViewState, percent: float) -> tuple[ViewState, Any]:
+    """The view at another ratio; a typed part of a percent goes from the box as well."""
+    return state.but(ratio=percent / 100), gr.skip() if percent == round(percent) else round(percent)
+
+
+def _bounded(state: ViewState, percent: float) -> tuple[ViewState, Any]:
+    """The view with another bound on operations; parts of a percent likewise."""
+    return state.but(flops_ratio=round(percent) / 100 or None), gr.skip() if percent == round(percent) else round(percent)
 
 
 def keep_within_reach(page: Page, method: gr.Dropdown) -> None:
@@ -72,7 +80,7 @@ def keep_within_reach(page: Page, method: gr.Dropdown) -> None:
     beyond = gr.State(None)  # the view that asks for too much, as long as there is one
     page.view(lambda state: None if within(state) == state else state, [beyond], fields=_RECIPE)
     beyond.change(page.changes(within), page.state, page.state, **_EVENT)
-    method.input(page.changes(chosen), [page.state, method], page.state, **_EVENT)
+    method.input(page.changes(chosen), [page.state, method], page.state, **CHOICE)
 
 
 def recipe_of(state: ViewState) -> Recipe:

@@ -48,7 +48,7 @@ class RunDeletion:
         run = self._deletable(asked)
         gone = self._context.client.delete(run)
         self._context.live.forget(run)
-        gr.Info(escape(f"Run {asked} is deleted: {size(gone.bytes)} are free again."), title="Deleted")
+        gr.Info(escape(f"Run {asked} is deleted: {size(gone.bytes)} are free again."))
         if state.run == asked:
             next_one = self._context.first_run()
             state = state.but(run=next_one) if next_one else state.without_run()

@@ -220,8 +220,15 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor model\.safetensors\.index"):
             ModelFiles.open(folder)
         (folder / "config.json").unlink()
-        with pytest.raises(CheckpointError, match=r"config\.json: is missing"):
+        with pytest.raises(CheckpointError, match=rf"no config\.json in {folder}: this is no model folder; give the folder that holds one"):
             ModelFiles.open(folder)
+
+    def test_a_snapshot_of_the_hub_without_configuration_is_to_be_fetched_again(self, folder: Path) -> None:
+        (folder / "config.json").unlink()
+        (folder.parent / "blobs").mkdir()
+        (folder.parent / "snapshots").mkdir()
+        with pytest.raises(CheckpointError, match=r"config\.json: is missing; fetch the model again"):
+            ModelFiles.open(folder.rename(folder.parent / "snapshots" / "0123"))
 
     @pytest.mark.parametrize("path", ["nowhere", "config.json", "a\0b", ""])
     def test_what_is_no_folder_is_refused(self, path: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

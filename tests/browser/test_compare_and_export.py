@@ -2,6 +2,7 @@
 
 import http.cookiejar
 import re
+import shutil
 import tarfile
 import urllib.error
 import urllib.parse
@@ -14,6 +15,7 @@ import torch
 from browser.serving import serving
 from playwright.sync_api import Page, expect
 from run_exports import NAME, add_export
+from runs.run_helpers import new_run
 from runs.tiny_runs import analysed_tiny_run
 
 from moesvd_core.checkpoint.manifest import check_manifest
@@ -101,6 +103,17 @@ def test_a_ratio_out_of_bounds_gives_way_to_the_one_that_counts(compare: Open) -
     expect(page.locator(".strip")).to_contain_text("40 %")
 
 
+def test_a_part_of_a_percent_is_rounded_in_the_box_as_everywhere(compare: Open) -> None:
+    page = compare()
+    for typed, shown in (("40.4", "40"), ("30.6", "31")):
+        box = page.get_by_label("number input for Ratio")
+        box.fill(typed)
+        page.keyboard.press("Enter")
+        expect(box).to_have_value(shown)
+        expect(page.locator(".strip")).to_contain_text(f"{shown} %")
+    assert "ratio=0.31" in page.url
+
+
 def test_a_ratio_beyond_the_methods_reach_is_brought_within_it(visit: Open, run: RunFolder) -> None:
     most = int(100 * run.read_json("plans", "all-auto.json")["max_ratio"])
     for path in ("compare", "export"):
@@ -109,6 +122,40 @@ def test_a_ratio_beyond_the_methods_reach_is_brought_within_it(visit: Open, run:
         expect(page.locator(".strip")).to_contain_text(f"{most} %")
         page.wait_for_function(f"location.search.includes('ratio={most / 100:g}')")
         expect(page.get_by_text("choose less")).to_have_count(0)
+
+
+FREE = """input => {
+  const pen = document.createElement('canvas').getContext('2d'), style = getComputedStyle(input);
+  pen.font = style.font;
+  const end = input.getBoundingClientRect().left + parseFloat(style.paddingLeft) + pen.measureText(input.value).width;
+  return input.parentElement.querySelector('.icon-wrap').getBoundingClientRect().left - end;
+}"""
+"""Pixels between the text of a list and its arrow."""
+
+
+@pytest.mark.parametrize(("method", "widths"), [("fisher", (360, 1024, 1280)), ("expert-pruning-frequency", (390, 1280, 1440))])
+def test_a_method_does_not_run_under_the_arrow_of_the_list(visit: Open, run: RunFolder, method: str, widths: tuple[int, ...]) -> None:
+    for path in ("compare", "export"):
+        for width in widths:
+            page = visit(f"/{path}?run={RUN}&method={method}&ratio=0.2", width=width)
+            field = page.get_by_role("combobox", name="Method")
+            expect(field).to_have_value(f"{method} (not planned)", timeout=30_000)
+            assert field.evaluate(FREE) > 0, (path, width)
+            page.context.close()
+
+
+def test_a_fault_of_the_program_is_an_error_and_no_warning(visit: Open, runs: Path) -> None:
+    made = new_run(runs, "faulty-1")
+    (made.path / "votes.jsonl").mkdir()
+    try:
+        page = visit(f"/compare?run={made.name}")
+        told = page.get_by_test_id("toast-body")
+        expect(told).to_contain_text("unexpected IsADirectoryError: the server's log has the details", timeout=30_000)
+        expect(told).to_contain_text("Error")
+        expect(told).not_to_contain_text("Warning")
+        expect(page.locator(".strip")).to_contain_text(made.name)  # the event went on
+    finally:
+        shutil.rmtree(made.path)
 
 
 def test_a_blind_vote_is_counted_once(compare: Open, run: RunFolder) -> None:
@@ -175,6 +222,25 @@ def test_an_export_goes_from_the_button_to_the_visitor_s_disk(export: Open, run:
     with page.expect_download() as download:
         page.get_by_role("link", name="config.json", exact=True).click()
     assert Path(download.value.path()).read_bytes() == (run.path / "exports" / name / "config.json").read_bytes()
+
+
+def test_the_box_the_preview_and_the_commands_say_the_same_whatever_method_is_chosen(export: Open) -> None:
+    page = export("&method=svd")
+    page.get_by_role("button", name="The same on the command line").click()
+    box, summary, twin = page.locator("#export-compensate input"), page.locator("#export-summary"), page.locator("#export-twin")
+
+    def agree(method: str, ticked: bool) -> None:
+        expect(box).to_be_checked(checked=ticked, timeout=15_000)
+        expect(summary).to_contain_text(f"exports/model-mixtral-{method}-20-factored{'-compensated' if ticked else ''} of this run")
+        expect(twin).to_contain_text(f"compensate: {str(ticked).lower()}")
+
+    agree("svd", False)
+    for method, ticked in (("auto", True), ("expert-pruning", False), ("auto", True)):
+        page.get_by_role("combobox", name="Method").click()
+        page.get_by_role("option", name=re.compile(rf"(^|\s){method}( \(not planned\))?$")).click()
+        agree(method, ticked)
+    box.uncheck()
+    agree("auto", False)
 
 
 def test_a_push_without_network_is_explained_and_forgets_the_token(export: Open, run: RunFolder) -> None:

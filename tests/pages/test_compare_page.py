@@ -234,10 +234,22 @@ def test_a_measurement_is_asked_of_the_worker_and_shown(context: Context) -> Non
         "recipe": Recipe(ratio=0.3).as_dict(), "text": {"dataset": "sotu", "windows": 4, "length": None},
     }
     context.client.cancel(run)
+    compare._measure(context)(state(), "sotu", None)
+    status = context.client.status(run)
+    assert status.job is not None
+    assert status.job.arguments["text"]["windows"] == 64, "as the empty field says, and not the whole text"
+    context.client.cancel(run)
     do(run, "measure", recipe=Recipe(ratio=0.3).as_dict(), text=TEXT)
     shown = compare._measured(context, state())
     assert "auto 3" in shown
     assert "class=chosen" in shown
+
+
+def test_an_empty_field_says_what_is_used(context: Context) -> None:
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        compare.build(context)
+    (windows,) = [block["props"] for block in blocks.config["components"] if block["props"].get("label") == "Windows"]
+    assert (windows["value"], windows["placeholder"]) == (64, "64")
 
 
 def test_prompts_suit_the_model(context: Context) -> None:

@@ -19,6 +19,7 @@ from runs.tiny_runs import TEXT, analysed_tiny_run, do, named, tiny_run
 
 from moesvd_core.architectures.files import ModelFiles
 from moesvd_core.checkpoint import hub
+from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.errors import CheckpointError, HubError, InputError, RunError
 from moesvd_core.planning import DENSE, Recipe
 from moesvd_core.runs.client import Client
@@ -192,6 +193,33 @@ def test_refitted_routers_go_into_name_and_commands_and_change_no_size(context: 
     assert refitted[0] == plain[0].replace(name, f"{name}-router-refitted")
     assert "--refit-router" in refitted[1] and "--refit-router" not in plain[1]
     assert "refit_router: true" in refitted[1] and "refit_router: false" in plain[1]
+
+
+@pytest.mark.parametrize(("method", "ticked"), [("auto", True), ("latent", False), ("expert-pruning", False)])
+def test_the_box_of_compensation_and_the_preview_say_the_same(context: Context, method: str, ticked: bool) -> None:
+    """Both are drawn in one event, which brings the box as it was for the method before."""
+    assert METHODS[method].compensate is ticked
+
+    def said(offered: str, fit: bool) -> tuple[Any, bool, bool]:
+        box, whose, shown, twin, _ = export._offered(context, state(method=method), offered, "factored", export.OWN, fit, False)
+        assert whose == method
+        return box, "-compensated" in shown, "compensate: true" in twin
+
+    assert said("another", not ticked) == said("another", ticked) == (ticked, ticked, ticked)
+    for chosen in (True, False):
+        assert said(method, chosen) == (gr.skip(), chosen, chosen), "what a person chose stays, when a job has ended too"
+
+
+def test_the_preview_is_drawn_again_whoever_changes_the_box(context: Context) -> None:
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        export.build(context)
+    names = {block["id"]: block["props"].get("elem_id") for block in blocks.config["components"]}
+    drawing = {
+        (names[place], kind) for event in blocks.config["dependencies"] for place, kind in event["targets"]
+        if [names[output] for output in event["outputs"]] == ["export-summary", "export-twin", "export-write"]
+    }
+    by_hand = {(f"export-{name}", "input") for name in ("format", "dtype", "refit-router")}
+    assert drawing == {*by_hand, ("export-compensate", "change")}
 
 
 def test_a_plan_that_was_not_made_is_said_to_be_about(context: Context) -> None:

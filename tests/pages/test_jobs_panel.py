@@ -5,13 +5,19 @@ import re
 import time
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from runs.run_helpers import new_run
 
 from moesvd_core.runs.client import ACTION_NAMES, Client
 from moesvd_core.runs.folder import Identity, RunFolder
-from pages.components.header import worker
-from pages.components.jobs import ACTION_WORDS, LOG_LINES, draw, log_html, log_lines, resumable, summary
+from pages.components import header
+from pages.components.context import Context
+from pages.components.header import is_stopping, worker
+from pages.components.jobs import ACTION_WORDS, LOG_LINES, Panel, draw, log_html, log_lines, resumable, summary
+from pages.components.page import Page
+from pages.components.session import ViewState
+from pages.components.settings import Settings
 
 EVIL = "<script>alert(1)</script>"
 
@@ -57,6 +63,43 @@ def test_a_job_from_its_turn_to_its_end(run: RunFolder) -> None:
     status = client.status(run)
     assert "Analysis finished" in draw(status)
     assert (worker(status), summary(status), resumable(status)) == ("idle", "Analysis finished", False)
+
+
+def test_a_job_that_was_asked_to_stop_is_told_to_be_cancelled_until_it_has_stopped(run: RunFolder) -> None:
+    context, view = Context(Settings(runs=run.path.parent)), ViewState(run.name)
+    with gr.Blocks(analytics_enabled=False), Page(context, "Ratio", "Purpose") as page:
+        panel = Panel(page)
+
+    def told() -> tuple[str, bool, bool, str]:
+        status = context.status(view)
+        shown, cancel, *_ = panel._draw(view, status)
+        return shown, cancel.visible, cancel.interactive, header.draw(context, "Ratio", "Purpose", view, status)
+
+    run.log.append("started", "1")
+    run.log.append("progress", "1", stage="calibrate", done=3, total=4, message="layer 2")
+    shown, *button, head = told()
+    assert "Analysis runs" in shown and button == [True, True] and "calibrate 75 %" in head
+    context.client.cancel(run)
+    shown, *button, head = told()
+    assert "Cancelling: Analysis" in shown and "Analysis runs" not in shown
+    assert 'aria-valuenow="75"' in shown
+    assert button == [True, False]
+    assert "cancelling" in head and "calibrate" not in head
+    status = context.status(view)
+    assert status is not None
+    assert summary(status, stopping=is_stopping(context, status)) == "Analysis cancelling"
+    os.utime(run.worker_file, (time.time() - 95,) * 2)
+    shown, *button, head = told()
+    assert "Analysis hangs" in shown and button == [True, True], "a worker that hangs is ended by another press"
+    os.utime(run.worker_file)
+    run.log.append("cancelled", "1", error="cancelled")
+    run.cancel_file.unlink()
+    shown, *button, head = told()
+    assert "Analysis cancelled" in shown and button == [False, True]
+    run.log.append("submitted", "2", action="analyze", arguments={})
+    run.log.append("started", "2")
+    run.cancel_file.write_text("1")
+    assert "Analysis runs" in told()[0], "another job was asked to stop"
 
 
 @pytest.mark.parametrize(("kind", "advice"), [("cancelled", True), ("interrupted", True), ("failed", False)])

