@@ -12,10 +12,10 @@ from moesvd_core import calibration as calibration_room
 from moesvd_core.architectures.files import ModelFiles, resolve_model
 from moesvd_core.architectures.inspect import inspect
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.architectures.streaming import DecoderStream, LayerStream, MemoryStream
+from moesvd_core.architectures.streaming import DecoderStream, LayerStream, MemoryStream, as_stream
 from moesvd_core.architectures.tokenizer import load_tokenizer
 from moesvd_core.calibration import Calibration, Statistics
-from moesvd_core.checkpoint.apply import compressed
+from moesvd_core.checkpoint.apply import compressed, factored_modules
 from moesvd_core.checkpoint.export import export
 from moesvd_core.decomposition.factors import LayerFactors
 from moesvd_core.errors import CheckpointError, InputError, UnsupportedModelError
@@ -24,6 +24,8 @@ from moesvd_core.pipeline import Pipeline
 from moesvd_core.planning import Plan, Recipe
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.same_model import same_experts
+
+_CALIBRATE = "make them with calibrate(model, tokenizer), or Statistics.load(folder)"
 
 __all__ = ["calibrate", "compress", "evaluate", "export", "inspect", "load_model", "plan"]
 
@@ -44,15 +46,42 @@ def load_model(
         allow_remote_code: run code that comes with the model, if transformers does not know its type.
 
     Raises:
-        InputError: no such model.
+        InputError: no such model, number format or device.
         CheckpointError: a file is missing, damaged, unsafe or inconsistent.
     """
+    if dtype != "auto" and not isinstance(dtype, torch.dtype) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype must be auto or a floating type of torch (bfloat16, float32 ...), got {dtype!r}")
+    place = _device(device)
     folder = resolve_model(name_or_path, allow_remote_code=allow_remote_code)
     ModelFiles.open(folder, allow_remote_code=allow_remote_code)  # checks what transformers takes on trust
     tokenizer = load_tokenizer(folder, allow_remote_code=allow_remote_code)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=allow_remote_code)
     return loaded.to(place).eval(), tokenizer
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    """The device that is asked for, or the usual one.
+
+    Raises:
+        InputError: it is not there, or no device at all.
+    """
+    try:
+        place = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device must be one of this machine (cpu, cuda, cuda:0 ...), got {str(asked)!r}: {reason}") from None
+    return place
+
+
+def _require(name: str, value: object, kind: type, fix: str) -> None:
+    """Refuse an argument of another kind than the one that belongs there.
+
+    Raises:
+        InputError: it is.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be of class {kind.__name__}, got {type(value).__name__}: {fix}")
 
 
 def calibrate(
@@ -71,10 +100,13 @@ def calibrate(
         folder: where to keep the result and to go on after an interruption; None: memory only.
 
     Raises:
-        InputError, StatisticsError, UnsupportedModelError: see `calibration.driver`.
+        InputError, StatisticsError, UnsupportedModelError: see `calibration.driver`; InputError also for arguments of another kind.
     """
-    stream = MemoryStream(model) if isinstance(model, PreTrainedModel) else model
-    return calibration_room.calibrate(stream, tokenizer, calibration or Calibration(), report=report, folder=folder)
+    settings = calibration or Calibration()
+    _require("calibration", settings, Calibration, "write Calibration(samples=...)")
+    if folder is not None and Path(folder).is_file():
+        raise InputError(f"folder must be a folder, got the file {folder}: name another one")
+    return calibration_room.calibrate(as_stream(model), tokenizer, settings, report=report, folder=folder)
 
 
 def plan(statistics: Statistics, recipe: Recipe | None = None, *, report: Report = silent) -> Plan:
@@ -85,8 +117,10 @@ def plan(statistics: Statistics, recipe: Recipe | None = None, *, report: Report
         recipe: None: `Recipe()`, 40 % by the recommended method.
 
     Raises:
-        InputError: names that are not known, or a ratio beyond the method's reach.
+        InputError: names that are not known, a ratio beyond the method's reach, or arguments of another kind.
     """
+    _require("statistics", statistics, Statistics, _CALIBRATE)
+    _require("recipe", recipe or Recipe(), Recipe, "write Recipe(ratio=...)")
     return _pipeline(statistics).plan(recipe or Recipe(), report)
 
 
@@ -99,8 +133,14 @@ def compress(model: PreTrainedModel, statistics: Statistics, plan: Plan, *, repo
         model: the one that was calibrated, or the same weights loaded again, in any number format; it may have been calibrated from files.
 
     Raises:
-        InputError: the plan or the statistics are of another model, or of other weights (a fine-tuned copy is calibrated for itself).
+        InputError: the plan or the statistics are of another model, or of other weights (a fine-tuned copy is calibrated for itself); or
+            arguments of another kind, or a model that is compressed already.
     """
+    _require("model", model, PreTrainedModel, "load it with load_model")
+    _require("statistics", statistics, Statistics, _CALIBRATE)
+    _require("plan", plan, Plan, "make it with plan(statistics, recipe)")
+    if factored_modules(model):
+        raise InputError("model must be the original, got one whose experts are factored already: compress that which was calibrated")
     stream = MemoryStream(model)
     if list(statistics.expert_layers) != stream.expert_layers:
         raise InputError("statistics must be of the model that is compressed, got those of one with other layers: calibrate this one")
@@ -143,8 +183,8 @@ def _pipeline(statistics: Statistics, stream: DecoderStream | None = None) -> Pi
     """
     if stream is None and statistics.stream is None:
         if (source := _source(statistics)) is None:
-            where = repr(str(Path(statistics.model.source)))
-            raise InputError(f"the model that was calibrated is not at {where} any more: load statistics with `stream=`")
+            where = f"not at {statistics.model.source!r} any more" if statistics.model.source else "in no folder: it was in memory alone"
+            raise InputError(f"the model that was calibrated is {where}; load statistics with `stream=` and that model")
         statistics.stream = LayerStream(source, dtype=getattr(torch, statistics.model.dtype))
     used = stream or statistics.stream
     assert used is not None, "one of the two was given or made"  # noqa: S101

@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +82,48 @@ def test_a_model_that_is_not_at_hand_is_told() -> None:
     statistics.stream = None
     with pytest.raises(InputError, match="load statistics with `stream=`"):
         moesvd.plan(statistics)
+
+
+def test_statistics_of_a_model_that_was_in_memory_alone_take_it_again(tmp_path: Path) -> None:
+    model, tokenizer = TINY["mixtral"](), tiny_tokenizer()
+    moesvd.calibrate(model, tokenizer, CALIBRATION, folder=tmp_path / "statistics")
+    with pytest.raises(InputError, match="is in no folder: it was in memory alone; load statistics with `stream=` and that model"):
+        moesvd.plan(moesvd.Statistics.load(tmp_path / "statistics"))
+    statistics = moesvd.Statistics.load(tmp_path / "statistics", stream=model)
+    plan = moesvd.plan(statistics, moesvd.Recipe(ratio=0.2))
+    assert plan.ratio >= 0.2
+    compressed = moesvd.compress(model, statistics, plan)
+    with pytest.raises(InputError, match="factored already: compress that which was calibrated"):
+        moesvd.compress(compressed, statistics, moesvd.plan(statistics, moesvd.Recipe(ratio=0.3)))
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda it: moesvd.load_model(it.folder, dtype="float17"), "dtype must be auto or a floating type of torch .* got 'float17'"),
+    (lambda it: moesvd.load_model(it.folder, device="foo"), "device must be one of this machine .* got 'foo'"),
+    (lambda it: moesvd.plan(it.statistics, 0.3), r"recipe must be of class Recipe, got float: write Recipe\(ratio"),
+    (lambda it: moesvd.plan(it.plan), r"statistics must be of class Statistics, got Plan: make them with calibrate"),
+    (lambda it: moesvd.compress(it.model, it.plan, it.statistics), "statistics must be of class Statistics, got Plan"),
+    (lambda it: moesvd.compress(it.model, it.statistics, None), r"plan must be of class Plan, got NoneType: make it with plan\("),
+    (lambda it: moesvd.compress(it.folder, it.statistics, it.plan), "model must be of class PreTrainedModel, got .*: load it with load_model"),
+    (lambda it: moesvd.calibrate(it.folder, it.tokenizer), "model must be a loaded model or a stream over one, got .*: load it with"),
+    (lambda it: moesvd.calibrate(it.model, it.tokenizer, {"samples": 1}), "calibration must be of class Calibration, got dict"),
+    (lambda it: moesvd.calibrate(it.model, it.tokenizer, folder=__file__), "folder must be a folder, got the file"),
+    (lambda it: moesvd.evaluate(it.folder, it.tokenizer), "model must be a loaded model"),
+    (lambda it: moesvd.evaluate(it.model, it.tokenizer, windows=1, length=24, reference=it.folder), "model must be a loaded model"),
+    (lambda it: moesvd.evaluate(it.model, it.tokenizer, dataset=None), "dataset must be sotu, a text file or a hub data set, got None"),
+    (lambda it: moesvd.inspect(it.model), "path_or_id must be a folder or a hub id, got MixtralForCausalLM"),
+])
+def test_arguments_of_another_kind_are_refused_by_name(call: Callable[[Any], Any], words: str, made: Any) -> None:
+    with pytest.raises(InputError, match=words):
+        call(made)
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> SimpleNamespace:
+    model, tokenizer = moesvd.load_model(folder)
+    statistics = moesvd.calibrate(model, tokenizer, CALIBRATION)
+    plan = moesvd.plan(statistics, moesvd.Recipe(method="svd-llm", ratio=0.2))
+    return SimpleNamespace(folder=folder, model=model, tokenizer=tokenizer, statistics=statistics, plan=plan)
 
 
 def test_statistics_of_another_model_are_refused(folder: Path) -> None:

@@ -18,7 +18,7 @@ from moesvd_core.architectures.headers import dtype_name
 from moesvd_core.architectures.hub_headers import hub_headers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.skeleton import skeleton
-from moesvd_core.errors import CheckpointError, UnreachableHubError
+from moesvd_core.errors import CheckpointError, InputError, UnreachableHubError
 
 LARGEST_CARD = 1_000_000
 """Characters of a model card that are looked at."""
@@ -82,9 +82,12 @@ def inspect(path_or_id: str | Path, *, trust_remote_code: bool = False) -> Model
         trust_remote_code: let a local model's own code describe it. Code of a model on the hub is never run here.
 
     Raises:
+        InputError: neither a folder nor a name.
         CheckpointError: no such model, a damaged or unsafe file, or (as `UnreachableHubError`) a hub that cannot be asked.
         UnsupportedModelError: the model has no routed experts, or keeps them in a form that cannot be factored.
     """
+    if not isinstance(path_or_id, str | Path):
+        raise InputError(f"path_or_id must be a folder or a hub id, got {type(path_or_id).__name__}: a loaded model tells of itself")
     source = str(path_or_id)
     if "\0" in source or Path(source).exists():
         files = ModelFiles.open(source, allow_remote_code=trust_remote_code)

@@ -265,3 +265,16 @@ def _replaced(layers: nn.ModuleList, forwards: Sequence[Callable[..., Tensor]]) 
             layer.__dict__.pop("forward", None)
             if own is not None:
                 layer.forward = own
+
+
+def as_stream(model: PreTrainedModel | DecoderStream) -> DecoderStream:
+    """The model itself when it already streams, else a stream over the loaded model.
+
+    Raises:
+        InputError: it is neither, but a folder's name perhaps.
+    """
+    if isinstance(model, PreTrainedModel):
+        return MemoryStream(model)
+    if not hasattr(model, "run_layer"):
+        raise InputError(f"model must be a loaded model or a stream over one, got {type(model).__name__}: load it with load_model")
+    return model

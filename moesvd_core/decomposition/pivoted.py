@@ -3,7 +3,7 @@
 A product of rank R has R² degrees of freedom less than its two factors have numbers, so that they say R² of them twice. Pivoting
 factorization (Zhao, Zhang and Cannistraci, "Pivoting Factorization", ICML 2025) leaves them out: R columns of the product, its pivots, are
 stored as they are, and all others as combinations of them (`pivots`). That loses nothing, and it costs R(N + C) - R² parameters and
-multiplications in place of R(N + C), so that every rank below the full one is smaller than the original matrix.
+multiplications in place of R(N + C), and an index for each pivot: every rank but the last few is smaller than the original matrix.
 
 Shapes: E experts, N rows and C columns of a matrix, S size of the smaller of its two spaces, R ranks.
 """

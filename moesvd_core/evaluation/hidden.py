@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from moesvd_core.architectures.streaming import CHUNK_ELEMENTS, DecoderStream, LayerCall, MemoryStream, require_known
+from moesvd_core.architectures.streaming import CHUNK_ELEMENTS, DecoderStream, LayerCall, as_stream, require_known
 from moesvd_core.errors import InputError, StatisticsError, require_whole
 from moesvd_core.progress import Progress, Report, silent
 from moesvd_core.tensor_files import load_tensors, save_tensors
@@ -22,11 +22,6 @@ BATCH_TOKENS = 4096
 """Tokens that go through a layer at once unless the caller says otherwise: enough to keep a GPU busy, little beside the weights."""
 CACHED_ELEMENTS, CACHED_TOKENS = 2**21, 128
 """Logits held at once on a processor, where a piece that stays in its caches takes half the time, and tokens that a piece has at least."""
-
-
-def as_stream(model: PreTrainedModel | DecoderStream) -> DecoderStream:
-    """The model itself when it already streams, else a stream over the loaded model."""
-    return MemoryStream(model) if isinstance(model, PreTrainedModel) else model
 
 
 def context_limit(config: PretrainedConfig) -> int | None:

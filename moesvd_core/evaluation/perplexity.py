@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesvd_core.architectures.streaming import DecoderStream
+from moesvd_core.architectures.streaming import DecoderStream, as_stream
 from moesvd_core.calibration.text import evaluation_windows, window_length
 from moesvd_core.errors import EvaluationError, InputError
-from moesvd_core.evaluation.hidden import FinalHidden, as_stream, context_limit, final_hidden, logit_chunks, piece_tokens
+from moesvd_core.evaluation.hidden import FinalHidden, context_limit, final_hidden, logit_chunks, piece_tokens
 from moesvd_core.progress import Report, silent
 
 

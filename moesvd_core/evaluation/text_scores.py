@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesvd_core.architectures.streaming import DecoderStream
+from moesvd_core.architectures.streaming import DecoderStream, as_stream
 from moesvd_core.calibration.text import window_length
 from moesvd_core.errors import EvaluationError, InputError
-from moesvd_core.evaluation.hidden import as_stream, context_limit, final_hidden
+from moesvd_core.evaluation.hidden import context_limit, final_hidden
 from moesvd_core.evaluation.perplexity import next_tokens
 
 
