@@ -479,7 +479,7 @@
       this.paintBound(totals("ratio"), table.asked[place] / 100);
       const pinned = this.pinned();
       const alone = "from calibration alone: several times too small, until three plans are measured";
-      const source = table.law ? `fitted to ${table.law.points} measured plans${table.law.shared ? " of all methods" : ""}, ± ${share(table.law.error, 0)}` : alone;
+      const source = table.law ? `fitted to ${table.law.points} measured plans${table.law.shared ? " of all methods" : ""}, ±\u00a0${share(table.law.error, 0)}` : alone;
       if (pinned) {
         const other = name => pinned[0].totals[name][pinned[1]];
         write("size-remark", `${signed(totals("bytes") - other("bytes"), bytes)} against the pinned plan`);
