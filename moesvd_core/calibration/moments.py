@@ -68,6 +68,7 @@ class LayerMoments:
         self.weight_square_E = zeros()
         self.input_gram_EDD = zeros(layer.hidden, layer.hidden)
         self.output_gram_EDD = zeros(layer.hidden, layer.hidden)
+        self.output_sum_ED = zeros(layer.hidden)
         self.intermediate_gram_EMM = zeros(layer.width, layer.width) if intermediate else None
         self.input_sum_ED = zeros(layer.hidden)
         self.input_square_ED = zeros(layer.hidden)
@@ -112,6 +113,7 @@ class LayerMoments:
         self.input_sum_ED[e] += x_nD.abs().sum(0)
         self.input_square_ED[e] += x_nD.square().sum(0)
         if self.weights.output_bias_ED is not None:
+            self.output_sum_ED[e] += (p_n1.square() * y_nD).sum(0)
             y_nD = y_nD + self.weights.output_bias_ED[e]
         self.saliency_E[e] += (p_n * y_nD.norm(dim=1)).sum()
 
@@ -154,6 +156,7 @@ class LayerMoments:
             saliency_E=on_host(self.saliency_E / count_E1.squeeze(1)),
             slope_EN=on_host(self.slope_EN),
             intermediate_gram_EMM=None if self.intermediate_gram_EMM is None else symmetric_on_host(self.intermediate_gram_EMM),
+            output_sum_ED=None if self.weights.output_bias_ED is None else on_host(self.output_sum_ED),
         )
 
     def _outlier_shares(self) -> Tensor:

@@ -65,6 +65,8 @@ class LayerStatistics:
         row_square_EN: Σ δ² of every input row, δ = p·(Dᵀ g) ⊙ ∂h/∂pre the gradient of the summed NLL at the expert's pre-activations.
         row_gram_ENN: Σ δ δᵀ, or None when calibration did not collect it (wide experts).
         weighted_input_gram_EDD: Σ ‖δ‖² x xᵀ.
+        output_sum_ED: Σ p² y (y without its bias, as in O_e), which tells how much an expert's answer and its bias have in common; None
+            where experts have no output biases, and in files of an older version.
     """
 
     layer: int
@@ -88,6 +90,7 @@ class LayerStatistics:
     row_square_EN: torch.Tensor | None = None
     row_gram_ENN: torch.Tensor | None = None
     weighted_input_gram_EDD: torch.Tensor | None = None
+    output_sum_ED: torch.Tensor | None = None
 
     def on(self, device: torch.device) -> "LayerStatistics":
         """The same with its Grams on a card, for whoever reads them many times; itself where that has no room for them, or is none."""
@@ -250,7 +253,8 @@ class LayerFolder(MutableMapping[int, LayerStatistics]):
 
 
 def save(statistics: LayerStatistics, path: Path) -> None:
-    """Write one layer's statistics, whole or not at all; of symmetric matrices only the upper triangle is stored.
+    """Write one layer's statistics, whole or not at all; of symmetric matrices only the upper triangle is stored, and nothing of what was
+    not collected.
 
     Raises:
         ResourceError: the disk is full.
@@ -260,7 +264,7 @@ def save(statistics: LayerStatistics, path: Path) -> None:
         value = getattr(statistics, item.name)
         if isinstance(value, torch.Tensor):
             tensors[item.name] = _upper(value) if item.name in _SYMMETRIC else value
-        else:
+        elif value is not None:
             facts[item.name] = value
     save_tensors(path, tensors, facts)
 

@@ -1,7 +1,8 @@
 """Expert pruning: some experts stay as they are, the others go, and the router chooses among those that stay (REAP).
 
 That the router no longer sees the pruned ones is half of the method: its next choices answer in their place, where an expert that is merely
-zero would leave a hole. The predicted loss knows nothing of them: it is that of the hole, an upper bound as far as second order goes.
+zero would leave a hole. The predicted loss knows nothing of them: it is that of the hole, an upper bound as far as second order goes. An
+expert's output bias is part of its answer, and goes with it.
 
 Shapes: E experts.
 """
@@ -35,9 +36,9 @@ class KeptExpertsBasis:
             kind: "saliency", mean(p·‖y‖) over an expert's tokens (REAP); "frequency", how many they are; "output", what its absence loses.
         """
         experts = range(metric.layer.experts)
-        energy_E = torch.tensor([metric.energy("output", expert) for expert in experts], dtype=torch.float64) * metric.unit
-        score_E = {"saliency": metric.statistics.saliency_E, "frequency": metric.statistics.count_E, "output": energy_E}[kind].double()
-        loss_E = energy_E if side == "output" else torch.zeros_like(energy_E)
+        absence_E = torch.tensor([metric.absence(expert) for expert in experts], dtype=torch.float64) * metric.unit
+        score_E = {"saliency": metric.statistics.saliency_E, "frequency": metric.statistics.count_E, "output": absence_E}[kind].double()
+        loss_E = absence_E if side == "output" else torch.zeros_like(absence_E)
         return cls(metric, side, kept_curve(metric, side, loss_E, score_E))
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:

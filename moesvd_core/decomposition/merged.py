@@ -2,25 +2,29 @@
 
 Experts are clustered hierarchically by average linkage, as HC-SMoE does. Calibration keeps no outputs of experts for tokens that went
 elsewhere, so the distance is one of weights: that between matched neurons, each the row of gate and of up, measured in the layer's input
-Gram (what the row answers to the tokens that there are), and the column of down. For the distance of a pair every neuron takes its best
-match; before two clusters are averaged their neurons are put in one order by assignment, since a mean of neurons that do different things
-does neither. A number of groups is a cut of the tree, so every number is one decomposition. All pairs are compared: the work grows with
-the square of the number of experts, and for alignment with the cube of their width.
+Gram (what the row answers to the tokens that there are), and the column of down; where experts have biases, a row's difference in bias
+counts beside that in the Gram, and the difference of the output biases is added for the pair. For the distance of a pair every neuron takes
+its best match; before two clusters are averaged their neurons are put in one order by assignment, since a mean of neurons that do different
+things does neither. A number of groups is a cut of the tree, so every number is one decomposition. All pairs are compared: the work grows
+with the square of the number of experts, and for alignment with the cube of their width.
 
-The predicted loss takes each expert's two matrices as replaced by its group's, its neurons in the group's order, and the two errors as
-independent, as everywhere.
+The predicted loss takes each expert's two matrices and biases as replaced by its group's, its neurons in the group's order, and the two
+sides' errors as independent, as everywhere. So it does with the errors of a side's matrix and of its bias: what they have in common would
+need the sums Σ p² h and Σ ‖δ‖² x, which calibration does not keep.
 
 Shapes: E experts, M width, N input rows, D hidden size, G groups, L merges (E − 1).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from moesvd_core.decomposition.assignment import best_assignment
 from moesvd_core.decomposition.curves import merged_curve
 from moesvd_core.decomposition.factors import DenseFactors, MergedFactors, SideFactors
+from moesvd_core.decomposition.grams import diagonal_of
 from moesvd_core.decomposition.metrics import LayerMetric
 from moesvd_core.planning import DENSE, SIDES, Metric, Side, SideCurve
 
@@ -69,7 +73,7 @@ class MergedBasis:
         experts, width = metric.layer.experts, metric.layer.width
         made: dict[Side, MergedBasis] = {}
         for side in SIDES:
-            losses = [sum(metric.energy(side, expert) for expert in range(experts))]
+            losses = [sum(_absence(metric, side, expert) for expert in range(experts))]
             known: dict[tuple[int, ...], float] = {}
             for groups in range(1, experts + 1):
                 clusters = tree.clusters(groups, experts, width)
@@ -97,16 +101,14 @@ class MergedBasis:
 
     def biases(self, ranks: Sequence[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Every expert's biases are those of its group."""
-        weights, layer = self._metric.weights, self._metric.layer
+        weights = self._metric.weights
         if weights.input_bias_EN is None or weights.output_bias_ED is None or ranks[0] == DENSE:
             return weights.input_bias_EN, weights.output_bias_ED
-        bias_EN, bias_ED = weights.input_bias_EN.float().cpu(), weights.output_bias_ED.float().cpu()
-        merged_EN, merged_ED = torch.empty_like(bias_EN), torch.empty_like(bias_ED)
+        merged_EN = torch.empty(weights.input_bias_EN.shape, dtype=torch.float32)
+        merged_ED = torch.empty(weights.output_bias_ED.shape, dtype=torch.float32)
         for members in self.clusters(ranks[0]).values():
-            share = _shares(self._metric, members)
-            ordered = [bias_EN[expert, layer.rows_in_order(order_M)] for expert, order_M in members.items()]
-            merged_EN[list(members)] = sum(part * bias_N for part, bias_N in zip(share, ordered, strict=True))
-            merged_ED[list(members)] = sum(part * bias_ED[expert] for part, expert in zip(share, members, strict=True))
+            merged_EN[list(members)] = _mean_bias(self._metric, "input", members).cpu()
+            merged_ED[list(members)] = _mean_bias(self._metric, "output", members).cpu()
         return merged_EN, merged_ED
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -147,14 +149,34 @@ def _mean(metric: LayerMetric, side: Side, members: Mapping[int, torch.Tensor]) 
     return torch.stack([share * ordered(metric, side, expert, order_M) for share, (expert, order_M) in parts]).sum(0)
 
 
+def _mean_bias(metric: LayerMetric, side: Side, members: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The cluster's bias [rows], float32 as it is stored; zeros where experts have none."""
+    parts = zip(_shares(metric, members), members.items(), strict=True)
+    own = [share * _in_order(metric, side, metric.bias(side, expert), order_M) for share, (expert, order_M) in parts]
+    return torch.stack(own).sum(0).float()
+
+
+def _in_order(metric: LayerMetric, side: Side, bias_N: torch.Tensor, order_M: torch.Tensor) -> torch.Tensor:
+    """A bias whose neurons are in an order, [rows]; those of the hidden size, on the output side, have one order only."""
+    return bias_N if side == "output" else bias_N[metric.layer.rows_in_order(order_M).to(metric.device)]
+
+
+def _absence(metric: LayerMetric, side: Side, expert: int) -> float:
+    """What a side of an expert loses if nothing is put in its place."""
+    if side == "output":
+        return metric.absence(expert)
+    return metric.energy(side, expert) + metric.bias_loss(side, expert, metric.bias(side, expert))
+
+
 def _loss(metric: LayerMetric, side: Side, members: Mapping[int, torch.Tensor]) -> float:
-    """Σ tr L_e ΔW G_e ΔWᵀ over the experts of a cluster."""
+    """Σ tr L_e ΔW G_e ΔWᵀ over the experts of a cluster, and what the errors of their biases lose by themselves."""
     if len(members) == 1:
         return 0.0
-    mean_NM, total = _mean(metric, side, members), 0.0
+    mean_NM, mean_N, total = _mean(metric, side, members), _mean_bias(metric, side, members), 0.0
     for expert, order_M in members.items():
         own_order_M = order_M.argsort()
         own_NM = mean_NM[:, own_order_M] if side == "output" else mean_NM[metric.layer.rows_in_order(own_order_M)]
+        total += metric.bias_loss(side, expert, metric.bias(side, expert) - _in_order(metric, side, mean_N, own_order_M))
         delta_NM = metric.weight(side, expert) - own_NM
         weighed_NM = metric.right(side, "output", expert).times(delta_NM if side == "input" else delta_NM.double())
         total += float((metric.left(side, "output", expert).times(delta_NM.T).T * weighed_NM).sum(dtype=torch.float64))
@@ -190,6 +212,15 @@ def _merged(metric: LayerMetric, kind: Metric) -> MergeTree:
     return MergeTree(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2), order_LM, torch.tensor(distances, dtype=torch.float64))
 
 
+class _Cluster(NamedTuple):
+    """What an expert or the mean of several consists of; biases are zeros where experts have none."""
+
+    input_ND: torch.Tensor
+    output_DM: torch.Tensor
+    bias_N: torch.Tensor
+    bias_D: torch.Tensor
+
+
 class _Neurons:
     """Neurons of experts and clusters as vectors whose inner products tell how alike they are; both sides weigh the same."""
 
@@ -203,27 +234,36 @@ class _Neurons:
         self._gram_DD = gram_DD.to(metric.dtype)
         self._row_MP = layer.rows_of_neuron().to(metric.device)
         experts = range(layer.experts)
-        self._input_energy = sum(float((metric.weight("input", e) @ self._gram_DD * metric.weight("input", e)).sum()) for e in experts)
-        self._output_energy = sum(float(metric.weight("output", e).square().sum()) for e in experts)
+        tiny = torch.finfo(torch.float32).tiny
+        read = sum(float((metric.weight("input", e) @ self._gram_DD * metric.weight("input", e)).sum()) for e in experts)
+        self._input_energy = max(read + sum(float(metric.bias("input", e).square().sum()) for e in experts), tiny)
+        self._output_energy = max(sum(float(metric.weight("output", e).square().sum()) for e in experts), tiny)
+        # An output bias is no column of down: what it adds to answers is compared with the answers that the columns make.
+        answer_E = diagonal_of(statistics.output_gram_EDD).sum(1).double().cpu() / statistics.weight_square_E.double().clamp(min=tiny)
+        answered = float(answer_E.sum()) if kind == "input" else self._output_energy
+        self._answer_energy = max(answered + sum(float(metric.bias("output", e).square().sum()) for e in experts), tiny)
 
-    def of(self, members: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A cluster's matrices [N, D] and [D, M]."""
-        return _mean(self._metric, "input", members), _mean(self._metric, "output", members)
+    def of(self, members: Mapping[int, torch.Tensor]) -> _Cluster:
+        """A cluster's matrices and biases."""
+        bias_N, bias_D = (_mean_bias(self._metric, side, members).to(self._metric.dtype) for side in SIDES)
+        return _Cluster(_mean(self._metric, "input", members), _mean(self._metric, "output", members), bias_N, bias_D)
 
-    def likeness(self, a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def likeness(self, a: _Cluster, b: _Cluster) -> torch.Tensor:
         """Inner products of the neurons of two experts, [M, M]."""
-        total_MM = a[1].T @ b[1] / max(self._output_energy, torch.finfo(torch.float32).tiny)
+        total_MM = a.output_DM.T @ b.output_DM / self._output_energy
         for row_M in self._row_MP.T:
-            total_MM = total_MM + a[0][row_M] @ self._gram_DD @ b[0][row_M].T / max(self._input_energy, torch.finfo(torch.float32).tiny)
+            alike_MM = (a.input_ND[row_M] @ self._gram_DD @ b.input_ND[row_M].T).addr_(a.bias_N[row_M], b.bias_N[row_M])
+            total_MM = total_MM + alike_MM / self._input_energy
         return total_MM
 
-    def distance(self, a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> float:
-        """Summed squared distance of every neuron to its best match, both ways."""
+    def distance(self, a: _Cluster, b: _Cluster) -> float:
+        """Summed squared distance of every neuron to its best match, both ways, and of the output biases as often."""
         distance_MM = self._squares(a)[:, None] + self._squares(b) - 2 * self.likeness(a, b)
-        return float(distance_MM.min(0).values.sum() + distance_MM.min(1).values.sum())
+        apart = float((a.bias_D - b.bias_D).square().sum()) / self._answer_energy
+        return float(distance_MM.min(0).values.sum() + distance_MM.min(1).values.sum()) + 2 * apart
 
-    def _squares(self, a: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _squares(self, a: _Cluster) -> torch.Tensor:
         """Squared length of every neuron, [M]."""
-        total_M = a[1].square().sum(0) / max(self._output_energy, torch.finfo(torch.float32).tiny)
-        row_N = ((a[0] @ self._gram_DD) * a[0]).sum(1) / max(self._input_energy, torch.finfo(torch.float32).tiny)
+        total_M = a.output_DM.square().sum(0) / self._output_energy
+        row_N = (((a.input_ND @ self._gram_DD) * a.input_ND).sum(1) + a.bias_N.square()) / self._input_energy
         return total_M + row_N[self._row_MP].sum(1)

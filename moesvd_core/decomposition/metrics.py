@@ -224,6 +224,52 @@ class LayerMetric:
         """tr L_e W G_e Wᵀ in the output metric: what dropping the whole matrix loses."""
         return float(trace_product(self.inner(side, "output", expert).full(), self.outer(side, "output", expert)))
 
+    # -- biases ------------------------------------------------------------------------------------------------------------------------
+
+    def bias(self, side: Side, expert: int) -> torch.Tensor:
+        """The expert's bias, [rows], float64; zeros where experts have none."""
+        bias_EN = self._biases(side)
+        if bias_EN is None:
+            return torch.zeros(self.shape(side)[0], dtype=torch.float64, device=self.device)
+        return bias_EN[expert].to(self.device, torch.float64)
+
+    def bias_loss(self, side: Side, expert: int, error_N: torch.Tensor) -> float:
+        """Σ p² cᵀ L_e c in the output metric: what an error c of the expert's bias [rows] loses by itself.
+
+        On the input side tokens count by ‖δ‖² after a backward pass, as they do in G_e.
+        """
+        if self._biases(side) is None:
+            return 0.0
+        error_1N = error_N.double()[None]
+        return self._token_weight(side, expert) * float((self.left(side, "output", expert).times(error_1N) * error_1N).sum())
+
+    def absence(self, expert: int) -> float:
+        """tr L_e Σ p² (y + c)(y + c)ᵀ in the output metric: what the expert's whole answer is worth, its output bias c with it.
+
+        That is O_e + c (Σ p² y)ᵀ + (Σ p² y) cᵀ + Σ p² c cᵀ; statistics of an older version lack Σ p² y, and the two terms with it are left
+        out. Pseudo-tokens have c in their answers, too, and neurons of mean zero.
+        """
+        energy = self.energy("output", expert)
+        if self.weights.output_bias_ED is None:
+            return energy
+        bias_D, sum_ED = self.bias("output", expert), self.statistics.output_sum_ED
+        shared_D = self._token_weight("output", expert) * bias_D
+        if sum_ED is not None:
+            shared_D += 2 * sum_ED[expert].to(self.device, torch.float64)
+        added = float(self.left("output", "output", expert).times(shared_D[None])[0] @ bias_D)
+        return max(0.0, energy + added)  # where a bias cancels the answers, what rounding leaves of their difference may be negative
+
+    def _biases(self, side: Side) -> torch.Tensor | None:
+        return self.weights.input_bias_EN if side == "input" else self.weights.output_bias_ED
+
+    def _token_weight(self, side: Side, expert: int) -> float:
+        """What the expert's tokens count for in the output metric's G_e, those that it is lent included: Σ p², or Σ ‖δ‖²."""
+        row_square_EN, scale = self.statistics.row_square_EN, 1.0
+        weight_E = self.statistics.weight_square_E.double()
+        if side == "input" and row_square_EN is not None:
+            weight_E, scale = row_square_EN.sum(1, dtype=torch.float64), self.statistics.tokens / self.statistics.gradient_tokens
+        return scale * float(weight_E[expert] + self._lent * weight_E.mean())
+
     # -- shrunken statistics -----------------------------------------------------------------------------------------------------------
 
     def _input_gram(self, expert: Which) -> torch.Tensor:
@@ -293,7 +339,7 @@ def _check(weights: ExpertWeights, layer: ExpertLayer, statistics: LayerStatisti
     lacking = [name for name in BACKWARD_SUMS if getattr(statistics, name) is None]
     if 0 < len(lacking) < len(BACKWARD_SUMS):
         raise StatisticsError(f"layer {layer.index}: {lacking[0]} is missing beside other sums of the backward pass; calibrate again")
-    for name in (*EXPERT_SUMS, *BACKWARD_SUMS, "row_gram_ENN"):
+    for name in (*EXPERT_SUMS, *BACKWARD_SUMS, "row_gram_ENN", "output_sum_ED"):
         sums_E = getattr(statistics, name)
         if sums_E is not None and (expert := _first_broken(sums_E)) is not None:
             raise StatisticsError(f"layer {layer.index}, expert {expert}: {name} holds NaN or Inf; calibrate again")

@@ -71,6 +71,10 @@ def test_sums_are_what_their_definitions_say(name: str) -> None:
         close(got.intermediate_mean_EM[e], h.abs().mean(0))
         answer = y if bias is None else y + bias[e]
         close(got.saliency_E[e], (p * answer.norm(dim=1)).mean())
+        if bias is not None:
+            assert got.output_sum_ED is not None and got.output_sum_ED.dtype == torch.float32
+            close(got.output_sum_ED[e], (p[:, None].square() * y).sum(0))
+    assert (got.output_sum_ED is None) == (bias is None)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])

@@ -1,5 +1,6 @@
 """Statistics on disk: the same numbers back, and damage noticed wherever it is."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,19 @@ def test_missing_parts_stay_missing(layer: LayerStatistics, tmp_path: Path) -> N
     save(bare, tmp_path / "layer.safetensors")
     back = load(tmp_path / "layer.safetensors")
     assert back.intermediate_gram_EMM is None and back.gradient_gram_DD is None and back.gradient_tokens == 0
+
+
+def test_sums_of_answers_are_kept_of_experts_with_output_biases_alone(layer: LayerStatistics, tmp_path: Path) -> None:
+    biased = calibrate(MemoryStream(TINY["gpt_oss"]()), tiny_tokenizer(), Calibration(samples=2, length=16))
+    biased.save(tmp_path / "biased")
+    back = Statistics.load(tmp_path / "biased")
+    for index, own in biased.layers.items():
+        assert own.output_sum_ED is not None and torch.equal(own.output_sum_ED, back.layers[index].output_sum_ED)
+    for name, each in {"other-family": layer, "older": replace(biased.layers[1], output_sum_ED=None)}.items():
+        save(each, tmp_path / name)
+        with safe_open(tmp_path / name, "pt") as file:
+            assert "output_sum_ED" not in {*file.keys(), *json.loads(file.metadata()["moesvd"])["facts"]}
+        assert load(tmp_path / name).output_sum_ED is None
 
 
 def test_damage_is_noticed_at_every_place(layer: LayerStatistics, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from decomposition_oracle import SHAPES, measured_loss
 from tiny_layer import TinyLayer, tiny_layer
 
 from moesvd_core.architectures.layout import ExpertLayer, ExpertWeights
+from moesvd_core.decomposition import curvature
 from moesvd_core.decomposition.factors import DenseFactors, MergedFactors
 from moesvd_core.decomposition.merged import MergedBasis, ordered
 from moesvd_core.decomposition.metrics import LayerMetric
-from moesvd_core.planning import DENSE, SIDES, Metric
+from moesvd_core.planning import DENSE, SIDES, Metric, Side
 
 
 def metric_of(tiny: TinyLayer) -> LayerMetric:
@@ -23,6 +24,16 @@ def same_in_another_order(tiny: TinyLayer, expert: int, of: int) -> None:
     tiny.weights.output_EDM[expert] = tiny.weights.output_EDM[of][:, order_M]
 
 
+def in_own_order(metric: LayerMetric, side: Side, basis: MergedBasis, groups: int) -> torch.Tensor:
+    """The merged matrices of so many groups, each with its neurons in its expert's own order, [E, rows, columns]."""
+    own_ENM = basis.factors([groups]).reconstruct().clone()
+    for members in basis.clusters(groups).values():
+        for expert, order_M in members.items():
+            back_M, merged_NM = order_M.argsort(), own_ENM[expert].clone()
+            own_ENM[expert] = merged_NM[:, back_M] if side == "output" else merged_NM[metric.layer.rows_in_order(back_M)]
+    return own_ENM
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["plain", "input"])
 def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str) -> None:
@@ -30,13 +41,7 @@ def test_predicted_loss_is_the_measured_one(kind: Metric, shape: str) -> None:
     bases = MergedBasis.both(metric, kind)
     for groups in range(1, 6):
         for side, basis in bases.items():
-            factors = basis.factors([groups])
-            own_ENM = torch.empty_like(metric.stored(side))
-            for members in basis.clusters(groups).values():
-                for expert, order_M in members.items():
-                    back_M = order_M.argsort()
-                    merged_NM = factors.reconstruct()[expert]
-                    own_ENM[expert] = merged_NM[:, back_M] if side == "output" else merged_NM[metric.layer.rows_in_order(back_M)]
+            factors, own_ENM = basis.factors([groups]), in_own_order(metric, side, basis, groups)
             assert basis.curve.loss_SR[0, groups] == pytest.approx(measured_loss(metric, side, own_ENM), rel=1e-6, abs=1e-9)
             assert factors.parameters == groups * int(basis.curve.rank_cost_S[0])
 
@@ -102,6 +107,93 @@ def test_biases_are_those_of_the_group() -> None:
     merged_EN, merged_ED = basis.biases((2,))
     torch.testing.assert_close(merged_EN[[0, 1, 2]], bias_EN[[0, 1, 0]].float())
     torch.testing.assert_close(merged_ED[[0, 1, 2]], bias_ED[[0, 1, 0]].float())
+
+
+def with_biases(tiny: TinyLayer, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the experts random biases, [E, N] and [E, D], exact in float32; what merging asks the statistics for does not depend on them."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = tiny.weights.input_END.shape[:2], tiny.weights.output_EDM.shape[:2]
+    bias_EN, bias_ED = ((scale * torch.randn(shape, generator=generator)).double() for shape in shapes)
+    tiny.weights = ExpertWeights(tiny.weights.input_END, tiny.weights.output_EDM, bias_EN, bias_ED)
+    return bias_EN, bias_ED
+
+
+def missed_by_biases(tiny: TinyLayer, basis: MergedBasis, groups: int) -> dict[Side, float]:
+    """½ Σ (δᵀ Δb)² and ½ Σ p² (gᵀ Δc)² a token, from the tokens: what the stored biases miss of each expert's own, in its own order."""
+    merged_EN, merged_ED = basis.biases((groups,))
+    weights = tiny.weights
+    assert merged_EN is not None and merged_ED is not None and weights.input_bias_EN is not None and weights.output_bias_ED is not None
+    total: dict[Side, float] = {"input": 0.0, "output": 0.0}
+    for members in basis.clusters(groups).values():
+        for expert, order_M in members.items():
+            error_N = weights.input_bias_EN[expert] - merged_EN[expert, tiny.layer.rows_in_order(order_M.argsort())]
+            error_D = weights.output_bias_ED[expert] - merged_ED[expert]
+            total["input"] += 0.5 * float((tiny.delta_TEN[:, expert] @ error_N).square().mean())
+            total["output"] += 0.5 * float((tiny.p_TE[:, expert] * (tiny.g_TD @ error_D)).square().mean())
+    return total
+
+
+@pytest.fixture
+def no_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left weights are what the tokens say, and nothing else."""
+    for name in ("ROW_RIDGE", "GRADIENT_RIDGE"):
+        monkeypatch.setattr(curvature, name, 0.0)
+
+
+@pytest.mark.usefixtures("no_ridge")
+@pytest.mark.parametrize("kind", ["plain", "input"])
+def test_equal_matrices_with_opposite_biases_lose_what_the_tokens_say(kind: Metric) -> None:
+    tiny = tiny_layer(2)
+    same_in_another_order(tiny, 1, of=0)
+    _, bias_ED = with_biases(tiny, 0.1)
+    bias_ED[0], bias_ED[1] = 3.0, -3.0
+    metric = LayerMetric(tiny.weights, tiny.layer, tiny.statistics, shrink=False)
+    for side, basis in MergedBasis.both(metric, kind).items():
+        wanted = missed_by_biases(tiny, basis, 1)[side]
+        assert wanted > 1e-6
+        assert basis.curve.loss_SR[0, 1] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.usefixtures("no_ridge")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_errors_of_biases_are_added_to_those_of_the_matrices(shape: str) -> None:
+    tiny = tiny_layer(5, *SHAPES[shape])
+    with_biases(tiny, 0.5)
+    metric = LayerMetric(tiny.weights, tiny.layer, tiny.statistics, shrink=False)
+    for side, basis in MergedBasis.both(metric, "input").items():
+        for groups in range(1, 6):
+            wanted = measured_loss(metric, side, in_own_order(metric, side, basis, groups)) + missed_by_biases(tiny, basis, groups)[side]
+            assert basis.curve.loss_SR[0, groups] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+def test_without_a_backward_pass_input_biases_are_weighed_as_tokens_are() -> None:
+    tiny = tiny_layer(2, measured=False)
+    same_in_another_order(tiny, 1, of=0)
+    bias_EN, _ = with_biases(tiny, 0.1)
+    metric = metric_of(tiny)
+    basis = MergedBasis.both(metric, "input")["input"]
+    merged_EN, _ = basis.biases((1,))
+    assert merged_EN is not None
+    wanted, mean_square = 0.0, float(tiny.statistics.weight_square_E.mean())
+    for expert, order_M in basis.clusters(1)[0].items():
+        error_N = bias_EN[expert] - merged_EN[expert, tiny.layer.rows_in_order(order_M.argsort())]
+        bent = float(error_N @ metric.left("input", "output", expert).full() @ error_N)
+        wanted += (float(tiny.statistics.weight_square_E[expert]) + 0.02 * mean_square) * bent  # with the tokens that it is lent
+    assert basis.curve.loss_SR[0, 1] == pytest.approx(0.5 * wanted / 400, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "input"])
+@pytest.mark.parametrize("side", SIDES)
+def test_experts_that_differ_in_biases_alone_are_not_the_same(side: Side, kind: Metric) -> None:
+    """Expert 1 is 0 with other biases, 2 is 0 with its matrices a little off: that one merges first."""
+    tiny = tiny_layer(3)
+    for expert in (1, 2):
+        tiny.weights.input_END[expert], tiny.weights.output_EDM[expert] = tiny.weights.input_END[0], tiny.weights.output_EDM[0]
+    tiny.weights.input_END[2] *= 1.01
+    bias_EN, bias_ED = with_biases(tiny, 0.0)
+    (bias_EN if side == "input" else bias_ED)[1] = 30.0
+    factors = MergedBasis.both(metric_of(tiny), kind)["input"].factors([2])
+    assert isinstance(factors, MergedFactors) and factors.groups == (0, 1, 0)
 
 
 def test_dense_is_the_original_tensor() -> None:

@@ -189,6 +189,13 @@ def test_a_statistic_that_is_not_finite_is_named(name: str) -> None:
         made(tiny)
 
 
+def test_a_sum_of_answers_that_is_not_finite_is_named() -> None:
+    tiny = tiny_layer()
+    tiny.statistics.output_sum_ED = torch.full((4, 10), torch.nan)
+    with pytest.raises(StatisticsError, match="layer 3, expert 0: output_sum_ED holds NaN or Inf"):
+        made(tiny)
+
+
 def test_gradients_that_are_not_finite_are_named() -> None:
     tiny = tiny_layer()
     assert tiny.statistics.gradient_gram_DD is not None
