@@ -173,25 +173,31 @@ def compare(matrix_ERC: Tensor, side: Side, sampling: Sampling | None = None) ->
     return _compare(matrix_ERC, side, sampling or Sampling(), ("experts", "shuffled"))
 
 
-def _compare(matrix_ERC: Tensor, side: Side, sampling: Sampling, sources: Sequence[Source]) -> dict[Source, SideSimilarity]:
-    """As `compare`, for some of "experts" and "shuffled"."""
+def _compare(
+    matrix_ERC: Tensor, side: Side, sampling: Sampling, sources: Sequence[Source], ranks: tuple[int, ...] = ()
+) -> dict[Source, SideSimilarity]:
+    """As `compare`, for some of "experts" and "shuffled".
+
+    Args:
+        ranks: at which bases are compared; shares of what all experts reach, if none are given.
+    """
     total, rows, columns = matrix_ERC.shape
     if total < 2 or min(rows, columns) < 4:
         raise InputError(f"comparing needs at least 2 experts of at least 4 x 4, got {total} of {rows} x {columns}")
     experts = sampling.draw(total)
     own = [_thin_svd(matrix_ERC[expert], f"expert {expert}, {side} side") for expert in experts]
     reach = min(each.rank for each in own)
-    ranks = tuple(sorted({max(1, round(share * reach)) for share in RANK_SHARES}))
+    ranks = ranks or tuple(sorted({max(1, round(share * reach)) for share in RANK_SHARES}))
     found: dict[Source, dict[str, AxisSimilarity]] = {source: {} for source in sources}
     for axis in AXES:
         of_rows = (axis == "neurons") == (side == "input")
         for source, axes in found.items():
             shuffles = _generator(sampling.seed) if source == "shuffled" else None
-            kernels = [
+            made = (
                 _kernels(each.basis(matrix_ERC[expert], of_rows=of_rows), each.value_R, ranks, shuffles)
                 for expert, each in zip(experts, own, strict=True)
-            ]
-            axes[axis] = _all_pairs(kernels, ranks)
+            )
+            axes[axis] = _all_pairs(list(made), ranks)  # no name for the list: all bases would stay until the next ones are made
     return {
         source: SideSimilarity(side, rows, columns, total, experts, ranks, channels=axes["channels"], neurons=axes["neurons"])
         for source, axes in found.items()
@@ -199,11 +205,14 @@ def _compare(matrix_ERC: Tensor, side: Side, sampling: Sampling, sources: Sequen
 
 
 def random_control(like: SideSimilarity, sampling: Sampling | None = None, device: torch.device | str = "cpu") -> SideSimilarity:
-    """As many matrices of independent normal numbers as `like` compared, of the same shape, compared in the same way; for its layer."""
+    """As many matrices of independent normal numbers as `like` compared, of the same shape, compared at the same ranks; for its layer.
+
+    Experts may reach fewer directions than their shape has room for, and half of those are fewer than half of a random matrix's.
+    """
     sampling = sampling or Sampling()
     shape = (len(like.experts), like.rows, like.columns)
     matrix_ERC = torch.randn(shape, generator=_generator(sampling.seed)).to(device)
-    found = _compare(matrix_ERC, like.side, Sampling(len(like.experts), sampling.seed), ("experts",))["experts"]
+    found = _compare(matrix_ERC, like.side, Sampling(len(like.experts), sampling.seed), ("experts",), like.ranks)["experts"]
     return replace(found, total=like.total)
 
 
@@ -212,7 +221,7 @@ class _ThinSvd:
     """The SVD of one expert's matrix, kept as one basis; the larger one is made from it when it is needed.
 
     Attributes:
-        small_SR: orthonormal columns over the smaller axis, singular values descending.
+        small_SR: orthonormal columns over the smaller axis, singular values descending; float64.
         value_R: singular values, float64; 0 where there is no direction.
         rank: directions that there are.
         over_rows: `small_SR` spans the rows (U), not the columns (V).
@@ -224,12 +233,12 @@ class _ThinSvd:
     over_rows: bool
 
     def basis(self, matrix_RC: Tensor, *, of_rows: bool) -> Tensor:
-        """Orthonormal columns over the rows (U) or the columns (V) of the matrix, float32."""
+        """Orthonormal columns over the rows (U) or the columns (V) of the matrix, float64."""
         if of_rows == self.over_rows:
             return self.small_SR
-        other = matrix_RC.float().T if self.over_rows else matrix_RC.float()
+        other = matrix_RC.double().T if self.over_rows else matrix_RC.double()
         inverse_R = torch.where(self.value_R > 0, 1 / self.value_R, 0.0)
-        return other @ (self.small_SR * inverse_R.float())
+        return other @ (self.small_SR * inverse_R)
 
 
 def _thin_svd(matrix_RC: Tensor, where: str) -> _ThinSvd:
@@ -243,16 +252,18 @@ def _thin_svd(matrix_RC: Tensor, where: str) -> _ThinSvd:
     value_R = square_R.flip(0).clamp(min=0).sqrt()
     value_R = torch.where(value_R > SMALLEST * value_R[0], value_R, 0.0)
     basis_SR = torch.where(value_R > 0, basis_SR.flip(1), 0.0)
-    return _ThinSvd(basis_SR.float(), value_R, int((value_R > 0).sum()), over_rows)
+    return _ThinSvd(basis_SR, value_R, int((value_R > 0).sum()), over_rows)
 
 
 @dataclass(frozen=True)
 class _Kernels:
-    """G Grams between the samples of one expert, K_g = B diag(w_g) Bᵀ, never written out.
+    """G Grams between the samples of one expert, K_g = B diag(w_g) Bᵀ, never written out; all in float64.
+
+    Where one channel outweighs the others, unbiased HSIC is a small difference of large sums, and float32 would leave no digit of it.
 
     Attributes:
-        basis_SR: B, orthonormal columns, float32.
-        weight_GR: w_g; float64, as the rest.
+        basis_SR: B, orthonormal columns.
+        weight_GR: w_g.
         diagonal_GS: the diagonal of each K.
         sum_GS: K 1.
     """
@@ -276,12 +287,11 @@ def _kernels(basis_SR: Tensor, value_R: Tensor, ranks: Sequence[int], shuffles: 
     square_R = value_R.square()
     place_R = torch.arange(len(value_R), device=value_R.device)
     weight_GR = torch.stack([square_R / square_R.max(), *[(place_R < rank).double() for rank in ranks]])
-    total_R = basis_SR.sum(0, dtype=torch.float64)
     return _Kernels(
         basis_SR,
         weight_GR,
-        diagonal_GS=(weight_GR.float() @ basis_SR.square().T).double(),
-        sum_GS=((weight_GR * total_R).float() @ basis_SR.T).double(),
+        diagonal_GS=weight_GR @ basis_SR.square().T,
+        sum_GS=(weight_GR * basis_SR.sum(0)) @ basis_SR.T,
     )
 
 
@@ -304,7 +314,7 @@ def _all_pairs(kernels: Sequence[_Kernels], ranks: Sequence[int]) -> AxisSimilar
     for first, second in combinations(range(len(kernels)), 2):
         a, b = kernels[first], kernels[second]
         square_RR = (a.basis_SR.T @ b.basis_SR).square()
-        trace_G = ((a.weight_GR.float() @ square_RR).double() * b.weight_GR).sum(1)
+        trace_G = ((a.weight_GR @ square_RR) * b.weight_GR).sum(1)
         pair = [value / (mine * other).sqrt() for value, mine, other in zip(_hsic(a, b, trace_G), own[first], own[second], strict=True)]
         overlap_G = trace_G[1:] / torch.tensor(ranks, device=trace_G.device)
         rows.append([each.cpu().numpy() for each in (*pair, overlap_G)])

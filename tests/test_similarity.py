@@ -87,6 +87,32 @@ def test_random_experts_are_unrelated_to_the_debiased_estimator_alone() -> None:
     assert found.channels.overlap_GP[half].mean() == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_unrelated_experts_of_low_rank_are_as_similar_as_chance(share: float) -> None:
+    own = compare(random(6, 128, 16) @ random(6, 16, 64, seed=1), "input")["experts"]
+    control = random_control(own)
+    assert control.ranks == own.ranks
+    kernel = 1 + own.ranks.index(round(16 * share))
+    for axis in AXES:
+        mean, chance = (found.axis(axis).pairs("biased", kernel).mean() for found in (own, control))
+        assert mean == pytest.approx(chance, abs=0.02)
+        assert own.axis(axis).overlap_GP[kernel - 1].mean() == pytest.approx(control.axis(axis).overlap_GP[kernel - 1].mean(), abs=0.02)
+
+
+@pytest.mark.parametrize("loud", ["one channel", "a mean that all rows share"])
+def test_one_loud_direction_costs_no_digits(loud: str) -> None:
+    matrix_ERC = random(3, 64, 48)
+    if loud == "one channel":
+        matrix_ERC[:, :, 5] *= 100
+    else:
+        matrix_ERC += 5 * random(3, 64, 1, seed=1)
+    own = compare(matrix_ERC, "input")["experts"].channels
+    for pair, (first, second) in enumerate(combinations(range(3), 2)):
+        assert own.pairs("debiased", 0)[pair] == pytest.approx(cka(unbiased_hsic, matrix_ERC[first].T, matrix_ERC[second].T), abs=1e-8)
+        bases = [torch.linalg.svd(matrix_ERC[each], full_matrices=False)[2][:3].T for each in (first, second)]
+        assert own.pairs("debiased", 3)[pair] == pytest.approx(cka(unbiased_hsic, *bases), abs=1e-8)
+
+
 def test_a_control_tells_how_many_experts_the_layer_has() -> None:
     like = compare(random(6, 20, 16), "input", Sampling(experts=3))["experts"]
     found = random_control(like, Sampling(experts=3))

@@ -36,6 +36,8 @@ Pairs = Callable[[], Iterator[tuple[RootedGram, torch.Tensor]]]
 def refined(basis_RD: torch.Tensor, pairs: Pairs, rounds: int = ROUNDS, steps: int = STEPS) -> torch.Tensor:
     """A basis [R, D] of the same rank for which the refitted experts lose less or the same; orthonormal in a mean of the I_e.
 
+    Where no expert carries anything, every basis is exact, and the one to start from is given back.
+
     Args:
         basis_RD: where to start, float64.
     """
@@ -48,8 +50,11 @@ def refined(basis_RD: torch.Tensor, pairs: Pairs, rounds: int = ROUNDS, steps: i
             core_ERR.append(symmetric_product(carried_RD, read_RD.T))
             wanted_RD += inner.times(carried_RD)
             pooled_DD += core_ERR[-1].trace() * inner.full()
+        carried = sum(float(core_RR.trace()) for core_RR in core_ERR)
+        if carried <= 0:
+            return basis_RD
         lower_RR = cholesky(ridged(torch.stack(core_ERR).sum(0), EPSILON))
-        pooled_DD = ridged(pooled_DD / sum(float(core_RR.trace()) for core_RR in core_ERR), EPSILON)
+        pooled_DD = ridged(pooled_DD / carried, EPSILON)
         divided = partial(_divided, lower_RR, cholesky(pooled_DD))
         moved_RD = _solved(partial(_weighed, pairs, core_ERR), wanted_RD, basis_RD, divided, steps)
         seen_RR = symmetric_product(moved_RD @ pooled_DD, moved_RD.T)

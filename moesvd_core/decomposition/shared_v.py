@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch.nn import functional
 
 from moesvd_core.decomposition.curves import SharedGroup, break_even, shared_curve
 from moesvd_core.decomposition.factors import DenseFactors, RightGroup, SharedRightFactors, SideFactors, balanced
@@ -26,7 +27,7 @@ GROUPED_FROM = 64
 """Experts from which a layer is divided into `GROUPS` groups (D.4)."""
 GROUPS = 8
 NOISE = 1e-10
-"""Share of the largest squared singular value below which one is rounding noise that V must not be divided by."""
+"""Share of the largest squared singular value up to which one is rounding noise that V must not be divided by."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ class SharedVBasis:
         """
         sharing = sharings(metric.statistics.count_E, refit=refit)
         ranks = min(_ranks(metric, side, group) for group in sharing)
-        found, losses, gains = [], [], []
-        for group in sharing:
-            found.append(Found.of(metric, side, kind, group, ranks))
-            losses.append(_losses(metric, side, kind, group, found[-1]) * metric.unit)
-            gains.append(found[-1].gain_KR[0])
+        whole = [Found.of(metric, side, kind, group, ranks) for group in sharing]
+        offered = max(1, *(each.reach(metric, side) for each in whole))  # what no group has is not offered
+        found = [each.cut(offered) for each in whole]
+        losses = [_losses(metric, side, kind, *each) * metric.unit for each in zip(sharing, found, strict=True)]
+        gains = [each.gain_KR[0] for each in found]
         return cls(metric, side, kind, sharing, found, _curve(metric, side, sharing, torch.stack(losses), torch.stack(gains)))
 
     def factors(self, ranks: Sequence[int]) -> SideFactors:
@@ -128,7 +129,8 @@ class SharedVBasis:
         metric, side, kind = self._metric, self._side, self._kind
         left_KNR, right_RM = found.pairs(metric, side, kind, sharing, rank)
         if sharing.refit:
-            readers = [reader(metric.right(side, kind, expert), right_RM.double()) for expert in sharing.experts]
+            own_RM = right_RM[: found.reach(metric, side)].double()
+            readers = [_filled(reader(metric.right(side, kind, expert), own_RM), rank) for expert in sharing.experts]
             fits = [metric.weight(side, each) @ fit.T.to(metric.dtype) for each, fit in zip(sharing.experts, readers, strict=True)]
             left_KNR = torch.stack(fits)
         left_KNR, right_RM = balanced(left_KNR, right_RM)
@@ -170,21 +172,41 @@ class Found:
         basis_KRS = torch.stack([each.basis_RS for each in found]).to(metric.dtype)
         return cls(basis_KRS.cpu(), torch.stack([each.gain_R for each in found]).cpu())
 
+    def cut(self, ranks: int) -> "Found":
+        """The leading directions alone."""
+        return Found(self.basis_KRS[:, :ranks].contiguous(), self.gain_KR[:, :ranks].contiguous())
+
+    def reach(self, metric: LayerMetric, side: Side) -> int:
+        """Directions that V has. Working left it is made of the source's matrix, and has no more than that: 0 where it is all zeros."""
+        if metric.works_right(side):
+            return self.basis_KRS.shape[1]
+        source_R = self.gain_KR[0]
+        return int((source_R > NOISE * source_R[0]).sum())
+
     def pairs(self, metric: LayerMetric, side: Side, kind: Metric, sharing: Sharing, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """U·Σ of each decomposed expert [K, N, rank] and V of the source, un-whitened with the source's S [rank, M] (Eq. 12)."""
-        lefts, rights = [], []
-        for expert, basis_RS, gain_R in zip(sharing.decomposed, self.basis_KRS[:, :rank], self.gain_KR.to(metric.device), strict=True):
-            weight_NM = metric.weight(side, expert)
+        """U·Σ of each decomposed expert [K, N, rank] and V of the source [rank, M], whose rows beyond its reach are 0."""
+        lefts = []
+        for expert, basis_RS, gain_R in zip(sharing.decomposed, self.basis_KRS[:, :rank], self.gain_KR[:, :rank], strict=True):
             basis_RS = basis_RS.to(metric.device, torch.float64)
-            read_RS = metric.inner(side, kind, expert).times(basis_RS)
             if metric.works_right(side):
-                lefts.append(weight_NM @ read_RS.T.to(metric.dtype))
-                rights.append(basis_RS.to(metric.dtype))
+                read_RS = metric.inner(side, kind, expert).times(basis_RS)
+                lefts.append(metric.weight(side, expert) @ read_RS.T.to(metric.dtype))
             else:
-                sigma_R1 = gain_R[:rank].clamp(min=NOISE * float(gain_R[0])).sqrt()[:, None]
-                lefts.append((basis_RS * sigma_R1).T.to(metric.dtype))
-                rights.append((read_RS / sigma_R1).to(metric.dtype) @ weight_NM)
-        return torch.stack(lefts), rights[0]
+                lefts.append((basis_RS * gain_R.to(metric.device).sqrt()[:, None]).T.to(metric.dtype))
+        return torch.stack(lefts), self._shared(metric, side, kind, sharing.source)[:rank]
+
+    def _shared(self, metric: LayerMetric, side: Side, kind: Metric, source: int) -> torch.Tensor:
+        """V of the source, un-whitened with the source's S [R, M] (Eq. 12).
+
+        Of every rank, whichever is asked for: products of other shapes are rounded otherwise, and a weak direction is little else.
+        """
+        basis_RS = self.basis_KRS[0].to(metric.device)
+        if metric.works_right(side):
+            return basis_RS
+        reach = self.reach(metric, side)
+        read_RS = metric.inner(side, kind, source).times(basis_RS[:reach].double())
+        sigma_R1 = self.gain_KR[0, :reach].to(metric.device).sqrt()[:, None]
+        return _filled((read_RS / sigma_R1).to(metric.dtype) @ metric.weight(side, source), len(basis_RS))
 
 
 def _ranks(metric: LayerMetric, side: Side, sharing: Sharing) -> int:
@@ -197,13 +219,19 @@ def _curve(metric: LayerMetric, side: Side, sharing: Sequence[Sharing], loss_GR:
     return shared_curve(metric, side, groups, loss_GR, gain_GR)
 
 
+def _filled(rows_RS: torch.Tensor, ranks: int) -> torch.Tensor:
+    """So many rows: those that there are, and zeros."""
+    return functional.pad(rows_RS, (0, 0, 0, ranks - len(rows_RS)))
+
+
 def _losses(metric: LayerMetric, side: Side, kind: Metric, sharing: Sharing, found: Found) -> torch.Tensor:
     """Loss of a whole group at every rank, [R+1], output metric."""
     left_KNR, right_RM = found.pairs(metric, side, kind, sharing, found.basis_KRS.shape[1])
     loss_R = torch.zeros(len(right_RM) + 1, dtype=torch.float64, device=metric.device)
     for expert, used in zip(sharing.experts, sharing.sums, strict=True):
         if sharing.refit:
-            read_RM, fitted_RM = orthonormal(metric.right(side, kind, expert), right_RM.double())
+            own_RM = right_RM[: found.reach(metric, side)].double()
+            read_RM, fitted_RM = (_filled(each, len(right_RM)) for each in orthonormal(metric.right(side, kind, expert), own_RM))
             loss_R += _expert_losses(metric, side, expert, metric.weight(side, expert).double() @ read_RM.T, fitted_RM)
         else:
             loss_R += _expert_losses(metric, side, expert, left_KNR[list(used)].sum(0).double(), right_RM.double())

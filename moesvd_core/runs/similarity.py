@@ -1,7 +1,8 @@
 """What a run knows of how alike its experts are: compared layer by layer by its worker, read by the pages.
 
     evaluations/similarity.layer-003.json                       both sides of a layer: its experts, and the same shuffled
-    evaluations/similarity.random.input-512x256x8.seed-0.json   random matrices of a shape, the same for every layer that has it
+    evaluations/similarity.random.input-512x256x8.seed-0.json   random matrices of a shape, the same for every layer that has it; with
+                                                                ".rank-32" before the seed where experts reach no more directions than that
     evaluations/similarity.json                                 means over the pairs, of all layers; written last
 """
 
@@ -47,11 +48,16 @@ def compare_layers(run: RunFolder, stream: DecoderStream, sampling: Sampling, re
 def read_summary(run: RunFolder) -> list[dict[str, Any]] | None:
     """Means of every layer: {"layer", "input": {"experts" | "shuffled" | "random": `SideSimilarity.summary`}, "output": ...}, or None.
 
+    Earlier versions compared random matrices at ranks of their own; what such a control says of experts of lower rank is not shown.
+
     Raises:
         RunError: the file is damaged.
     """
     data = run.read_json("evaluations", "similarity.json")
-    return None if data is None else list(data["layers"])
+    if data is None:
+        return None
+    rows = list(data["layers"])
+    return rows if all(row[side]["random"]["ranks"] == row[side]["experts"]["ranks"] for row in rows for side in SIDES) else None
 
 
 def read_layer(run: RunFolder, layer: int) -> LayerSimilarity | None:
@@ -92,7 +98,7 @@ def _compared(run: RunFolder, stream: DecoderStream, layer: ExpertLayer, samplin
 
 
 def _random(run: RunFolder, like: SideSimilarity, sampling: Sampling, device: torch.device) -> SideSimilarity:
-    """The control of a shape: made once."""
+    """The control of a shape and its ranks: made once."""
     kept = _kept_random(run, like, sampling)
     if kept is not None:
         return kept
@@ -124,4 +130,6 @@ def _layer_file(layer: int) -> str:
 
 
 def _random_file(like: SideSimilarity, sampling: Sampling) -> str:
-    return f"similarity.random.{like.side}-{like.rows}x{like.columns}x{len(like.experts)}.seed-{sampling.seed}.json"
+    """Named by all that decides it; the largest rank tells the others, and goes without saying where it is all that there is room for."""
+    rank = f".rank-{like.ranks[-1]}" if like.ranks[-1] < min(like.rows, like.columns) else ""
+    return f"similarity.random.{like.side}-{like.rows}x{like.columns}x{len(like.experts)}{rank}.seed-{sampling.seed}.json"

@@ -96,6 +96,18 @@ def test_an_exact_basis_stays_exact() -> None:
     assert loss(exact, made) < 1e-9 * loss(pairs, basis_RD)
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_where_nothing_is_carried_the_basis_stays(side: Side) -> None:
+    silent = [(inner, torch.zeros_like(outer)) for inner, outer in random_pairs()]
+    assert torch.equal(refined(start(), lambda: iter(silent)), start())
+    metric = layer_metric()
+    metric.weights.input_END.zero_()
+    metric.weights.output_EDM.zero_()
+    metric.statistics.output_gram_EDD.zero_()
+    refitted = LatentBasis.both(metric, "input")[side].refined([3])
+    assert not refitted.reconstruct().any()
+
+
 def test_pairs_are_asked_for_anew_and_none_is_kept() -> None:
     asked = 0
 

@@ -136,3 +136,64 @@ def test_directions_that_carry_nothing_do_not_blow_up() -> None:
     basis = SharedVBasis.made(metric, "output", "input", refit=False)
     ceiling = 100 * basis.curve.loss_SR[0, 0]
     assert (basis.curve.loss_SR < ceiling).all()
+
+
+def without(metric: LayerMetric, expert: int, rank: int) -> None:
+    """Leave an expert's output matrix so many directions, and its statistics what these carry."""
+    weight_DM = metric.weights.output_EDM[expert]
+    left_DR, value_R, right_RM = torch.linalg.svd(weight_DM, full_matrices=False)
+    weight_DM.copy_(left_DR[:, :rank] * value_R[:rank] @ right_RM[:rank])
+    if metric.statistics.intermediate_gram_EMM is None:
+        project_DD = left_DR[:, :rank] @ left_DR[:, :rank].T
+        metric.statistics.output_gram_EDD[expert] = project_DD @ metric.statistics.output_gram_EDD[expert] @ project_DD
+    else:
+        metric.statistics.output_gram_EDD[expert] = weight_DM @ metric.statistics.intermediate_gram_EMM[expert] @ weight_DM.T
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("intermediate", [False, True])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_ranks_that_the_source_has_not_are_not_offered(rank: int, intermediate: bool, refit: bool) -> None:
+    metric = layer_metric(8, "wide", intermediate=intermediate)
+    without(metric, int(metric.statistics.count_E.argmax()), rank)
+    basis = SharedVBasis.made(metric, "output", "input", refit=refit)
+    assert basis.curve.max_rank == max(1, rank)
+    for kept in range(basis.curve.max_rank + 1):
+        factors = basis.factors([kept]).reconstruct()
+        assert factors.isfinite().all()
+        assert basis.curve.loss_SR[0, kept] == pytest.approx(measured_loss(metric, "output", factors), rel=1e-6)
+    assert torch.equal(basis.factors([1]).reconstruct(), torch.zeros_like(metric.weights.output_EDM)) == (rank == 0)
+
+
+def test_in_single_precision_what_is_left_of_missing_directions_is_measured_as_it_was_predicted() -> None:
+    metric = layer_metric(8, "wide")
+    source = int(metric.statistics.count_E.argmax())
+    without(metric, source, 2)
+    metric.weights.output_EDM, metric.weights.input_END = metric.weights.output_EDM.float(), metric.weights.input_END.float()
+    generator = torch.Generator().manual_seed(5)
+    noise_DD = 1e-8 * torch.randn(10, 10, generator=generator, dtype=torch.float64) * metric.statistics.output_gram_EDD[source].abs().max()
+    metric.statistics.output_gram_EDD[source] += noise_DD @ noise_DD.T / noise_DD.abs().max()
+    basis = SharedVBasis.made(metric, "output", "input", refit=True)
+    assert basis.curve.max_rank > 2
+    for kept in range(basis.curve.max_rank + 1):
+        wanted = measured_loss(metric, "output", basis.factors([kept]).reconstruct())
+        assert basis.curve.loss_SR[0, kept] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_group_without_directions_takes_none_from_the_others(refit: bool) -> None:
+    metric = layer_metric(64, "wide", tokens=400)
+    first = sharings(metric.statistics.count_E, refit=refit)[0]
+    without(metric, first.source, 0)
+    basis = SharedVBasis.made(metric, "output", "input", refit=refit)
+    most = basis.curve.max_rank
+    assert most > 1
+    factors = basis.factors([most] * 8)
+    assert isinstance(factors, SharedRightFactors)
+    assert not factors.groups[0].right_RM.any()
+    assert factors.parameters == most * basis.curve.rank_cost_S.sum()
+    rebuilt = factors.reconstruct()
+    assert not rebuilt[list(first.experts)].any()
+    for group in range(8):
+        wanted = measured_loss(metric, "output", rebuilt, list(range(8 * group, 8 * group + 8)))
+        assert basis.curve.loss_SR[group, most] == pytest.approx(wanted, rel=1e-6)

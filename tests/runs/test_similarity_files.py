@@ -15,7 +15,7 @@ from moesvd_core.progress import Progress
 from moesvd_core.runs import similarity
 from moesvd_core.runs.folder import RunFolder
 from moesvd_core.runs.similarity import read_layer, read_summary
-from moesvd_core.similarity import AXES, Sampling
+from moesvd_core.similarity import AXES, Sampling, compare
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,37 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, monkeypa
     assert do(part, "similarity", experts=2).state == "finished"
     assert compared == [1, 2, 0, 1, 2]
     assert len(read_layer(part, 0)["input"]["experts"].experts) == 2
+
+
+def test_every_rank_that_experts_reach_has_a_control_of_its_own(tmp_path: Path) -> None:
+    run, device = new_run(tmp_path), torch.device("cpu")
+    matrix_ERC = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))
+    low_ERC = matrix_ERC.clone()
+    low_ERC[:, :, 5:] = 0
+    for each_ERC, file in ((matrix_ERC, "input-12x8x3.seed-0"), (low_ERC, "input-12x8x3.rank-5.seed-0")):
+        own = compare(each_ERC, "input")["experts"]
+        assert similarity._kept_random(run, own, Sampling()) is None
+        assert similarity._random(run, own, Sampling(), device).ranks == own.ranks
+        assert (run.path / "evaluations" / f"similarity.random.{file}.json").exists()
+
+
+def test_means_beside_a_control_of_other_ranks_are_asked_for_again(tmp_path: Path) -> None:
+    run = analysed_run(tmp_path)
+    file = run.path / "evaluations" / "similarity.json"
+    data = json.loads(file.read_text())
+    data["layers"][1]["output"]["experts"]["ranks"] = [1, 2, 3]
+    file.write_text(json.dumps(data))
+    assert read_summary(run) is None
+
+
+def test_the_demo_run_is_still_read() -> None:
+    demo = RunFolder.open(Path(__file__).parents[2] / "assets" / "demo-run")
+    rows = read_summary(demo)
+    assert rows is not None
+    for row in rows:
+        layer = read_layer(demo, row["layer"])
+        assert layer is not None
+        assert all(layer[side]["random"].ranks == layer[side]["experts"].ranks for side in similarity.SIDES)
 
 
 def test_bad_arguments_end_the_job_with_a_sentence(tmp_path: Path) -> None:
