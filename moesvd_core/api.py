@@ -120,8 +120,9 @@ def plan(statistics: Statistics, recipe: Recipe | None = None, *, report: Report
         InputError: names that are not known, a ratio beyond the method's reach, or arguments of another kind.
     """
     _require("statistics", statistics, Statistics, _CALIBRATE)
-    _require("recipe", recipe or Recipe(), Recipe, "write Recipe(ratio=...)")
-    return _pipeline(statistics).plan(recipe or Recipe(), report)
+    asked = recipe or Recipe()
+    _require("recipe", asked, Recipe, "write Recipe(ratio=...)")
+    return _pipeline(statistics).plan(asked, report)
 
 
 def compress(model: PreTrainedModel, statistics: Statistics, plan: Plan, *, report: Report = silent) -> PreTrainedModel:

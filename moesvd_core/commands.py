@@ -19,7 +19,7 @@ from moesvd_core.planning import Plan, Ranks, Recipe
 from moesvd_core.planning.recipe import said_in
 from moesvd_core.runs.client import Client, enqueue
 from moesvd_core.runs.folder import RunFolder, runs_root
-from moesvd_core.runs.jobs import ENDED, Job, read_jobs
+from moesvd_core.runs.jobs import Job, read_jobs
 from moesvd_core.runs.worker import work
 
 COMMAND_VARIABLE = "MOESVD_COMMAND"
@@ -220,7 +220,7 @@ def _followed(run: RunFolder, job: str) -> Mapping[str, Any]:
 
 
 def _is_open(run: RunFolder, job: str) -> bool:
-    return read_jobs(run.log)[job].state not in ENDED
+    return read_jobs(run.log)[job].is_open
 
 
 def _result(job: Job) -> Mapping[str, Any]:

@@ -57,6 +57,16 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def require_flag(name: str, value: object) -> None:
+    """Refuse what is neither true nor false, though it could be taken for one of them.
+
+    Raises:
+        InputError: it is.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, got {value!r}")
+
+
 def require_whole(name: str, value: object, least: int, unit: str = "", *, most: int | None = None) -> None:
     """Refuse what is no whole number, or too small or too large a one; rounding would do something else than was asked for.
 

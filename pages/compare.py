@@ -19,7 +19,7 @@ from pages.components.context import Context
 from pages.components.live_recipe import live_recipe
 from pages.components.measured import measured_html
 from pages.components.numbers import named
-from pages.components.page import Page
+from pages.components.page import QUIET, Page
 from pages.components.places import DEMO_MODEL
 from pages.components.recipe_controls import RecipeControls, recipe_of
 from pages.components.rounds import CHOICES, Round, drawn
@@ -43,8 +43,7 @@ LONGEST = 100_000
 FRAME_SECONDS = 0.08
 _NAMES = {"new_tokens": "Tokens", "temperature": "Temperature", "top_p": "Top p", "seed": "Seed", "windows": "Windows"}
 """Of numbers: setting -> field."""
-_PRIVATE: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_HEAVY: Mapping[str, Any] = {**_PRIVATE, "concurrency_id": "gpu", "concurrency_limit": 1}
+_HEAVY: Mapping[str, Any] = {**QUIET, "concurrency_id": "gpu", "concurrency_limit": 1}
 
 
 def build(context: Context) -> None:
@@ -91,18 +90,18 @@ def build(context: Context) -> None:
         page.view(lambda state: _measured(context, state), [measured], fields=("run", "method", "ratio", "flops_ratio"))
         page.view(lambda state: _votes(context, state), [votes], fields=("run",))
         for pick in picks:
-            pick.click(lambda text: text, pick, prompt, **_PRIVATE)
-        blind.input(lambda on: gr.Row(visible=on), blind, ballot, **_PRIVATE)
+            pick.click(lambda text: text, pick, prompt, **QUIET)
+        blind.input(lambda on: gr.Row(visible=on), blind, ballot, **QUIET)
         shown = [round_, told, left, right, *buttons]
         waiting = [told, *buttons]
-        asked = gr.on([ask.click, prompt.submit], lambda: (notice("Waiting for the model."), *_closed()), None, waiting, **_PRIVATE)
+        asked = gr.on([ask.click, prompt.submit], lambda: (notice("Waiting for the model."), *_closed()), None, waiting, **QUIET)
         running = asked.then(page.changes(_ask(context)), [page.state, prompt, blind, *settings], shown, **_HEAVY)
-        stop.click(None, cancels=[running], **_PRIVATE)  # first: what would come behind the last word would take its place
-        stop.click(page.changes(_stopped), round_, shown, **_PRIVATE)
+        stop.click(None, cancels=[running], **QUIET)  # first: what would come behind the last word would take its place
+        stop.click(page.changes(_stopped), round_, shown, **QUIET)
         for choice, button in zip(CHOICES, buttons, strict=True):
-            button.click(page.changes(_cast(context, choice)), round_, [*shown, votes], **_PRIVATE)
+            button.click(page.changes(_cast(context, choice)), round_, [*shown, votes], **QUIET)
         score.click(page.changes(_score(context)), [page.state, text], scored, **{**_HEAVY, "show_progress": "minimal"})
-        measure.click(page.changes(_measure(context)), [page.state, dataset, windows], page.wake, **_PRIVATE)
+        measure.click(page.changes(_measure(context)), [page.state, dataset, windows], page.wake, **QUIET)
 
 
 def _settings() -> list[Any]:

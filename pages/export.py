@@ -1,7 +1,7 @@
 """Export: what will be written, how big, where; write and verify it; download it, or push it to the hub."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pages.components import export_parts as parts
 from pages.components import jobs
 from pages.components.context import Context
 from pages.components.export_deletion import ExportDeletion
-from pages.components.page import Page
+from pages.components.page import CHOICE, QUIET, Page
 from pages.components.recipe_controls import RecipeControls, recipe_of
 from pages.components.session import ViewState
 from pages.components.text import empty, notice, sentence, share
@@ -33,7 +33,6 @@ OWN = "as the original"
 NUMBERS = (OWN, "bfloat16", "float16", "float32")
 _FORMS = [("Factored: small on disk and in memory", "factored"), ("Dense: whole matrices, loads anywhere", "dense")]
 _RECIPE = ("run", "method", "ratio", "flops_ratio")
-_PRIVATE: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 PUSH_SECONDS = 2.0
 
 
@@ -92,14 +91,14 @@ def build(context: Context) -> None:
         offered = gr.State(ViewState.method)  # whose usual compensation the box was given
         page.view(lambda *values: _offered(context, *values), [fit, offered, *preview], fields=_RECIPE, reads=[offered, *chosen_how])
         changed = [form.input, dtype.input, fit.change, refit.input]
-        gr.on(changed, page.changes(_preview(context)), [page.state, *chosen_how], preview, trigger_mode="always_last", **_PRIVATE)
+        gr.on(changed, page.changes(_preview(context)), [page.state, *chosen_how], preview, **CHOICE)
         details = [files, about, card, pushed, watch, pushing]
         page.view(_newest(context, pushes), [chosen, *details], fields=("run",))
-        write.click(page.changes(_write(context)), [page.state, *chosen_how, measured], page.wake, **_PRIVATE)
-        chosen.change(page.changes(_shown(context, pushes)), [page.state, chosen], details, **_PRIVATE)
+        write.click(page.changes(_write(context)), [page.state, *chosen_how, measured], page.wake, **QUIET)
+        chosen.change(page.changes(_shown(context, pushes)), [page.state, chosen], details, **QUIET)
         sent = [page.state, chosen, repository, token, private]
-        send.click(page.changes(_push(context, pushes)), sent, [token, pushed, watch], **_PRIVATE)
-        watch.tick(page.changes(_pushed(context, pushes)), [page.state, chosen], [pushed, watch], **_PRIVATE)
+        send.click(page.changes(_push(context, pushes)), sent, [token, pushed, watch], **QUIET)
+        watch.tick(page.changes(_pushed(context, pushes)), [page.state, chosen], [pushed, watch], **QUIET)
 
 
 def place(run: RunFolder, recipe: Recipe, form: str, dtype: str) -> tuple[str, str | None]:
@@ -168,7 +167,7 @@ def _write(context: Context) -> Callable[..., Any]:
 def _is_written(context: Context, run: RunFolder, folder: Path) -> bool:
     """Whether a job of the run writes an export, or is about to."""
     output, asked = str(folder.absolute()), context.client.status(run).jobs
-    return any(job.arguments.get("output") == output and job.state in ("queued", "running") for job in asked)
+    return any(job.arguments.get("output") == output and job.is_open for job in asked)
 
 
 def _listed(context: Context) -> Callable[[ViewState], Any]:

@@ -22,7 +22,7 @@ from pages.components.handler import refuse
 from pages.components.header import is_stopping
 from pages.components.model_facts import facts_html, needs_html
 from pages.components.numbers import named
-from pages.components.page import Page
+from pages.components.page import CHOICE, Page
 from pages.components.places import named_for_people
 from pages.components.run_deletion import RunDeletion
 from pages.components.session import ViewState
@@ -33,8 +33,7 @@ PLANNED = ("auto", "moe-svd", "svd-llm", "expert-pruning")
 """Methods whose plans an analysis makes unless others are chosen: ours, the paper's, and what else one would do for the same bytes."""
 _NAMES = {"samples": "Windows", "length": "Tokens a window", "seed": "Seed", "batch": "Windows at once"}
 """Of the calibration's numbers: setting -> field."""
-_PRIVATE: Mapping[str, Any] = {"api_visibility": "private"}
-_PROBE: Mapping[str, Any] = {**_PRIVATE, "concurrency_id": "probe", "concurrency_limit": 2}
+_PROBE: Mapping[str, Any] = {"api_visibility": "private", "concurrency_id": "probe", "concurrency_limit": 2}
 _LOOK: Mapping[str, Any] = {**_PROBE, "trigger_mode": "always_last"}
 """A name that is written while the one before it is looked up counts too."""
 
@@ -75,7 +74,7 @@ def build(context: Context) -> None:
         name.input(page.changes(_probe(context)), looked, [facts, card, needs], show_progress_on=card, **_LOOK)
         asked = [page.state, name, facts, *fields]
         written = [field.input for field in fields]
-        gr.on(written, page.changes(_needs(context)), asked, needs, show_progress="hidden", trigger_mode="always_last", **_PRIVATE)
+        gr.on(written, page.changes(_needs(context)), asked, needs, **CHOICE)
         begun, started = [page.state, name, methods, probe, *calibration], [page.state, page.wake]
         analyse.click(page.changes(_analyse(context)), begun, started, show_progress="hidden", **_PROBE)
 

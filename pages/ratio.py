@@ -18,7 +18,7 @@ from pages.components import ratio_figures as figures
 from pages.components import ratio_stage as stage
 from pages.components.context import Context
 from pages.components.handler import tell
-from pages.components.page import POINT, Page
+from pages.components.page import POINT, QUIET, Page
 from pages.components.reach import flops_within, reach_percent, within_reach
 from pages.components.recipe_controls import keep_within_reach
 from pages.components.session import ViewState
@@ -29,8 +29,7 @@ TEXT = Text(windows=32)
 AT_ONCE_SECONDS = 15.0
 """Plans are measured as soon as the slider is let go where this machine needs no longer for it, by its own estimate."""
 _LARGEST = 80
-_QUIET: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-_HEAVY: Mapping[str, Any] = {**_QUIET, "concurrency_id": "gpu", "concurrency_limit": 1, "trigger_mode": "always_last"}
+_HEAVY: Mapping[str, Any] = {**QUIET, "concurrency_id": "gpu", "concurrency_limit": 1, "trigger_mode": "always_last"}
 
 
 def build(context: Context) -> None:
@@ -64,9 +63,9 @@ def build(context: Context) -> None:
         expert_map.select(page.changes(_layer_chosen), page.state, page.state, **POINT)
         answered = [measured, curve, newest]
         measured.change(page.changes(_measure_at_once(context)), [page.state, measured], answered, **_HEAVY)  # whenever it says “Measuring”
-        newest.change(page.changes(_plans(context)), page.state, control, **_QUIET)  # each point may change what all plans are predicted
-        plan.click(page.changes(_plan(context)), page.state, page.wake, **_QUIET)
-        measure.click(page.changes(_measure(context)), page.state, page.wake, **_QUIET)
+        newest.change(page.changes(_plans(context)), page.state, control, **QUIET)  # each point may change what all plans are predicted
+        plan.click(page.changes(_plan(context)), page.state, page.wake, **QUIET)
+        measure.click(page.changes(_measure(context)), page.state, page.wake, **QUIET)
 
 
 def _released(event: gr.EventData, state: ViewState) -> ViewState:

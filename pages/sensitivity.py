@@ -1,6 +1,6 @@
 """Sensitivity: which layers bear decomposition, by every metric and by measurement; and one layer in all its detail."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -15,7 +15,7 @@ from pages.components.analysis import Sensitivity
 from pages.components.context import Context
 from pages.components.layers import choose, picked, picker, readable, shown_layer
 from pages.components.numbers import named
-from pages.components.page import CHOICE, POINT, Page
+from pages.components.page import CHOICE, POINT, QUIET, Page
 from pages.components.session import ViewState
 from pages.components.text import escape, share
 
@@ -28,7 +28,6 @@ _NAMES = {"windows": "Windows of text"}
 _CUTS = [(share(cut / 100, 0), cut / 100) for cut in (10, 20, 30, 40, 50, 60, 70, 80)]
 """Reference cuts: the paper's figures show 20 % and 50 %."""
 _ADVICE = "Analyse the model on the Model page: one pass over the calibration text tells how sensitive each layer is."
-_QUIET: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(context: Context) -> None:
@@ -92,7 +91,7 @@ def _measuring(page: Page) -> None:
             start = gr.Button("Measure each layer", variant="primary", elem_id="measure-layers")
         with gr.Column(scale=5, min_width=300):
             jobs.Panel(page)
-    start.click(page.changes(_measure(page.context)), [page.state, method, ratio, windows], page.wake, **_QUIET)
+    start.click(page.changes(_measure(page.context)), [page.state, method, ratio, windows], page.wake, **QUIET)
 
 
 def _found(context: Context, state: ViewState, name: str | None) -> Sensitivity | None:
@@ -104,7 +103,7 @@ def _nothing(context: Context, state: ViewState) -> str:
     """What stands in the place of every figure before the run's analysis has come to an end."""
     run = context.open(state)
     asked = () if run is None else context.client.status(run).jobs
-    if any(job.action == "analyze" and job.state in ("queued", "running") for job in asked):
+    if any(job.action == "analyze" and job.is_open for job in asked):
         return figure.nothing("The model is being analysed", "This appears at the end; the Model page says how far that is.")
     return figure.nothing("Nothing was analysed yet", _ADVICE)
 
@@ -193,7 +192,7 @@ def _measure(context: Context) -> Callable[..., Any]:
         """Ask the run's worker to decompose and measure each layer alone."""
         recipe = Recipe(method=method, ratio=round(float(ratio), 4))
         run = context.require_run(state)
-        if any(job.action == "sensitivity" and job.state in ("queued", "running") for job in context.client.status(run).jobs):
+        if any(job.action == "sensitivity" and job.is_open for job in context.client.status(run).jobs):
             raise InputError(f"run {run.name} measures its layers already: wait for it, or cancel it")
         with named(_NAMES):
             text = Text(windows=_WINDOWS if windows is None else windows)

@@ -13,7 +13,7 @@ from pages.components import similarity_figures as figures
 from pages.components.context import Context
 from pages.components.layers import choose, picked, picker, readable, shown_layer
 from pages.components.numbers import named
-from pages.components.page import CHOICE, POINT, Page
+from pages.components.page import CHOICE, POINT, QUIET, Page
 from pages.components.session import ViewState
 from pages.components.similarity_figures import Choice
 from pages.components.text import notice, sentence
@@ -22,7 +22,6 @@ _ADVICE = "Press “Compare experts” at the foot of this page: it takes second
 _SHARES = {1: "all"} | {share: f"1/{round(1 / share)}" for share in RANK_SHARES if share <= 1 / 2 and round(1 / share) * share == 1}
 _NAMES = {"experts": "Experts, at most", "seed": "Seed"}
 """Of numbers: setting -> field."""
-_QUIET: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(context: Context) -> None:
@@ -65,7 +64,7 @@ def build(context: Context) -> None:
         page.view(_draw(context), [facts, pairs, chance, means, overlap], fields=("run", "layer"), controls=controls)
         layer.input(page.changes(choose), [page.state, layer], page.state, **CHOICE)
         means.select(page.changes(_clicked), page.state, page.state, **POINT)
-        start.click(page.changes(_compare(context)), [page.state, experts, seed], page.wake, **_QUIET)
+        start.click(page.changes(_compare(context)), [page.state, experts, seed], page.wake, **QUIET)
 
 
 def _share_choices() -> list[tuple[str, float]]:
@@ -133,7 +132,7 @@ def _compare(context: Context) -> Callable[..., Any]:
             sampling = Sampling(Sampling.experts if experts is None else experts, Sampling.seed if seed is None else seed)
         run = context.require_run(state)
         status = context.client.status(run)
-        if any(job.action == "similarity" and job.state in ("queued", "running") for job in status.jobs):
+        if any(job.action == "similarity" and job.is_open for job in status.jobs):
             raise InputError(f"run {run.name} compares its experts already: wait for it, or cancel it")
         context.client.submit(run, "similarity", experts=sampling.experts, seed=sampling.seed)
         return gr.Timer(active=True)

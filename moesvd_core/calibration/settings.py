@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from moesvd_core.errors import MOST_WINDOWS, InputError, require_seed, require_whole
+from moesvd_core.errors import MOST_WINDOWS, InputError, is_number, require_flag, require_seed, require_whole
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -55,14 +55,13 @@ class Calibration:
         require_whole("batch", self.batch, 1, "windows", most=MOST_WINDOWS)
         require_seed(self.seed)
         require_whole("drawn_labels", self.drawn_labels, 0, most=MOST_LABELS)
-        if not isinstance(self.gradient, bool):
-            raise InputError(f"gradient must be true or false, got {self.gradient!r}")
+        require_flag("gradient", self.gradient)
         for name in ("intermediate_gram", "row_gram"):
             if not isinstance(getattr(self, name), bool | None):
                 raise InputError(f"{name} must be true, false or left out (for narrow experts only), got {getattr(self, name)!r}")
         if self.length is not None:
             require_whole("length", self.length, 2, "tokens")
-        if isinstance(self.outlier_threshold, bool) or not isinstance(self.outlier_threshold, int | float):
+        if not is_number(self.outlier_threshold):
             raise InputError(f"outlier_threshold must be a number above 0, got {self.outlier_threshold!r}")
         if not 0 < self.outlier_threshold < math.inf:
             raise InputError(f"outlier_threshold must be above 0 and finite, got {self.outlier_threshold}: the paper uses 2")

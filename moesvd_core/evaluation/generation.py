@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesvd_core.architectures.streaming import require_known
-from moesvd_core.errors import EvaluationError, InputError, is_number, require_seed, require_whole
+from moesvd_core.errors import EvaluationError, InputError, is_number, require_flag, require_seed, require_whole
 from moesvd_core.evaluation.hidden import context_limit
 
 MAX_NEW_TOKENS = 4096
@@ -50,8 +50,7 @@ class Sampling:
         if not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise InputError(f"top_p must be in (0, 1], got {self.top_p!r}: 1 keeps every token")
         require_seed(self.seed)
-        if not isinstance(self.chat, bool):
-            raise InputError(f"chat must be true or false, got {self.chat!r}")
+        require_flag("chat", self.chat)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """What a person asks for: method, ratio and the choices behind them. The same YAML drives pages and command line."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from math import isfinite
 from typing import Any, Literal, get_args
 
 import yaml
 
-from moesvd_core.errors import InputError
+from moesvd_core.errors import InputError, is_number, require_flag
 from moesvd_core.planning.curves import Structure
 
 Metric = Literal["plain", "scaled", "input", "output", "saliency", "frequency"]
@@ -76,8 +75,7 @@ class Recipe(Finished):
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
             raise InputError(f"block must be a whole number of ranks, at least 1 (8 suits grouped kernels), got {self.block!r}")
         for name in ("compensate", "refit_router"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+            require_flag(name, getattr(self, name))
         _check_choice("metric", self.metric, get_args(Metric))
         _check_choice("structure", self.structure, get_args(Structure))
         _check_choice("allocation", self.allocation, get_args(Allocation))
@@ -135,7 +133,7 @@ def said_in(text: str) -> dict[str, Any]:
 
 
 def _check_share(name: str, value: object, whole: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or not 0 <= value < 1:
+    if not (is_number(value) and 0 <= value < 1):
         raise InputError(f"{name} must be a number in [0, 1), the share of {whole} to remove, got {value!r}")
 
 

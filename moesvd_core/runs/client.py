@@ -22,7 +22,7 @@ from moesvd_core.runs.deletion import Held, held, remove, require_deletable, set
 from moesvd_core.runs.events import Event
 from moesvd_core.runs.exports import export_folder
 from moesvd_core.runs.folder import ReadOnlyRunError, RunFolder, list_runs, runs_root
-from moesvd_core.runs.jobs import ENDED, INTERRUPTED, Job, JobState, read_jobs
+from moesvd_core.runs.jobs import INTERRUPTED, Job, JobState, read_jobs
 from moesvd_core.runs.process import name_of
 from moesvd_core.runs.queue import START_SECONDS, Queue
 
@@ -159,7 +159,7 @@ class Client:
         identity = run.identity
         if not jobs:
             return RunStatus(run.name, identity.model, identity.created, "new", None, (), owner=identity.owner)
-        open_jobs = [job for job in jobs if job.state not in ENDED]
+        open_jobs = [job for job in jobs if job.is_open]
         job = next((job for job in open_jobs if job.state == "running"), open_jobs[0] if open_jobs else jobs[-1])
         place = Queue.of(run).place(run, job.id) if job.state == "queued" else None
         hanging = run.hanging()
@@ -195,7 +195,7 @@ class Client:
         """
         self.require_own(run)
         with run.locked():
-            open_jobs = [job for job in read_jobs(run.log).values() if job.state not in ENDED]
+            open_jobs = [job for job in read_jobs(run.log).values() if job.is_open]
             if not open_jobs:
                 raise RunError(f"run {run.name} has nothing to cancel: no job runs or waits")
             own = [job for job in open_jobs if self._asked(job)]
@@ -242,7 +242,7 @@ class Client:
             found = next((each for each in self.status(run).jobs if each.id == job), None)
             if found is None:
                 raise RunError(f"run {run.name} has no job {job!r}")
-            if found.state in ENDED:
+            if not found.is_open:
                 return found
             if time.monotonic() > deadline:
                 raise RunError(f"job {job} of run {run.name} is still {found.state} after {seconds:g} s")
@@ -336,7 +336,7 @@ def _require_ended(run: RunFolder) -> None:
     Raises:
         RunError: a job runs or waits.
     """
-    if run.worker() is not None or any(job.state not in ENDED for job in read_jobs(run.log).values()):
+    if run.worker() is not None or any(job.is_open for job in read_jobs(run.log).values()):
         raise RunError(f"run {run.name} is at work: cancel it before it is deleted")
 
 
@@ -347,7 +347,7 @@ def _require_written(run: RunFolder, export: Path) -> None:
         RunError: one does.
     """
     for job in read_jobs(run.log).values():
-        if job.state not in ENDED and job.arguments.get("output") == str(export.absolute()):
+        if job.is_open and job.arguments.get("output") == str(export.absolute()):
             raise RunError(f"{export.name} is being written anew: wait for it, or cancel it")
 
 
@@ -391,6 +391,6 @@ def _mark_interrupted(run: RunFolder) -> None:
 
 def _abandoned(run: RunFolder, job: Job) -> bool:
     """Whether a job waits for a worker that does not come, or was left by one that died."""
-    if job.state in ENDED or run.worker() is not None:
+    if not job.is_open or run.worker() is not None:
         return False
     return job.state == "running" or (not run.attended() and time.time() - job.submitted > START_SECONDS)

@@ -54,6 +54,11 @@ class Job:
     result: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def is_open(self) -> bool:
+        """Whether it runs, or waits."""
+        return self.state not in ENDED
+
+    @property
     def eta_seconds(self) -> float | None:
         """Seconds until the current stage ends at the pace seen so far; None before a pace is known."""
         finished = self.done - self.stage_start_done

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moesvd_core.errors import RunError
 from moesvd_core.runs.folder import RunFolder
-from moesvd_core.runs.jobs import ENDED, read_jobs
+from moesvd_core.runs.jobs import read_jobs
 
 START_SECONDS = 10.0
 """How long a worker that has just been launched may take until it is there."""
@@ -133,7 +133,7 @@ class Queue:
             job = read_jobs(run.log).get(ticket.job)
         except OSError:  # a diary that cannot be read must not hold up the other runs
             job = None
-        if job is not None and job.state in ENDED:
+        if job is not None and not job.is_open:
             return False
         if run.attended():
             return True

@@ -1,6 +1,6 @@
 """Deleting one export of a run, the one that is chosen."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,10 @@ import gradio as gr
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.runs.deletion import file_sizes
 from moesvd_core.runs.exports import export_folder
-from pages.components.page import Page
+from pages.components.page import QUIET, Page
 from pages.components.question import Question
 from pages.components.session import ViewState
 from pages.components.text import escape, size
-
-_EVENT: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class ExportDeletion:
@@ -29,8 +27,8 @@ class ExportDeletion:
         self._context, self._drawn = page.context, drawn
         ask = gr.Button("Delete this export", size="sm", min_width=160, scale=0, elem_id="export-delete")
         self._question = Question("export", back="#export-delete")
-        self._question.asked_by(ask.click(page.changes(self._ask), [page.state, chosen], self._question.outputs, **_EVENT))
-        chosen.change(self._question.none, None, self._question.outputs, **_EVENT)  # another one is shown: the question was not about it
+        self._question.asked_by(ask.click(page.changes(self._ask), [page.state, chosen], self._question.outputs, **QUIET))
+        chosen.change(self._question.none, None, self._question.outputs, **QUIET)  # another one is shown: the question was not about it
         self._question.confirmed(page.changes(self._delete), [page.state], [chosen])
 
     def _ask(self, state: ViewState, name: str | None) -> tuple[Any, ...]:

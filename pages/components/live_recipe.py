@@ -25,7 +25,7 @@ def live_recipe(context: Context, state: ViewState) -> tuple[RunFolder, Recipe]:
     run, recipe = context.require_run(state), recipe_of(state)
     status = context.client.status(run)
     if not is_calibrated(run):
-        if any(job.state in ("queued", "running") and job.action not in _WITHOUT for job in status.jobs):
+        if any(job.is_open and job.action not in _WITHOUT for job in status.jobs):
             raise RunError(f"the statistics of run {run.name} are still being made ({worker(status)}): ask again when that is done")
         raise RunError(f"run {run.name} has no statistics yet: press “Analyse” on the Model page first")
     if recipe.method not in analysed(run):
@@ -39,6 +39,6 @@ def live_recipe(context: Context, state: ViewState) -> tuple[RunFolder, Recipe]:
 def _plans(status: RunStatus, method: str) -> bool:
     """Whether a job that runs or waits plans the method."""
     return any(
-        job.action == "analyze" and job.state in ("queued", "running") and method in job.arguments.get("methods", ["auto"])
+        job.action == "analyze" and job.is_open and method in job.arguments.get("methods", ["auto"])
         for job in status.jobs
     )

@@ -22,7 +22,6 @@ from gradio.context import Context as Drawing
 
 from moesvd_core.errors import RunError
 from moesvd_core.runs.client import RunStatus
-from moesvd_core.runs.jobs import ENDED
 from pages.components import header
 from pages.components.context import Context
 from pages.components.handler import explained, warn
@@ -33,7 +32,9 @@ from pages.components.visitor import remembered
 TICK_SECONDS = 2.0
 SLOW_SECONDS = 10.0
 """Between two looks at what others do: another tab, another login, the command line."""
-CHOICE: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
+QUIET: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of an event that is the page's own, and shows itself by what it changes."""
+CHOICE: Mapping[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 """Of a field in which is chosen what is shown: the last choice counts. By Gradio's default it is lost while another is on its way."""
 POINT: Mapping[str, Any] = {**CHOICE, "trigger_mode": "multiple"}
 """Likewise of an event that brings along what was chosen (`.select`, `.release`): the last of several would bring the first one's."""
@@ -103,7 +104,7 @@ class Page:
         if controls:
             gr.on(
                 [control.input for control in controls], explained(draw), [self.state, *controls, *reads], list(outputs),
-                show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+                **CHOICE,
             )
 
     def ticks(self, draw: DrawStatus, outputs: Sequence[Any]) -> None:
@@ -131,15 +132,15 @@ class Page:
         if blocks is None:
             raise RuntimeError("a Page is laid out inside gr.Blocks() or one of its routes")
         controls = [control for view in self._views for control in (*view.controls, *view.reads)]
-        blocks.load(self._open, controls, [self.state, *outputs], show_progress="hidden", api_visibility="private")
+        blocks.load(self._open, controls, [self.state, *outputs], **QUIET)
         gr.on(
             [self.state.change, self._ended.change], self._follow, [self.state, self._shown, *controls], outputs,
-            show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+            **CHOICE,
         )
         ticking = [output for view in self._ticks for output in view.outputs]
         gr.on(
             [self.wake.tick, self._glance.tick], self._tick, [self.state, self._shown],
-            [self._ended, self._head, self.wake, self._glance, *ticking], show_progress="hidden", api_visibility="private",
+            [self._ended, self._head, self.wake, self._glance, *ticking], **QUIET,
         )
 
     def _open(self, request: gr.Request, *controls: Any) -> list[Any]:
@@ -208,7 +209,7 @@ class Page:
 
 
 def _ended(status: RunStatus | None) -> int:
-    return 0 if status is None else sum(job.state in ENDED for job in status.jobs)
+    return 0 if status is None else sum(not job.is_open for job in status.jobs)
 
 
 def _differ(one: ViewState, other: ViewState, field: str) -> bool:

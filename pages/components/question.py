@@ -5,15 +5,14 @@
     question.confirmed(page.changes(delete), [page.state], [page.state, runs])     # delete(state, name) returns values of these outputs
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
 
+from pages.components.page import QUIET
 from pages.components.text import notice
-
-_EVENT: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class Question:
@@ -38,7 +37,7 @@ class Question:
                 no = gr.Button("Keep it", size="md", min_width=120, scale=0)
         self._yes = yes
         self.outputs: list[Any] = [self._asked, box, text]
-        no.click(self.none, None, self.outputs, **_EVENT).then(None, js=_focus(back))
+        no.click(self.none, None, self.outputs, **QUIET).then(None, js=_focus(back))
 
     def asked_by(self, event: Dependency) -> None:
         """After an event that asked, the keyboard goes on at the answer that changes nothing."""
@@ -46,7 +45,7 @@ class Question:
 
     def confirmed(self, delete: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Call `delete` with the values of `inputs` and the name of what was asked about ("" for nothing), once that is confirmed."""
-        answered = self._yes.click(delete, [*inputs, self._asked], [*outputs, *self.outputs], **_EVENT)
+        answered = self._yes.click(delete, [*inputs, self._asked], [*outputs, *self.outputs], **QUIET)
         answered.then(None, js=_focus(self._back))
 
     def of(self, name: str, text: str) -> tuple[Any, ...]:

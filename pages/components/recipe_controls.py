@@ -1,6 +1,5 @@
 """Method, ratio and operations to be chosen where a page needs no more than that; they are the view's own, so other pages follow."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
@@ -9,14 +8,13 @@ from moesvd_core.decomposition.registry import METHODS
 from moesvd_core.planning import Recipe
 from moesvd_core.runs.known import analysed
 from pages.components.handler import warn
-from pages.components.page import CHOICE, Page
+from pages.components.page import CHOICE, QUIET, Page
 from pages.components.reach import beyond_reach, flops_percent, reach_percent, within_reach
 from pages.components.session import ViewState
 
 _HIGHEST = 80
 """Percent; of methods whose reach is not known yet."""
 _RECIPE = ("run", "method", "ratio", "flops_ratio")
-_EVENT: Mapping[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class RecipeControls:
@@ -33,7 +31,7 @@ class RecipeControls:
         asked = ratio.input(page.changes(_dragged), [page.state, ratio], [page.state, ratio], **CHOICE)
         saved = fewer.input(page.changes(_bounded), [page.state, fewer], [page.state, fewer], **CHOICE)
         for event in (asked, saved):  # a number out of bounds is refused before any handler: the boxes go back to the view's
-            event.failure(page.changes(self._values), page.state, [method, ratio, fewer], **_EVENT)
+            event.failure(page.changes(self._values), page.state, [method, ratio, fewer], **QUIET)
 
     def _values(self, state: ViewState) -> tuple[Any, ...]:
         """The view's method and ratio; methods that are planned come first, and the slider ends where the method does."""
@@ -79,7 +77,7 @@ def keep_within_reach(page: Page, method: gr.Dropdown) -> None:
 
     beyond = gr.State(None)  # the view that asks for too much, as long as there is one
     page.view(lambda state: None if within(state) == state else state, [beyond], fields=_RECIPE)
-    beyond.change(page.changes(within), page.state, page.state, **_EVENT)
+    beyond.change(page.changes(within), page.state, page.state, **QUIET)
     method.input(page.changes(chosen), [page.state, method], page.state, **CHOICE)
 
 

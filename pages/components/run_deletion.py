@@ -4,7 +4,7 @@
     RunDeletion(page, runs, drawn)               # where the question should stand
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -12,12 +12,10 @@ import gradio as gr
 from moesvd_core.errors import InputError, RunError
 from moesvd_core.runs.deletion import held
 from moesvd_core.runs.folder import RunFolder
-from pages.components.page import Page
+from pages.components.page import QUIET, Page
 from pages.components.question import Question
 from pages.components.session import ViewState
 from pages.components.text import escape, size
-
-_EVENT: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class RunDeletion:
@@ -31,7 +29,7 @@ class RunDeletion:
         """
         self._context, self._drawn = page.context, drawn
         self._question = Question("run", back="#runs .table-scroll")
-        self._question.asked_by(runs.select(page.changes(self._ask), None, self._question.outputs, **_EVENT))
+        self._question.asked_by(runs.select(page.changes(self._ask), None, self._question.outputs, **QUIET))
         self._question.confirmed(page.changes(self._delete), [page.state], [page.state, runs])
 
     def _ask(self, event: gr.SelectData) -> tuple[Any, ...]:
