@@ -19,8 +19,10 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from moesvd_core.batched import Arranged, Slots, chained, every_pair, every_row, slot_rows, sum_of_pairs
+from moesvd_core.cpu_tiles import CpuTiles, combined
 from moesvd_core.factor_sides import make_side
 from moesvd_core.grouped import Pairs, add_up, in_graph, in_turns, packed_bytes, spans_of
+from moesvd_core.tiles import TiledSide
 
 SMALL_EXPERT = 1 << 20
 """Parameters of an expert up to which calls cost more than reading its matrices in whatever order."""
@@ -126,6 +128,8 @@ class FactoredExperts(nn.Module):
         example = next(self.parameters(), None)
         if example is None or (example.device.type == "meta" and self.packed):  # every rank is 0; or nothing is left to do
             return
+        if example.device.type == "cpu" and self._tiled:
+            return
         if example.device.type != "cpu" or example.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ValueError(f"only bfloat16 on a CPU that computes with it can be packed, got {example.dtype} on {example.device}")
         if not self._small:
@@ -159,6 +163,8 @@ class FactoredExperts(nn.Module):
             self.input.before_training()
             self.output.before_training()
         alone = not recorded and index_Tk.device.type == "cpu" and len(index_Tk) > 0 and not self._heard
+        if alone and type(hidden_TD) is torch.Tensor and self._tiled:
+            return self._answer_on_cpu(hidden_TD, index_Tk, weight_Tk).to(hidden_TD.dtype)
         if alone and self._small and self.input.batchable and self.output.batchable:
             first, then = self.input.arranged(), self.output.arranged()
             if first is not None and then is not None:
@@ -180,6 +186,20 @@ class FactoredExperts(nn.Module):
         if self.output_bias is not None:
             out_TD = out_TD + pairs.combine(self.output_bias[pairs.expert_P])
         return out_TD.to(hidden_TD.dtype)
+
+    def _answer_on_cpu(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
+        """The answer by a CPU's kernels (`cpu_tiles.py`): all experts take their pairs through both sides, in a few calls."""
+        first, then = cast(TiledSide, self.input.tiled()), cast(TiledSide, self.output.tiled())
+        tiles, place_P = CpuTiles.arranged(index_Tk, self.num_experts)
+        x_TC, parts = self.input.narrow(hidden_TD), []
+        for part in tiles.parts(self.input.rows):
+            pre_QN = first.times(x_TC, part, part.token_P)
+            if self.input_bias is not None:
+                pre_QN = pre_QN + self.input_bias[part.expert_P]
+            parts.append(then.gated(pre_QN, part) if self.gate is swiglu else then.times(self.gate(pre_QN), part))
+        y_PN = parts[0] if len(parts) == 1 else torch.cat(parts)
+        out_TD = self.output.widen(combined(y_PN, place_P, weight_Tk, index_Tk.shape[1]))
+        return out_TD if self.output_bias is None else out_TD + add_up(self.output_bias, index_Tk, weight_Tk)
 
     def _answer_of(self, expert: int, x_QC: torch.Tensor) -> torch.Tensor:
         """One expert's answer to rows [Q, N], from what the input side reads to what the output side combines."""
@@ -260,6 +280,11 @@ class FactoredExperts(nn.Module):
             *others, last_CN = then.chains[expert]
             torch.mm(chained(self.gate(pre_QN), others), cast(torch.Tensor, last_CN), out=y_SN[start:stop])
         return self.output.widen(pairs.combine(y_SN[: len(pairs.expert_P)]))
+
+    @property
+    def _tiled(self) -> bool:
+        """Whether kernels of our own can read both sides as they stand."""
+        return all(side.by_pair and side.tiled() is not None for side in (self.input, self.output))
 
     @property
     def _small(self) -> bool:

@@ -3,7 +3,7 @@
 On CPUs a grouped kernel is a loop over all experts itself. There the loop may as well be in the open, over those that are asked: each takes
 its rows through all of its matrices at once, of whatever ranks, and the answers are written where they belong.
 
-An export carries a copy of this file, so it must import torch, transformers, `kernels.py` and `tiles.py` only.
+An export carries a copy of this file, so it must import torch, transformers, `kernels.py`, `cpu_tiles.py` and `tiles.py` only.
 
 Shapes: T tokens, k active experts a token, P = T·k pairs of a token and one of its experts, sorted by expert; E experts; Q places of rows
 arranged by group, G groups; N rows and C columns of one matrix.
@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import embedding_bag, linear
 from transformers.integrations.moe import _grouped_linear
 
+from moesvd_core.cpu_tiles import cpu_times
 from moesvd_core.kernels import capturing, usable
 from moesvd_core.tiles import Tiles
 
@@ -132,6 +133,8 @@ def times(x_QC: torch.Tensor, weight_NC: torch.Tensor) -> torch.Tensor:
     if weight_NC.is_mkldnn:
         product: torch.Tensor = _packed_linear(x_QC.contiguous(), weight_NC, None, "none", [], "")
         return product
+    if not (torch.is_grad_enabled() or in_graph()) and (made := cpu_times(x_QC, weight_NC)) is not None:
+        return made
     if _turned(x_QC, weight_NC):
         return linear(weight_NC, x_QC).t()
     return linear(x_QC.contiguous(), weight_NC)

@@ -14,6 +14,7 @@ from torch import nn
 from moesvd_core.factor_sides import STRUCTURES, DenseSide, PerExpertSide
 from moesvd_core.grouped import Pairs, Runs, grouped_linear
 from moesvd_core.sides import Side
+from moesvd_core.tiles import TiledSide
 
 
 class BaseDeltaSide(PerExpertSide):
@@ -89,6 +90,9 @@ class MergedSide(Side):
 
     def chains(self, expert: int) -> list[list[torch.Tensor]]:
         return [[self.matrix("weight", self.groups[expert])]]
+
+    def _tile(self) -> TiledSide | None:
+        return TiledSide(self._parameters, [[self.weight[group] for group in self.groups]]) if self.weight.numel() > 0 else None
 
     def _multiplied_out(self) -> torch.Tensor:
         return self.weight[self.groups]

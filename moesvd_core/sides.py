@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moesvd_core.batched import Arranged
+from moesvd_core.cpu_tiles import readable
 from moesvd_core.errors import InputError
 from moesvd_core.grouped import Pairs, grouped_linear, in_turns, pack, through, times
 from moesvd_core.tiles import TiledSide, where
@@ -100,14 +101,13 @@ class Side(nn.Module):
         raise NotImplementedError
 
     def tiled(self) -> TiledSide | None:
-        """The matrices as a GPU's own kernels find them, without gradients; None for structures that they do not know, and for matrices
-        that come for the time of `forward` only, which would be kept there."""
+        """The matrices as kernels of our own find them, without gradients; None for structures, devices and numbers that these do not know,
+        and for matrices that come for the time of `forward` only, which would be kept."""
         if self._comes_and_goes:
             return None
         own = self._parameters | self._buffers
         if self._tiled is None or self._tiled.found != where(own):
-            known = all(tensor is None or (tensor.is_cuda and tensor.itemsize == 2) for tensor in own.values())
-            self._tiled = self._tile() if known and not self._computed else None
+            self._tiled = self._tile() if readable(own) and not self._computed else None
         return self._tiled
 
     def _tile(self) -> TiledSide | None:

@@ -1,11 +1,11 @@
-"""Products of many rows with their experts' matrices on GPUs, in one launch each, whatever shapes the matrices have (Triton).
+"""Products of many rows with their experts' matrices in one call each, whatever shapes the matrices have: on GPUs (Triton) and CPUs (C).
 
 torch's grouped products want one shape for all experts and a launch for each further one, around which rows are gathered and put back; a
 step of decoding then waits for launches more than for memory. Here a tile of the result looks up where its expert's matrix lies and how
 large it is. What belongs to arranging pairs of a token and an expert, and to adding up answers, is one launch each too.
 
-Where Triton is not installed, gradients or graphs of the compiler are recorded, or numbers have more than 16 bits, nothing here is used.
-An export carries a copy of this file, so it must import torch, transformers and `kernels.py` only.
+Where `kernels.py` and `cpu_tiles.py` have nothing for a device, gradients or graphs of the compiler are recorded, or numbers have more
+than 16 bits, nothing here is used. An export carries a copy of this file, so it must import torch, transformers and those two only.
 
 Shapes: T tokens, k active experts a token, P = T·k pairs sorted by expert, E experts, N rows and C columns of one expert's matrix, R its
 rank; B blocks of pairs of one expert.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import _grouped_linear
 
+from moesvd_core.cpu_tiles import CpuTiles
 from moesvd_core.kernels import (
     arrange_kernel,
     blocks_kernel,
@@ -91,6 +92,24 @@ class Tiles:
             self._runs = [(expert, begin, end) for expert, (begin, end) in enumerate(pairwise([0, *ends])) if begin < end]
         return self._runs
 
+    def in_order(
+        self, x_SC: torch.Tensor, row_P: torch.Tensor | None, order_EC: torch.Tensor | None, *, gated: bool = False
+    ) -> torch.Tensor:
+        """Every pair's row in its expert's order of columns (None: as they stand), [P, C].
+
+        Args:
+            row_P: which row is whose, int32; None: pairs have one each.
+            gated: rows are gates and what they let up [P, 2C], of which SiLU(gate) · up is put in order.
+        """
+        columns = x_SC.shape[1] // (1 + gated)
+        made_PC, width = x_SC.new_empty(len(self.expert_P), columns), min(1024, _power(columns))
+        launch(
+            order_kernel, (len(made_PC), -(-columns // width)), x_SC, self.token_P if row_P is None else row_P, self.expert_P,
+            x_SC if order_EC is None else order_EC, made_PC, columns, GATHERED=row_P is not None, ORDERED=order_EC is not None, GATED=gated,
+            WIDTH=width, num_warps=4,
+        )
+        return made_PC
+
     def combine(self, y_PN: torch.Tensor, weight_Tk: torch.Tensor | None, active: int) -> torch.Tensor:
         """Each token's sum of its experts' answers [T, N] by weights (None: all count fully), added up in float32, or in float64."""
         tokens, columns = len(y_PN) // active, y_PN.shape[1]
@@ -105,7 +124,7 @@ class Tiles:
 
 
 class TiledSide:
-    """One side's matrices for `Tiles`: of each expert one matrix, or two factors.
+    """One side's matrices for `Tiles` or `CpuTiles`: of each expert one matrix, or two factors.
 
     Attributes:
         found: where the parameters were when this was made.
@@ -138,31 +157,19 @@ class TiledSide:
         self._first = _Table(first, after_identity=after_identity) if first else None
         self.found = where(parameters)
 
-    def times(self, x_SC: torch.Tensor, tiles: Tiles, row_P: torch.Tensor | None = None) -> torch.Tensor:
+    def times(self, x_SC: torch.Tensor, tiles: Tiles | CpuTiles, row_P: torch.Tensor | None = None) -> torch.Tensor:
         """Every pair's row times its expert's matrix [P, N]; `row_P`: which row is whose, int32 (None: pairs have one each)."""
         x_SC = x_SC.to(self._last.dtype).contiguous()
         if self._order_EC is not None:
-            x_SC, row_P = self._in_order(x_SC, tiles, row_P), None
+            x_SC, row_P = tiles.in_order(x_SC, row_P, self._order_EC), None
         return self._products(x_SC, row_P, tiles)
 
-    def gated(self, pre_PN: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    def gated(self, pre_PN: torch.Tensor, tiles: Tiles | CpuTiles) -> torch.Tensor:
         """The same for SiLU(gate) · up of rows of gates and what they let up, [P, 2C]."""
         pre_PN = pre_PN.to(self._last.dtype).contiguous()
-        return self._products(self._in_order(pre_PN, tiles, None, gated=True), None, tiles)
+        return self._products(tiles.in_order(pre_PN, None, self._order_EC, gated=True), None, tiles)
 
-    def _in_order(self, x_SC: torch.Tensor, tiles: Tiles, row_P: torch.Tensor | None, *, gated: bool = False) -> torch.Tensor:
-        """Every pair's row in its expert's order of columns, [P, C]; `gated`: of rows of gates and what they let up."""
-        columns = x_SC.shape[1] // (1 + gated)
-        made_PC, width = x_SC.new_empty(len(tiles.expert_P), columns), min(1024, _power(columns))
-        order_EC = x_SC if self._order_EC is None else self._order_EC
-        launch(
-            order_kernel, (len(made_PC), -(-columns // width)), x_SC, tiles.token_P if row_P is None else row_P, tiles.expert_P, order_EC,
-            made_PC, columns, GATHERED=row_P is not None, ORDERED=self._order_EC is not None, GATED=gated, WIDTH=width,
-            num_warps=4,
-        )
-        return made_PC
-
-    def _products(self, x_SC: torch.Tensor, row_P: torch.Tensor | None, tiles: Tiles) -> torch.Tensor:
+    def _products(self, x_SC: torch.Tensor, row_P: torch.Tensor | None, tiles: Tiles | CpuTiles) -> torch.Tensor:
         pairs = len(tiles.expert_P)
         y_PN, z_SC, of_P = x_SC.new_empty(pairs, self.columns), x_SC, row_P
         if self._first is not None:
@@ -181,7 +188,7 @@ class _Table:
         """Take pieces of every expert's matrix, which stand one below the other, or side by side (`across`)."""
         example = next(matrix for matrices in pieces for matrix in matrices if matrix is not None)
         self._matrices, self._stack_ENC = pieces[0], _stack(pieces[0]) if len(pieces) == 1 else None
-        self.dtype, self.after_identity, self._across, self._pieces = example.dtype, after_identity, across, len(pieces)
+        self.dtype, self.after_identity, self.across, self.pieces = example.dtype, after_identity, across, len(pieces)
         entries, begin_E = list[tuple[int, ...]](), [0] * len(pieces[0])
         for matrices in pieces:
             for expert, matrix_NC in enumerate(matrices):
@@ -193,33 +200,36 @@ class _Table:
         self._aligned = all(number % 8 == 0 for number in numbers) and all(address % 16 == 0 for address, *_ in entries)
         self._heights = [max(0 if matrix is None else len(matrix) for matrix in matrices) for matrices in pieces]
         self.most_rows = max(begin_E) if not across else self._heights[0]
-        self._entry_SEF = torch.tensor(entries, dtype=torch.int64, device=example.device)
+        self.entry_SEF = torch.tensor(entries, dtype=torch.int64, device=example.device)
         self._tiles: dict[int, torch.Tensor] = {}
         self._launched = set[int]()  # for blocks of so many pairs: a recording can do no more than what was done before
 
-    def multiply(self, x_SC: torch.Tensor, row_P: torch.Tensor | None, y_PN: torch.Tensor, tiles: Tiles) -> None:
+    def multiply(self, x_SC: torch.Tensor, row_P: torch.Tensor | None, y_PN: torch.Tensor, tiles: Tiles | CpuTiles) -> None:
         """Write rows times matrices to the pairs whose experts have one."""
         if self.most_rows <= 0:
+            return
+        if isinstance(tiles, CpuTiles):
+            tiles.multiply(self.entry_SEF, self.pieces, x_SC, row_P, y_PN, across=self.across, after_identity=self.after_identity)
             return
         share = self._share_of_processors(len(tiles.expert_P) // len(self._matrices), x_SC.device) if tiles.many else 0
         if self._stack_ENC is not None and self._aligned and share >= GROUPED and has_grouped_product(self.dtype, x_SC.device):
             self._multiply_grouped(self._stack_ENC, _of_pairs(x_SC, row_P), y_PN, tiles)
             return
-        if self._pieces == 1 and share >= ALONE and tiles.rows in self._launched and not capturing():
+        if self.pieces == 1 and share >= ALONE and tiles.rows in self._launched and not capturing():
             self._multiply_in_turns(_of_pairs(x_SC, row_P), y_PN, tiles.runs())
             return
         aligned = self._aligned and x_SC.stride(0) % 8 == 0 and y_PN.stride(0) % 8 == 0 and x_SC.data_ptr() % 16 == 0
         shape, unit = _tile(tiles.rows, self.most_rows, _shared_bytes(x_SC.device)), 8 if aligned else 1
-        copied = bool(shape.pop("COPIED")) and aligned and self._pieces == 1
+        copied = bool(shape.pop("COPIED")) and aligned and self.pieces == 1
         if copied:
             x_SC, row_P = _of_pairs(x_SC, row_P), None
             lend_memory()
         tile_L2 = self._tiles_of(shape["COLUMNS"])
         launch(
-            product_kernel, (tiles.blocks * len(tile_L2),), x_SC, tiles.token_P if row_P is None else row_P, self._entry_SEF, tile_L2,
+            product_kernel, (tiles.blocks * len(tile_L2),), x_SC, tiles.token_P if row_P is None else row_P, self.entry_SEF, tile_L2,
             tiles.block_B3, y_PN, tiles.blocks, len(tile_L2), x_SC.stride(0) // unit, y_PN.stride(0) // unit,
-            len(self._entry_SEF) // self._pieces, GATHERED=row_P is not None, AFTER_IDENTITY=self.after_identity, UNIT=unit,
-            ACROSS=self._pieces if self._across else 1, COPIED=copied, ROWS=tiles.rows, **shape,
+            len(self.entry_SEF) // self.pieces, GATHERED=row_P is not None, AFTER_IDENTITY=self.after_identity, UNIT=unit,
+            ACROSS=self.pieces if self.across else 1, COPIED=copied, ROWS=tiles.rows, **shape,
         )
         self._launched.add(tiles.rows)
 
@@ -253,9 +263,9 @@ class _Table:
     def _tiles_of(self, height: int) -> torch.Tensor:
         """Tiles of so many rows: the piece that each is of, and its first row there; int32."""
         if height not in self._tiles:
-            heights = self._heights[:1] if self._across else self._heights
+            heights = self._heights[:1] if self.across else self._heights
             made = [(piece, row) for piece, rows in enumerate(heights) for row in range(0, rows, height)]
-            self._tiles[height] = torch.tensor(made, dtype=torch.int32, device=self._entry_SEF.device)
+            self._tiles[height] = torch.tensor(made, dtype=torch.int32, device=self.entry_SEF.device)
         return self._tiles[height]
 
 

@@ -120,7 +120,7 @@ SMALL_FORMS = [
 
 
 @pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, by_torch: None) -> list[int]:
     """Fills up with one number for every answer that went the chosen way."""
     for name, value in WAYS[request.param].items():
         monkeypatch.setattr(experts, name, value)
@@ -252,6 +252,7 @@ def test_parameters_stay_what_they_were_when_small_experts_arrange_them(forms: t
         assert close(factored.double()(call[0].double(), *call[1:]), doubled.double())
 
 
+@pytest.mark.usefixtures("by_torch")
 def test_threads_that_begin_at_the_same_time_arrange_small_experts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     factored = rounded_layer("mixtral", "ragged", "ragged")
     arranged, real, start = [], PerExpertSide._arrange, Barrier(4)
@@ -288,6 +289,7 @@ def test_what_small_experts_arranged_is_saved_as_it_was(tmp_path: Path) -> None:
     assert all(tensor.is_contiguous() and torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
 
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize("cost", [0, 1 << 40], ids=["those asked", "all"])
 def test_bfloat16_stays_within_its_rounding_either_way(cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "PRODUCT_COST", cost)
@@ -301,6 +303,7 @@ def test_bfloat16_stays_within_its_rounding_either_way(cost: int, monkeypatch: p
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize(("input_form", "output_form"), [*product(INPUT_FORMS, ["basis"]), *product(["latent"], OUTPUT_FORMS)])
 def test_packed_factors_give_the_same_answers_and_come_back_as_they_were(
     input_form: str, output_form: str, monkeypatch: pytest.MonkeyPatch
@@ -336,6 +339,7 @@ def test_only_bfloat16_can_be_packed_and_small_experts_are_left_alone() -> None:
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("forms", [("many-ranks", "basis"), ("latent", "many-ranks"), ("many-ranks", "ragged")])
 def test_small_factors_of_many_ranks_are_packed_side_by_side_and_come_back_as_they_were(forms: tuple[str, str], way: list[int]) -> None:
     factored = rounded_layer("mixtral", *forms, num_local_experts=12)
@@ -403,6 +407,7 @@ def test_long_runs_pass_in_parts() -> None:
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize(("forms", "most"), [((("latent", "ragged"), ("ragged", "basis")), 1.4), ((("pivoted", "pivoted-equal"),), 1.05)])
 def test_a_packed_model_generates_what_it_did(forms: tuple[tuple[str, str], ...], most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = TINY["mixtral"]().to(torch.bfloat16)
@@ -460,6 +465,7 @@ def test_a_matrix_is_multiplied_by_rows_where_that_spares_its_kernels_an_order(
     assert grouped.times(torch.randn(20, shape[1]).to(dtype), weight_NC.t().contiguous().t()).is_contiguous()
 
 
+@pytest.mark.usefixtures("computed_by")
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
 def test_bfloat16_stays_within_its_rounding(name: str) -> None:
     model = TINY[name]()

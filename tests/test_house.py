@@ -37,13 +37,19 @@ STATIONS = {
         "moesvd_core.kept_router.enough_left",  # one rule for planning and running
     ),
     "moesvd_core.kernels": (),
-    "moesvd_core.tiles": ("moesvd_core.kernels",),
-    "moesvd_core.grouped": ("moesvd_core.kernels", "moesvd_core.tiles"),
+    "moesvd_core.cpu_kernels": (),
+    "moesvd_core.cpu_tiles": ("moesvd_core.cpu_kernels",),
+    "moesvd_core.tiles": ("moesvd_core.cpu_tiles", "moesvd_core.kernels"),
+    "moesvd_core.grouped": ("moesvd_core.cpu_tiles", "moesvd_core.kernels", "moesvd_core.tiles"),
     "moesvd_core.batched": ("moesvd_core.grouped",),
-    "moesvd_core.sides": ("moesvd_core.batched", "moesvd_core.grouped", "moesvd_core.tiles"),
+    "moesvd_core.sides": ("moesvd_core.batched", "moesvd_core.cpu_tiles", "moesvd_core.grouped", "moesvd_core.tiles"),
     "moesvd_core.factor_sides": ("moesvd_core.batched", "moesvd_core.grouped", "moesvd_core.sides", "moesvd_core.tiles"),
-    "moesvd_core.experts": ("moesvd_core.batched", "moesvd_core.factor_sides", "moesvd_core.grouped"),
-    "moesvd_core.rival_sides": ("moesvd_core.batched", "moesvd_core.factor_sides", "moesvd_core.grouped", "moesvd_core.sides"),
+    "moesvd_core.experts": (
+        "moesvd_core.batched", "moesvd_core.cpu_tiles", "moesvd_core.factor_sides", "moesvd_core.grouped", "moesvd_core.tiles",
+    ),
+    "moesvd_core.rival_sides": (
+        "moesvd_core.batched", "moesvd_core.factor_sides", "moesvd_core.grouped", "moesvd_core.sides", "moesvd_core.tiles",
+    ),
     "moesvd_core.pivoted_side": (
         "moesvd_core.batched", "moesvd_core.factor_sides", "moesvd_core.grouped", "moesvd_core.sides", "moesvd_core.tiles",
     ),
@@ -52,6 +58,7 @@ STATIONS = {
         "moesvd_core.architectures", "moesvd_core.decomposition.factors", "moesvd_core.decomposition.pivots",
         "moesvd_core.experts", "moesvd_core.factor_sides", "moesvd_core.batched", "moesvd_core.grouped", "moesvd_core.sides",
         "moesvd_core.pivoted_side", "moesvd_core.rival_sides", "moesvd_core.kept_router", "moesvd_core.kernels", "moesvd_core.tiles",
+        "moesvd_core.cpu_tiles",
     ),
     "moesvd_core.evaluation": (
         "moesvd_core.architectures", "moesvd_core.calibration.text", "moesvd_core.devices", "moesvd_core.tensor_files",

@@ -78,6 +78,7 @@ def test_files_that_hold_more_than_what_is_loaded_make_no_other_plan(tmp_path: P
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16")
+@pytest.mark.usefixtures("by_torch")
 def test_large_factors_are_packed_on_a_cpu_and_answer_as_those_of_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "SMALL_EXPERT", 0)
     TINY["mixtral"]().bfloat16().save_pretrained(tmp_path / "model")

@@ -28,7 +28,8 @@ FORMS = [
     ("latent", "basis"), ("ragged", "ragged"), ("many-ranks", "dense"), ("pivoted", "pivoted"),
     ("base-delta", "merged"), ("groups", "summed"),
 ]
-needs_kernels = pytest.mark.skipif(
+
+needs_packing = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no kernels for bfloat16"
 )
 
@@ -82,7 +83,8 @@ def factored(model: PreTrainedModel) -> FactoredExperts:
     return next(iter(factored_modules(model).values()))
 
 
-@needs_kernels
+@needs_packing
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("forms", [("latent", "basis"), ("many-ranks", "many-ranks"), ("pivoted", "pivoted")])
 @pytest.mark.parametrize("action", REFUSED)
 def test_whoever_saves_loads_moves_or_copies_packed_experts_is_told_to_unpack_them(
@@ -103,7 +105,8 @@ def test_whoever_saves_loads_moves_or_copies_packed_experts_is_told_to_unpack_th
         REFUSED[action](student, tmp_path)
 
 
-@needs_kernels
+@needs_packing
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("forms", [("latent", "basis"), ("many-ranks", "many-ranks"), ("pivoted", "pivoted")])
 def test_unpacked_in_inference_mode_they_can_still_be_trained(forms: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "SMALL_EXPERT", 1 << 20 if forms[0] == "many-ranks" else 0)

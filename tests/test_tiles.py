@@ -5,8 +5,9 @@ import os
 import accelerate
 import pytest
 import torch
+from random_experts import CASES, DENSE, EXPERTS, HIDDEN, PER_EXPERT, PIVOTED, UNIFORM, WIDTH, factored, reference
 
-from moesvd_core import grouped, pivoted_side, tiles  # noqa: F401 - pivoted_side makes `FactoredExperts` know its structure
+from moesvd_core import grouped, tiles
 from moesvd_core.experts import FactoredExperts, Gate, swiglu
 from moesvd_core.sides import Side
 
@@ -16,38 +17,6 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU, and TRITON_INTERPRET is not 1")
 
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter does not round bfloat16
-EXPERTS, HIDDEN, WIDTH = 11, 64, 48
-PER_EXPERT = {"structure": "per-expert", "ranks": [8, 16, 8, 24, 16, 8, 8, 8, 16, 8, 8]}
-MANY_RANKS = {"structure": "per-expert", "ranks": [8, 17, 9, 24, -1, 0, 5, 40, 33, 12, 3]}
-MIXED = {"structure": "per-expert", "ranks": [8, -1, 0, 24, 16, -1, 0, 0, 8, 8, 8]}
-PIVOTED = {"structure": "pivoted", "ranks": [8, 40, 8, 24, 16, 8, 8, 40, 48, 8, 8]}
-PIVOTED_FIRST = {"structure": "pivoted", "ranks": PIVOTED["ranks"]}
-"""The first columns of every expert are its pivots."""
-PIVOTED_MIXED = {"structure": "pivoted", "ranks": [8, -1, 0, 13, 47, -1, 13, 8, 0, 8, 9]}
-LATENT_IN = {
-    "structure": "shared-right",
-    "groups": [{"experts": list(range(EXPERTS)), "rank": 24, "stored": EXPERTS, "sums": [[e] for e in range(EXPERTS)]}],
-}
-LATENT_OUT = {"structure": "shared-left", "rank": 24}
-DENSE = {"structure": "dense"}
-
-
-def factored(first: dict, then: dict, gate: Gate = swiglu) -> FactoredExperts:
-    layer = {
-        "index": 0, "name": "experts", "experts": EXPERTS, "hidden": HIDDEN, "width": WIDTH, "active": 2, "rows": "gate-up",
-        "transposed": False, "biased": True, "routing": "plain",
-    }
-    noise = torch.Generator().manual_seed(0)
-    made = FactoredExperts({"layer": layer, "input": first, "output": then}, gate, "cpu", DTYPE)
-    for parameter in made.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=noise).mul(0.2).to(DTYPE)
-    for side, spec in ((made.input, first), (made.output, then)):
-        for name, pivot_GR in [] if spec is PIVOTED_FIRST else list(side.named_buffers()):
-            chosen = torch.stack([torch.randperm(side.columns, generator=noise)[: pivot_GR.shape[1]].sort().values for _ in pivot_GR])
-            side.register_buffer(name, chosen.to(pivot_GR.dtype))
-    return made.requires_grad_(False)
-
-
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no GPU, pretend that tensors of the host are on one."""
@@ -55,22 +24,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(grouped, "usable", lambda example: True)
         monkeypatch.setattr(Side, "tiled", lambda side: side._tile())
         monkeypatch.setattr(FactoredExperts, "_small", False)
-
-
-UNIFORM, PIVOTED_UNIFORM = ({"structure": structure, "ranks": [16] * EXPERTS} for structure in ("per-expert", "pivoted"))
-UNALIGNED, PIVOTED_UNALIGNED = ({"structure": structure, "ranks": [17] * EXPERTS} for structure in ("per-expert", "pivoted"))
-CASES = [
-    (UNIFORM, PIVOTED_UNIFORM), (UNALIGNED, PIVOTED_UNALIGNED), (PIVOTED, PIVOTED_FIRST),
-    (DENSE, DENSE), (PER_EXPERT, PER_EXPERT), (MIXED, MIXED), (PIVOTED, PIVOTED), (PIVOTED_MIXED, PIVOTED_MIXED), (LATENT_IN, LATENT_OUT),
-    (MANY_RANKS, MANY_RANKS),
-]
+        monkeypatch.setattr(FactoredExperts, "_tiled", False)  # a CPU's own kernels would answer
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40, 700])
 @pytest.mark.parametrize("case", range(len(CASES)))
 @pytest.mark.parametrize("gate", [swiglu, lambda pre: pre[:, :WIDTH].tanh() * pre[:, WIDTH:]], ids=["swiglu", "another"])
 def test_answers_are_those_of_the_multiplied_out_matrices(case: int, tokens: int, gate: Gate, kernels: None) -> None:
-    experts = factored(*CASES[case], gate)
+    experts = factored(*CASES[case], gate, DTYPE)
     noise = torch.Generator().manual_seed(tokens)
     x_TD = torch.randn(tokens, HIDDEN, generator=noise).to(DTYPE)
     index_Tk = torch.rand(tokens, EXPERTS, generator=noise).topk(2).indices
@@ -86,7 +47,7 @@ def test_answers_are_those_of_the_multiplied_out_matrices(case: int, tokens: int
 @pytest.mark.parametrize("way", ["_multiply_grouped", "_multiply_in_turns"])
 @pytest.mark.parametrize("case", range(len(CASES) - 1))
 def test_many_pairs_are_left_to_the_library(case: int, way: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    experts = factored(*CASES[case])
+    experts = factored(*CASES[case], dtype=DTYPE)
     noise = torch.Generator().manual_seed(case)
     x_TD = torch.randn(600, HIDDEN, generator=noise).to(DTYPE)
     index_Tk = torch.rand(600, EXPERTS - 1, generator=noise).topk(2).indices  # the last is never asked
@@ -130,7 +91,8 @@ def test_layers_may_be_on_another_gpu_than_the_current_one() -> None:
     answers = []
     for device in ("cuda:0", "cuda:1"):
         with torch.no_grad():
-            answers.append(factored(PIVOTED, PIVOTED).to(device)(x_TD.to(device), index_Tk.to(device), torch.ones(700, 2, device=device)))
+            experts = factored(PIVOTED, PIVOTED, dtype=DTYPE).to(device)
+            answers.append(experts(x_TD.to(device), index_Tk.to(device), torch.ones(700, 2, device=device)))
     assert torch.equal(answers[0].cpu(), answers[1].cpu())
 
 
@@ -141,7 +103,7 @@ def test_calls_are_recorded_after_any_number_of_others(case: tuple[dict, dict], 
     monkeypatch.setattr(tiles, "MANY_ROWS", 8)
     monkeypatch.setattr(tiles._Table, "_share_of_processors", lambda *_: 1.0)
     noise = torch.Generator().manual_seed(0)
-    experts = factored(*case).to(DEVICE)
+    experts = factored(*case, dtype=DTYPE).to(DEVICE)
     call = (
         torch.randn(tokens, HIDDEN, generator=noise).to(DEVICE, DTYPE),
         torch.rand(tokens, EXPERTS, generator=noise).topk(2).indices.to(DEVICE),
@@ -159,7 +121,7 @@ def test_calls_are_recorded_after_any_number_of_others(case: tuple[dict, dict], 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_offloaded_matrices_do_not_stay_on_the_gpu() -> None:
-    experts = factored(PIVOTED, PER_EXPERT)
+    experts = factored(PIVOTED, PER_EXPERT, dtype=DTYPE)
     accelerate.cpu_offload(experts, DEVICE)
     call = torch.randn(5, HIDDEN, dtype=DTYPE), torch.arange(10).view(5, 2), torch.rand(5, 2)
     before = torch.cuda.memory_allocated()
@@ -179,14 +141,3 @@ def fits_one_product(experts: FactoredExperts) -> bool:
     """Whether a side has matrices of one shape, whose rows begin where kernels read from."""
     shapes = [set(getattr(side, "ranks", [0])) for side in (experts.input, experts.output)]
     return any(len(ranks) == 1 and all(rank % 8 == 0 for rank in ranks) for ranks in shapes)
-
-
-def reference(experts: FactoredExperts, x_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor) -> torch.Tensor:
-    input_END, output_EDM = experts.input.double().matrices(), experts.output.double().matrices()
-    total_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
-    for expert in range(EXPERTS):
-        weight_T = (weight_Tk.double() * (index_Tk == expert)).sum(1)
-        h_TM = experts.gate(x_TD.double() @ input_END[expert].T + experts.input_bias[expert].double())
-        total_TD += weight_T[:, None] * (h_TM @ output_EDM[expert].T + experts.output_bias[expert].double())
-    experts.input.to(DTYPE), experts.output.to(DTYPE)
-    return total_TD

@@ -11,14 +11,14 @@ from types import ModuleType
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from moesvd_core import batched, experts, factor_sides, grouped, kept_router, kernels, pivoted_side, rival_sides, sides, tiles
+from moesvd_core import batched, cpu_tiles, experts, factor_sides, grouped, kept_router, kernels, pivoted_side, rival_sides, sides, tiles
 from moesvd_core.architectures import deepseek
 from moesvd_core.checkpoint import plugin
 from moesvd_core.errors import UnsupportedModelError
 
 MODULE = "modeling_moesvd"
 FILE = f"{MODULE}.py"
-_FACTORED = (kernels, tiles, grouped, batched, sides, factor_sides, experts, pivoted_side, rival_sides, kept_router, plugin)
+_FACTORED = (kernels, cpu_tiles, tiles, grouped, batched, sides, factor_sides, experts, pivoted_side, rival_sides, kept_router, plugin)
 """What loads factored experts, each after the ones that it imports."""
 
 _HEAD = '''"""Loads this checkpoint with `trust_remote_code=True`, without the package that made it.
@@ -34,6 +34,11 @@ class {name}(transformers.{name}):
     @classmethod
     def is_custom_code(cls):
         return False  # tensors have the names of transformers' own class, and are renamed as that one's
+'''
+_NO_LIBRARY = '''def cpu_library():
+    """The package compiles functions for CPUs; what is downloaded does without a compiler."""
+
+
 '''
 _LANGUAGE_MODEL = '''
     @classmethod
@@ -101,7 +106,7 @@ def _ported(architecture: str) -> bool:
 
 
 def _split(module: ModuleType) -> tuple[list[str], str]:
-    """A module's imports of others, and what follows its imports; our own errors become `ValueError`."""
+    """A module's imports of others, and what follows its imports; our own errors become `ValueError`, and nothing calls a compiler."""
     source = inspect.getsource(module)
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
     body = "\n".join(source.splitlines()[max(node.end_lineno or 0 for node in nodes) :]).strip("\n")
@@ -111,4 +116,6 @@ def _split(module: ModuleType) -> tuple[list[str], str]:
             imports.append(ast.unparse(node))
         elif node.module == "moesvd_core.errors":
             body = "\n".join(f"{name.name} = ValueError" for name in node.names) + "\n\n\n" + body
+        elif node.module == "moesvd_core.cpu_kernels":
+            body = _NO_LIBRARY + body
     return imports, body
