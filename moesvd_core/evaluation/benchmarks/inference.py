@@ -19,6 +19,7 @@ from moesvd_core.architectures.headers import dtype_name
 from moesvd_core.architectures.streaming import MemoryStream
 from moesvd_core.calibration import Calibration, calibrate
 from moesvd_core.checkpoint.apply import compressed, pack
+from moesvd_core.cpu_kernels import cpu_library
 from moesvd_core.decomposition.registry import method
 from moesvd_core.errors import InputError, is_number
 from moesvd_core.evaluation.benchmarks.checks import require_device
@@ -119,10 +120,16 @@ class InferenceBenchmark:
             "× original: tokens a second beside the fastest implementation of the original in that cell and phase; experts: counting the "
             "time within the experts alone; of ideal: that times the share of the experts' parameters kept, 1 where speed rises as size "
             "falls",
-            "packed (`moesvd_core.pack`): large matrices in the order in which the processor's kernels read them; small ones need none",
+            *([self._computed_by(model)] if self.device == "cpu" else []),
             "auto: whichever structures lose least with at most that share of the experts' parameters and of their operations; auto, "
             "per-expert: of each expert's own factors, stored whole (`structure: per-expert` in a recipe)",
         ]
+
+    def _computed_by(self, model: PreTrainedModel) -> str:
+        if model.dtype == torch.bfloat16 and cpu_library() is not None:
+            return "factors by kernels of our own, compiled here (`cpu_kernels.c`)"
+        packed = "packed (`moesvd_core.pack`): large matrices in the order in which its kernels read them; small ones need none"
+        return f"factors by torch; {packed}"
 
     def _plans(self, pipeline: Pipeline, report: Report) -> dict[str, Plan]:
         """Every method at every share; `auto` also with factors stored whole, which are faster where an order of columns costs time."""
