@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import CONFIG_MAPPING
 
 from moesvd_core.architectures import deepseek  # noqa: F401 - makes the family native, so that its auto_map code is not needed
 from moesvd_core.architectures.headers import StoredTensor, damaged, parse_json, read_header, shortened
-from moesvd_core.errors import CheckpointError, InputError, MoesvdError, UnsupportedModelError
+from moesvd_core.architectures.hub_download import download_model
+from moesvd_core.errors import CheckpointError, InputError, UnsupportedModelError
+from moesvd_core.progress import Report, silent
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 LARGEST_JSON = 100_000_000
 STAGED_BYTES = 4 << 20
 """What is held at once of a tensor whose dtype or device changes on reading (at least one of its rows)."""
-_FROM_HUB = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*")
-_NOT_FROM_HUB = ("*/*", "consolidated*", "adapter_*", "pytorch_model*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors")
@@ -144,7 +143,9 @@ class ModelFiles:
             raise CheckpointError(f"{self.folder}: no weights file holds tensor {shortened(key)}; fetch the model again") from None
 
 
-def resolve_model(name_or_path: Path | str, *, roots: Sequence[Path] | None = None, allow_remote_code: bool = False) -> Path:
+def resolve_model(
+    name_or_path: Path | str, *, roots: Sequence[Path] | None = None, allow_remote_code: bool = False, report: Report = silent
+) -> Path:
     """The folder of a model that a person named: a local folder, or a model of the hub, which is fetched (weights in safetensors only).
 
     A local folder wins over a model of the hub of the same name.
@@ -152,12 +153,20 @@ def resolve_model(name_or_path: Path | str, *, roots: Sequence[Path] | None = No
     Args:
         roots: folders in which local models must lie, links followed; None allows any place.
         allow_remote_code: also accept (and fetch the code of) models that only run with code of their own.
+        report: called with stage "fetch" while a model is downloaded.
 
     Raises:
         InputError: neither a folder nor a name of the hub, or outside the roots.
         CheckpointError: the hub cannot deliver it, or its configuration is damaged.
+        ResourceError: it does not fit on the disk of the hub's cache.
+        Cancelled: `report` said so.
         UnsupportedModelError: the model needs code of its own and `allow_remote_code` is false.
     """
+
+    def accept(folder: Path) -> None:
+        if not allow_remote_code:
+            refuse_remote_code(read_config(folder), folder)
+
     text = str(name_or_path)
     if _exists(text):
         folder = real_folder(text)
@@ -166,18 +175,9 @@ def resolve_model(name_or_path: Path | str, *, roots: Sequence[Path] | None = No
             raise InputError(f"{shortened(text)} lies outside the folders that models may come from ({allowed}); move it into one of them")
     else:
         require_hub_id(text)
-        return _fetched(text, allow_remote_code)
-    if not allow_remote_code:
-        refuse_remote_code(read_config(folder), folder)
+        return download_model(text, accept, code=allow_remote_code, report=report)
+    accept(folder)
     return folder
-
-
-def cached_model(name: str) -> Path | None:
-    """The folder of a model of the hub that was fetched before, or None; asks nobody."""
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_FROM_HUB), ignore_patterns=list(_NOT_FROM_HUB), local_files_only=True))
-    except Exception:  # it was not fetched, or can be no name of the hub; the hub's library tells so in several ways
-        return None
 
 
 def require_hub_id(text: str) -> None:
@@ -335,21 +335,6 @@ def _exists(path: str) -> bool:
         return bool(path) and Path(path).exists()
     except (OSError, ValueError):
         return False
-
-
-def _fetched(name: str, allow_remote_code: bool) -> Path:
-    """Fetch a model from the hub into its cache; the configuration comes first, so that a refusal does not cost the weights."""
-    code = ("*.py",) if allow_remote_code else ()
-    try:
-        folder = Path(hf_hub_download(name, CONFIG)).parent
-        if not allow_remote_code:
-            refuse_remote_code(read_config(folder), folder)
-        return Path(snapshot_download(name, allow_patterns=[*_FROM_HUB, *code], ignore_patterns=list(_NOT_FROM_HUB)))
-    except MoesvdError:
-        raise
-    except Exception as error:  # the network has many ways to fail, and the hub's library passes on those of its HTTP client
-        reason = f"{type(error).__name__}: {shortened(str(error).partition(chr(10))[0])}"
-        raise CheckpointError(f"model {shortened(name)} is no local folder and cannot be fetched from the hub ({reason})") from error
 
 
 def _homes(folder: Path) -> list[Path]:

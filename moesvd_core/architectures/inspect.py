@@ -12,9 +12,10 @@ from torch import nn
 
 from moesvd_core.architectures.disk_names import expert_tensor
 from moesvd_core.architectures.families import Family, family_of, text_config
-from moesvd_core.architectures.files import ModelFiles, cached_model, file_inside
+from moesvd_core.architectures.files import ModelFiles, file_inside
 from moesvd_core.architectures.find import decoder_layers, expert_layers, submodule
 from moesvd_core.architectures.headers import dtype_name
+from moesvd_core.architectures.hub_download import cached_model
 from moesvd_core.architectures.hub_headers import hub_headers
 from moesvd_core.architectures.layout import ExpertLayer
 from moesvd_core.architectures.skeleton import skeleton

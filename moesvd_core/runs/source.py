@@ -120,12 +120,17 @@ def find_source(run: RunFolder, report: Report = silent) -> Source:
 
     Raises:
         InputError: the model cannot be found, read or compressed.
+        ResourceError: the disk has no room to download it.
         RunError: it is not the model that this run was made for.
+        Cancelled: `report` said so.
     """
     model, remote = run.identity.model, run.identity.remote_code
     report(Progress("inspect", 0, 1, f"looking for {model}"))
     known = run.read_json(SOURCE_FILE)
-    path = Path(known["path"]) if known and Path(known["path"]).exists() else resolve_model(model, allow_remote_code=remote)
+    if known and Path(known["path"]).exists():
+        path = Path(known["path"])
+    else:
+        path = resolve_model(model, allow_remote_code=remote, report=report)
     content = fingerprint(ModelFiles.open(path, allow_remote_code=remote))
     if known and known["fingerprint"] != content:
         raise RunError(f"{path} is not the model any more that run {run.name} was made for: restore it, or start a new run")

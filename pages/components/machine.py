@@ -13,7 +13,7 @@ import psutil
 import torch
 from huggingface_hub import constants
 
-from moesvd_core.architectures.files import cached_model
+from moesvd_core.architectures.hub_download import cached_model
 from moesvd_core.live import free_for_models
 from moesvd_core.runs.free_memory import free_memory
 

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
+from moesvd_core.architectures import hub_download
 from moesvd_core.architectures.files import STAGED_BYTES, ModelFiles, resolve_model
 from moesvd_core.errors import CheckpointError, InputError, UnsupportedModelError
 
@@ -411,8 +413,13 @@ class TestResolving:
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[Any] = []
-        monkeypatch.setattr("moesvd_core.architectures.files.hf_hub_download", lambda *given: asked.append(given) or folder / "config.json")
-        monkeypatch.setattr("moesvd_core.architectures.files.snapshot_download", lambda name, **kinds: asked.append(kinds) or folder)
+
+        def snapshot(name: str, *, dry_run: bool = False, **kinds: Any) -> Any:
+            return [] if dry_run else asked.append(kinds) or folder
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given: None)
+        monkeypatch.setattr(hub_download, "hf_hub_download", lambda *given: asked.append(given) or folder / "config.json")
+        monkeypatch.setattr(hub_download, "snapshot_download", snapshot)
         assert resolve_model("owner/name") == folder
         assert asked[0] == ("owner/name", "config.json")
         assert not {"*", "*.bin", "*.py", "*.pt"} & set(asked[1]["allow_patterns"])
@@ -427,7 +434,7 @@ class TestResolving:
         def fail(*given: Any) -> Path:
             raise OSError("no such repository\nsecond line")
 
-        monkeypatch.setattr("moesvd_core.architectures.files.hf_hub_download", fail)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
         with pytest.raises(CheckpointError, match=r"'owner/name' is no local folder and cannot be fetched .*no such repository") as raised:
             resolve_model("owner/name")
         assert "\n" not in str(raised.value)

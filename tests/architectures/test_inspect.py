@@ -221,7 +221,7 @@ def test_a_model_that_was_fetched_earlier_is_told_while_the_hub_cannot_be_asked(
     here = inspect(save_tiny("qwen2_moe", snapshot))
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0123abc")
-    monkeypatch.setattr("moesvd_core.architectures.files.snapshot_download", partial(snapshot_download, cache_dir=tmp_path))
+    monkeypatch.setattr("moesvd_core.architectures.hub_download.snapshot_download", partial(snapshot_download, cache_dir=tmp_path))
     FakeHub(tmp_path, error=ConnectionError("no route")).install(monkeypatch)
     assert inspect("owner/name").as_dict() == here.as_dict() | {"source": "owner/name"}
     with pytest.raises(UnreachableHubError, match="the hub cannot be asked"):

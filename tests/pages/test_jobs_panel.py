@@ -4,6 +4,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -63,6 +64,18 @@ def test_a_job_from_its_turn_to_its_end(run: RunFolder) -> None:
     status = client.status(run)
     assert "Analysis finished" in draw(status)
     assert (worker(status), summary(status), resumable(status)) == ("idle", "Analysis finished", False)
+
+
+def test_a_download_is_told_by_its_size_and_the_time_it_still_takes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((100.0, 101.0, 102.0, 112.0))
+    monkeypatch.setattr("moesvd_core.runs.events.time", SimpleNamespace(time=lambda: next(clock)))
+    run.log.append("started", "1")
+    run.log.append("progress", "1", stage="inspect", done=0, total=1, message="looking for owner/name")
+    for done in (0, 1000):
+        run.log.append("progress", "1", stage="fetch", done=done, total=93400, message=f"{done / 1000:.1f} of 93.4 GB of owner/name")
+    status = Client(run.path.parent).status(run)
+    assert "fetch: 1000 of 93400, 16 min left in this stage (1.0 of 93.4 GB of owner/name)." in draw(status)
+    assert worker(status) == "fetch 1 %, 16 min left in this stage"
 
 
 def test_a_job_that_was_asked_to_stop_is_told_to_be_cancelled_until_it_has_stopped(run: RunFolder) -> None:
