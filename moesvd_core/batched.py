@@ -90,7 +90,7 @@ class Arranged:
         places = inverse(self.order)
         self.chains = [self._chain(place, ranks[expert] if ranks else 0) for expert, place in enumerate(places)]
         self._place_E = None if places == list(self.order) == sorted(places) else torch.tensor(places)
-        self._found = [(name, parameter.data_ptr()) for name, parameter in parameters.items() if parameter is not None]
+        self._found = [(name, (each.data_ptr(), each.stride())) for name, each in parameters.items() if each is not None]
 
     def _chain(self, place: int, rank: int) -> list[Link]:
         batch = next(batch for batch in reversed(self.batches) if batch[0].first <= place)
@@ -101,8 +101,8 @@ class Arranged:
         return [first[:, :rank] if isinstance(first, torch.Tensor) else first, cast(torch.Tensor, last_RN)[:rank]]
 
     def holds(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
-        """Whether the parameters are still where they were."""
-        return all((now := parameters.get(name)) is not None and now.data_ptr() == place for name, place in self._found)
+        """Whether the parameters are still where they were, and stand there as they did."""
+        return all((now := parameters.get(name)) is not None and (now.data_ptr(), now.stride()) == place for name, place in self._found)
 
     def places(self, expert: torch.Tensor) -> torch.Tensor:
         """Where experts stand in the order."""

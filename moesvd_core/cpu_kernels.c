@@ -1,7 +1,11 @@
 /* What a CPU runs: products of many rows with their experts' matrices, and what stands between and after them (see cpu_tiles.py).
 
-   Numbers are bfloat16 and are added up in float32. A pair is a token and one of its experts, an Entry says where an expert's matrix is: its
-   address, rows, columns, the numbers from one row to the next, and where it begins among the pieces that the expert's matrix consists of. */
+   Numbers are bfloat16 and are added up in float32. A pair is a token and one of its experts.
+
+   An Entry says where a piece of an expert's matrix is: its address, rows (-1: there is none), columns, the numbers from one row to the next,
+   and its place. Pieces of a left factor are multiplied in one go, each with the columns of a pair's row that begin at its place, and what they
+   give is added up (`across`); the first one's rows decide whether anything is written. Pieces of a right factor are products of their own,
+   whose answers begin at their place. Before a piece there may be an identity, of as many rows, which takes the first columns. */
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -14,12 +18,14 @@ enum {
   BLOCK = 12,    /* rows that then pass 32 of the matrix at once */
   PART = 240,    /* rows of a task, which stay in the second cache */
   LONG = 1024,   /* columns up to which they do; longer sums cost little to finish otherwise */
-  HEIGHT = 512,  /* rows of a matrix in a task, at most, */
-  SHARES = 4,    /* and otherwise a share: so many tasks for each thread */
+  HEIGHT = 512,  /* rows of a matrix in a task, at most */
+  SHARES = 4,    /* tasks for each thread, where they would have more rows than 32 and fewer than that */
   LITTLE = 65536 /* multiplications, or numbers, that are not worth waking another thread */
 };
 typedef uint16_t bf16;
-typedef struct { const bf16 *weight; int64_t rows, columns, stride, begin; } Entry; /* as `_Table` writes them */
+typedef struct { const bf16 *weight; int64_t rows, columns, stride, place; } Entry; /* as `_Table` writes them */
+/* What one product multiplies with: so many pieces, each `apart` entries after the one before. */
+typedef struct { const Entry *entry; int pieces; int64_t apart; int identity; } Matrix;
 typedef struct { const bf16 *x; int64_t x_stride; const int32_t *row; bf16 *y; int64_t y_stride; } Rows;
 
 INLINE const bf16 *read_at(const Rows *of, int64_t pair) { return of->x + of->x_stride * (of->row ? of->row[pair] : pair); }
@@ -47,9 +53,9 @@ INLINE __m512i rounded(__m512 low, __m512 high) {
 }
 #endif
 
-/* Where a piece of an expert's matrix begins among the columns of its rows. */
-INLINE int64_t first_column(const Entry *piece, int pieces, int identity) {
-  return identity ? piece->rows : pieces > 1 ? piece->begin : 0;
+/* Which columns of a pair's row a piece begins with. */
+INLINE int64_t first_column(const Matrix *own, const Entry *piece) {
+  return own->identity ? piece->rows : own->pieces > 1 ? piece->place : 0;
 }
 
 /* The sums of four vectors. */
@@ -64,17 +70,16 @@ INLINE __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 /* Q rows times H rows of a matrix, of which `valid` exist, as numbers stand. */
-INLINE void multiply_few(int Q, int H, const Rows *of, int64_t pair, int pieces, const Entry *own, int64_t experts, int identity,
-                         int64_t n, int valid, int64_t at) {
+INLINE void multiply_few(int Q, int H, const Rows *of, int64_t pair, const Matrix *own, int64_t n, int valid, int64_t at) {
   __m512 sum[FEW][8];
   for (int q = 0; q < Q; q++)
     for (int h = 0; h < H; h++) sum[q][h] = _mm512_setzero_ps();
-  for (int s = 0; s < pieces; s++) {
-    const Entry *piece = own + s * experts;
+  for (int s = 0; s < own->pieces; s++) {
+    const Entry *piece = own->entry + s * own->apart;
     if (piece->rows < 0) continue;
     const bf16 *w[8], *x[FEW];
     for (int h = 0; h < H; h++) w[h] = piece->weight + (n + (h < valid ? h : valid - 1)) * piece->stride;
-    for (int q = 0; q < Q; q++) x[q] = read_at(of, pair + q) + first_column(piece, pieces, identity);
+    for (int q = 0; q < Q; q++) x[q] = read_at(of, pair + q) + first_column(own, piece);
     int64_t k = 0;
     for (; k + 32 <= piece->columns; k += 32) {
       __m512i a[8];
@@ -98,7 +103,7 @@ INLINE void multiply_few(int Q, int H, const Rows *of, int64_t pair, int pieces,
     for (int h = 0; h < H && h < valid; h += 4) {
       __mmask32 there = first_of_32(valid - h < 4 ? valid - h : 4);
       __m512 all = _mm512_castps128_ps512(sums(sum[q][h], sum[q][h + 1], sum[q][h + 2], sum[q][h + 3]));
-      if (identity) {
+      if (own->identity) {
         __m512i beside = _mm512_maskz_loadu_epi16(there, read_at(of, pair + q) + n + h);
         all = _mm512_add_ps(all, widened(_mm512_castsi512_si256(beside)));
       }
@@ -108,11 +113,11 @@ INLINE void multiply_few(int Q, int H, const Rows *of, int64_t pair, int pieces,
 
 #define ROWS_AT_ONCE(Q, H) \
   case Q: \
-    for (; n < N; n += H) multiply_few(Q, H, of, pair, pieces, own, experts, identity, n, (int)least(N - n, H), begin + n); \
+    for (; n < N; n += H) multiply_few(Q, H, of, pair, own, n, (int)least(N - n, H), begin + n); \
     break;
 
-static void multiply_rows(int count, const Rows *of, int64_t pair, int pieces, const Entry *own, int64_t experts, int identity,
-                          int64_t n, int64_t N, int64_t begin) {
+/* A few rows times rows n to N of a matrix. */
+static void multiply_rows(int count, const Rows *of, int64_t pair, const Matrix *own, int64_t n, int64_t N, int64_t begin) {
   switch (count) {
     ROWS_AT_ONCE(1, 8) ROWS_AT_ONCE(2, 8) ROWS_AT_ONCE(3, 8) ROWS_AT_ONCE(4, 4) ROWS_AT_ONCE(5, 4) ROWS_AT_ONCE(6, 4)
   }
@@ -146,13 +151,13 @@ INLINE void turn(const bf16 *const *row, int rows, int64_t at, int64_t left, uin
 
 /* A block of rows times 32 rows of a matrix, both in pairs of columns. Meanwhile the 32 rows that begin at `next` are fetched, if any. */
 INLINE void multiply_block(int Q, const uint32_t *x, const uint32_t *w, int64_t pairs, const Rows *of, int64_t pair, int rows,
-                           int identity, int64_t n, int64_t at, int valid, const bf16 *next, int64_t stride) {
+                           const Matrix *own, int64_t n, int64_t at, int valid, const bf16 *next) {
   __m512 sum[BLOCK][2];
   for (int q = 0; q < Q; q++) sum[q][0] = sum[q][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; k++) {
     __m512i low = _mm512_load_si512(w + 32 * k), high = _mm512_load_si512(w + 32 * k + 16);
     if (next) { /* two of their lines for each pair of columns make all */
-      const bf16 *line = next + k % 32 * stride + k / 32 * 64;
+      const bf16 *line = next + k % 32 * own->entry->stride + k / 32 * 64;
       _mm_prefetch((const char *)line, _MM_HINT_T1);
       _mm_prefetch((const char *)(line + 32), _MM_HINT_T1);
     }
@@ -164,7 +169,7 @@ INLINE void multiply_block(int Q, const uint32_t *x, const uint32_t *w, int64_t 
   }
   __mmask32 there = first_of_32(valid);
   for (int q = 0; q < Q && q < rows; q++) {
-    if (identity) {
+    if (own->identity) {
       __m512i beside = _mm512_maskz_loadu_epi16(there, read_at(of, pair + q) + n);
       sum[q][0] = _mm512_add_ps(sum[q][0], widened(_mm512_castsi512_si256(beside)));
       sum[q][1] = _mm512_add_ps(sum[q][1], widened(_mm512_extracti64x4_epi64(beside, 1)));
@@ -173,28 +178,30 @@ INLINE void multiply_block(int Q, const uint32_t *x, const uint32_t *w, int64_t 
   }
 }
 
-/* Pairs of columns of all pieces of an expert's matrix. */
-INLINE int64_t column_pairs(int pieces, const Entry *own, int64_t experts) {
+/* Pairs of columns of all pieces. */
+INLINE int64_t column_pairs(const Matrix *own) {
   int64_t pairs = 0;
-  for (int s = 0; s < pieces; s++)
-    if (own[s * experts].rows >= 0) pairs += (own[s * experts].columns + 1) / 2;
+  for (int s = 0; s < own->pieces; s++) {
+    const Entry *piece = own->entry + s * own->apart;
+    if (piece->rows >= 0) pairs += (piece->columns + 1) / 2;
+  }
   return pairs;
 }
 
 /* Many rows of one expert, start to stop, times rows n to N of its matrix. */
-static void multiply_many(const Rows *of, int64_t start, int64_t stop, int pieces, const Entry *own, int64_t experts, int identity,
-                          int64_t n, int64_t N, int64_t begin, uint32_t *memory) {
-  int64_t pairs = column_pairs(pieces, own, experts), blocks = (stop - start + BLOCK - 1) / BLOCK;
+static void multiply_many(const Rows *of, int64_t start, int64_t stop, const Matrix *own, int64_t n, int64_t N, int64_t begin,
+                          uint32_t *memory) {
+  int64_t pairs = column_pairs(own), blocks = (stop - start + BLOCK - 1) / BLOCK;
   uint32_t *w = memory, *x = memory + 32 * pairs;
   for (int64_t b = 0; b < blocks; b++) {
     int64_t pair = start + b * BLOCK;
     int rows = (int)least(stop - pair, BLOCK);
     uint32_t *out = x + b * 16 * pairs;
-    for (int s = 0; s < pieces; s++) {
-      const Entry *piece = own + s * experts;
+    for (int s = 0; s < own->pieces; s++) {
+      const Entry *piece = own->entry + s * own->apart;
       if (piece->rows < 0) continue;
       const bf16 *row[16];
-      for (int q = 0; q < rows; q++) row[q] = read_at(of, pair + q) + first_column(piece, pieces, identity);
+      for (int q = 0; q < rows; q++) row[q] = read_at(of, pair + q) + first_column(own, piece);
       for (int64_t k = 0; k < piece->columns; k += 32) turn(row, rows, k, piece->columns - k, out + 8 * k, 16);
       out += 16 * ((piece->columns + 1) / 2);
     }
@@ -202,8 +209,8 @@ static void multiply_many(const Rows *of, int64_t start, int64_t stop, int piece
   for (; n < N; n += 32) {
     int valid = (int)least(N - n, 32);
     uint32_t *out = w;
-    for (int s = 0; s < pieces; s++) {
-      const Entry *piece = own + s * experts;
+    for (int s = 0; s < own->pieces; s++) {
+      const Entry *piece = own->entry + s * own->apart;
       if (piece->rows < 0) continue;
       const bf16 *row[32];
       for (int i = 0; i < valid; i++) row[i] = piece->weight + (n + i) * piece->stride;
@@ -217,24 +224,26 @@ static void multiply_many(const Rows *of, int64_t start, int64_t stop, int piece
       int64_t pair = start + b * BLOCK;
       int rows = (int)least(stop - pair, BLOCK);
       const uint32_t *in = x + b * 16 * pairs;
-      const bf16 *next = b == 0 && pieces == 1 && n + 64 <= own->rows ? own->weight + (n + 32) * own->stride : 0;
-      if (rows > 8) multiply_block(12, in, w, pairs, of, pair, rows, identity, n, begin + n, valid, next, own->stride);
-      else if (rows > 4) multiply_block(8, in, w, pairs, of, pair, rows, identity, n, begin + n, valid, next, own->stride);
-      else multiply_block(4, in, w, pairs, of, pair, rows, identity, n, begin + n, valid, next, own->stride);
+      const Entry *entry = own->entry;
+      const bf16 *next = b == 0 && own->pieces == 1 && n + 64 <= entry->rows ? entry->weight + (n + 32) * entry->stride : 0;
+      if (rows > 8) multiply_block(12, in, w, pairs, of, pair, rows, own, n, begin + n, valid, next);
+      else if (rows > 4) multiply_block(8, in, w, pairs, of, pair, rows, own, n, begin + n, valid, next);
+      else multiply_block(4, in, w, pairs, of, pair, rows, own, n, begin + n, valid, next);
     }
   }
 }
 
-/* Every pair's row times its expert's matrix, see `CpuTiles.multiply`; 1: memory is short. */
+/* Every pair's row times its expert's matrix, see `CpuTiles.multiply`; 1: memory is short. Of `across`, a product has all pieces, else one. */
 int multiply(const bf16 *x, int64_t x_stride, const int32_t *row, const Entry *entry, int pieces, int across, int identity,
              const int32_t *end, int64_t experts, bf16 *y, int64_t y_stride, int threads) {
   Rows of = {x, x_stride, row, y, y_stride};
-  int together = across ? pieces : 1, failed = 0;
+  int failed = 0;
   int64_t products = (across ? 1 : pieces) * experts, rows = 0, cost = 0, most = 0, next = 0;
   int64_t *before = malloc((products + 1) * sizeof *before); /* tasks before each product's */
   if (!before) return 1;
   for (int64_t i = 0; i < products; i++) {
-    int64_t e = i % experts, count = end[e] - (e ? end[e - 1] : 0), pairs = column_pairs(together, entry + i, experts);
+    Matrix own = {entry + i, across ? pieces : 1, experts, identity};
+    int64_t e = i % experts, count = end[e] - (e ? end[e - 1] : 0), pairs = column_pairs(&own);
     if (count <= 0 || entry[i].rows <= 0) continue;
     rows += entry[i].rows * ((count + PART - 1) / PART);
     cost += entry[i].rows * count * 2 * pairs;
@@ -256,18 +265,21 @@ int multiply(const bf16 *x, int64_t x_stride, const int32_t *row, const Entry *e
       task = next++;
       if (task >= before[products]) break;
       while (before[i + 1] <= task) i++;
-      const Entry *own = entry + i;
+      Matrix own = {entry + i, across ? pieces : 1, experts, identity};
       int64_t e = i % experts, first = e ? end[e - 1] : 0, parts = (end[e] - first + PART - 1) / PART;
       int64_t size = ((end[e] - first + parts - 1) / parts + BLOCK - 1) / BLOCK * BLOCK;
       int64_t start = first + (task - before[i]) % parts * size, stop = least(start + size, end[e]);
-      int64_t n = (task - before[i]) / parts * height, N = least(own->rows, n + height), begin = across ? 0 : own->begin;
-      if (stop - start >= MANY && 2 * column_pairs(together, own, experts) <= LONG) {
+      int64_t n = (task - before[i]) / parts * height, N = least(entry[i].rows, n + height), begin = across ? 0 : entry[i].place;
+      if (stop - start >= MANY && 2 * column_pairs(&own) <= LONG) {
         if (!memory) memory = aligned_alloc(64, (most + 1) * sizeof *memory * (32 + 16 * (PART / BLOCK)));
-        if (memory) multiply_many(&of, start, stop, together, own, experts, identity, n, N, begin, memory);
-        else failed = 1;
+        if (memory) multiply_many(&of, start, stop, &own, n, N, begin, memory);
+        else {
+#pragma omp atomic write
+          failed = 1;
+        }
       } else
         for (int64_t pair = start; pair < stop; pair += FEW)
-          multiply_rows((int)least(stop - pair, FEW), &of, pair, together, own, experts, identity, n, N, begin);
+          multiply_rows((int)least(stop - pair, FEW), &of, pair, &own, n, N, begin);
     }
     free(memory);
   }
@@ -330,8 +342,11 @@ int in_order(const bf16 *x, int64_t x_stride, const int32_t *row, const int32_t 
   if (pairs * columns < LITTLE) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
-    bf16 *own = gated && order ? malloc(columns * sizeof *own) : 0;
-    if (gated && order && !own) failed = 1;
+    bf16 *own = gated && order ? malloc((columns + 1) * sizeof *own) : 0;
+    if (gated && order && !own) {
+#pragma omp atomic write
+      failed = 1;
+    }
 #pragma omp for
     for (int64_t p = 0; p < pairs; p++) {
       const bf16 *from = read_at(&of, p);

@@ -12,17 +12,20 @@ import ctypes
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 
 SWITCH = "MOESVD_CPU_KERNELS"
 """The environment's word that turns the functions off."""
 
+_COMPILING = Lock()
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "arrange": [_ADDRESS, _LONG, _LONG, _LONG, *[_ADDRESS] * 4],
@@ -33,32 +36,42 @@ _ARGUMENTS = {
 }
 
 
-@cache
 def cpu_library() -> ctypes.CDLL | None:
-    """The functions, compiled at the first call (a second); None where torch computes instead.
+    """The functions, compiled at the first call (a second or two) by one thread; None where torch computes instead."""
+    with _COMPILING:
+        return _made_once()
+
+
+def compiled_library() -> ctypes.CDLL | None:
+    """Compile the functions; None where that cannot be done, or where they would not be used.
 
     Processors with matrix units of their own (AMX) do better with torch's products, which use them.
     """
     if os.environ.get(SWITCH) == "0" or platform.system() != "Linux" or platform.machine() != "x86_64":
         return None
-    if not torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or torch.cpu._is_amx_tile_supported():
         return None
     reasons = []
-    for compiler in dict.fromkeys([os.environ.get("CC") or "cc", "gcc"]):
+    for name in dict.fromkeys([os.environ.get("CC") or "cc", "gcc"]):
         try:
-            library = _compiled(shlex.split(compiler))
-        except FileNotFoundError:
+            compiler = shlex.split(name)
+            if shutil.which(compiler[0]) is None:
+                continue
+            library = _compiled(compiler)
+        except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+            said = str(getattr(error, "stderr", None) or error).strip().splitlines()
+            reasons.append(f"{name}: {said[0] if said else type(error).__name__}")
             continue
-        except (OSError, subprocess.SubprocessError) as error:
-            reasons.append(f"{compiler}: {getattr(error, 'stderr', None) or error}".strip())
-            continue
-        for name, arguments in _ARGUMENTS.items():
-            getattr(library, name).argtypes = arguments
+        for function, arguments in _ARGUMENTS.items():
+            getattr(library, function).argtypes = arguments
         return library
     if reasons:
         slow = f"experts are slower on this CPU, since what multiplies there could not be compiled ({SWITCH}=0 does without)"
         warnings.warn(f"{slow}: {reasons[0]}", stacklevel=2)
     return None
+
+
+_made_once = cache(compiled_library)
 
 
 def _compiled(compiler: list[str]) -> ctypes.CDLL:
@@ -72,5 +85,5 @@ def _compiled(compiler: list[str]) -> ctypes.CDLL:
         made = Path(folder, "experts.so")
         source, thing = Path(__file__).with_suffix(".c"), made.with_suffix(".o")
         for command in (["-O3", "-march=native", "-fopenmp", "-fPIC", "-c", source, "-o", thing], ["-shared", thing, "-o", made]):
-            subprocess.run([*compiler, *map(str, command)], check=True, capture_output=True, text=True, timeout=120)  # noqa: S603 - the user's
+            subprocess.run([*compiler, *map(str, command)], check=True, capture_output=True, text=True, errors="replace", timeout=120)  # noqa: S603 - the user's
         return ctypes.CDLL(str(made), os.RTLD_NOW)

@@ -12,11 +12,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _python_dispatch
 
 from moesvd_core.cpu_kernels import cpu_library
 
 PART_NUMBERS = 1 << 22
 """So many numbers at most are made between two products at a time: they stay in the last cache."""
+
+
+def calls_are_seen() -> bool:
+    """Whether somebody looks at every operation, or does another in its place, as `FlopCounterMode`, `make_fx`, `vmap` and forward-mode
+    derivatives do: a kernel of our own would pass them by. Who only watches memory says so (`only_watches`)."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    modes = _python_dispatch._get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() > 0 else ()
+    return not all(getattr(mode, "only_watches", False) for mode in modes)
 
 
 def readable(own: Mapping[str, torch.Tensor | None]) -> bool:
@@ -27,10 +37,14 @@ def readable(own: Mapping[str, torch.Tensor | None]) -> bool:
     return all(map(_on_cpu, tensors)) and cpu_library() is not None
 
 
+def plain_on_cpu(*tensors: torch.Tensor | None) -> bool:
+    """Whether all are in a CPU's memory, where subclasses of tensors need not be."""
+    return all(each is None or (type(each) in (nn.Parameter, torch.Tensor) and each.device.type == "cpu") for each in tensors)
+
+
 def _on_cpu(tensor: torch.Tensor) -> bool:
-    """Plain tensors only: what others put in their place may have its memory elsewhere."""
-    plain = type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.int16)
-    return plain and (tensor.stride(-1) == 1 or tensor.numel() == 0)
+    in_rows = tensor.dtype in (torch.bfloat16, torch.int16) and (tensor.stride(-1) == 1 or tensor.numel() == 0)
+    return in_rows and plain_on_cpu(tensor)
 
 
 class CpuTiles:
@@ -52,8 +66,8 @@ class CpuTiles:
             IndexError: it names an expert that there is not.
         """
         pairs = index_Tk.numel()
-        index_Tk, (expert_P, token_P, place_P) = index_Tk.long().contiguous(), torch.empty(3, pairs, dtype=torch.int32)
-        end_E = torch.empty(experts, dtype=torch.int32)
+        index_Tk, (expert_P, token_P, place_P) = index_Tk.long().contiguous(), torch.empty(3, pairs, dtype=torch.int32, device="cpu")
+        end_E = torch.empty(experts, dtype=torch.int32, device="cpu")
         made = (each.data_ptr() for each in (expert_P, token_P, place_P, end_E))
         if _library().arrange(index_Tk.data_ptr(), pairs, index_Tk.shape[1], experts, *made):
             raise IndexError(f"the router chose experts {int(index_Tk.min())} to {int(index_Tk.max())}, but there are 0 to {experts - 1}")
@@ -117,8 +131,9 @@ def combined(y_PN: torch.Tensor, place_P: torch.Tensor, weight_Tk: torch.Tensor 
 
 
 def cpu_times(x_QC: torch.Tensor, weight_NC: torch.Tensor) -> torch.Tensor | None:
-    """Rows times one matrix [Q, N]; None where the kernels cannot read them."""
-    if x_QC.dtype != torch.bfloat16 or type(x_QC) is not torch.Tensor or not readable({"rows": x_QC[:0], "matrix": weight_NC}):
+    """Rows times one matrix [Q, N]; None where the kernels cannot read them, and where they do not fit."""
+    fits = x_QC.dtype == torch.bfloat16 and x_QC.ndim == 2 and x_QC.shape[1:] == weight_NC.shape[1:]
+    if not (fits and plain_on_cpu(x_QC) and readable({"matrix": weight_NC})) or calls_are_seen():
         return None
     x_QC = x_QC.contiguous()
     y_QN = x_QC.new_empty(len(x_QC), len(weight_NC))

@@ -1,7 +1,7 @@
 """The module that takes the place of `experts` in an unmodified transformers block, and computes with factors instead of matrices.
 
 An export carries a copy of this file, so that a checkpoint loads where nothing of this project is installed: it must import nothing of ours
-but `factor_sides.py`, `sides.py`, `batched.py` and `grouped.py`.
+but what is carried too.
 
 Shapes: T tokens, k active experts a token, P pairs of a token and one of its experts (see `grouped.py`), E experts, d hidden size, m expert
 width, n input rows, G members of a group, R rank, N rows and C columns of one expert's matrix.
@@ -19,7 +19,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from moesvd_core.batched import Arranged, Slots, chained, every_pair, every_row, slot_rows, sum_of_pairs
-from moesvd_core.cpu_tiles import CpuTiles, combined
+from moesvd_core.cpu_tiles import CpuTiles, calls_are_seen, combined, plain_on_cpu
 from moesvd_core.factor_sides import make_side
 from moesvd_core.grouped import Pairs, add_up, in_graph, in_turns, packed_bytes, spans_of
 from moesvd_core.tiles import TiledSide
@@ -62,7 +62,7 @@ def gate_of(module: nn.Module, rows: str) -> Gate:
 
 
 def swiglu(pre_PN: torch.Tensor) -> torch.Tensor:
-    """What most families do, and what a GPU's kernels do by themselves (`TiledSide.gated`)."""
+    """What most families do, and what kernels of our own do by themselves (`TiledSide.gated`)."""
     gate_PM, up_PM = pre_PN.chunk(2, dim=-1)
     return silu(gate_PM) * up_PM
 
@@ -115,9 +115,10 @@ class FactoredExperts(nn.Module):
         return torch.zeros_like(hidden_states).index_copy_(0, row_Q, answer_QD)
 
     def pack(self) -> None:
-        """Arrange the factors, where they are, for faster answers on a CPU: exact, and undone by `unpack`.
+        """Arrange the factors, where they are, for faster answers of torch on a CPU: exact, and undone by `unpack`.
 
-        Large ones as its kernels read them, in about as many bytes (`Side.filled_up`). Small ones are arranged without being asked
+        Nothing happens where kernels of our own read both sides as they stand (`cpu_tiles.py`). Else large ones are put in the order in
+        which torch's kernels read them, in about as many bytes (`Side.filled_up`). Small ones are arranged without being asked
         (`Side.arranged`), but for those of so many ranks that parameters cannot be views: they are filled up to the largest rank here.
         Until `unpack` packed factors answer without gradients only, and cannot be saved, loaded, moved, copied or compiled: whoever tries
         gets an `InputError`, or a `RuntimeError` for gradients and graphs.
@@ -128,7 +129,7 @@ class FactoredExperts(nn.Module):
         example = next(self.parameters(), None)
         if example is None or (example.device.type == "meta" and self.packed):  # every rank is 0; or nothing is left to do
             return
-        if example.device.type == "cpu" and self._tiled:
+        if self._tiled:
             return
         if example.device.type != "cpu" or example.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ValueError(f"only bfloat16 on a CPU that computes with it can be packed, got {example.dtype} on {example.device}")
@@ -163,9 +164,10 @@ class FactoredExperts(nn.Module):
             self.input.before_training()
             self.output.before_training()
         alone = not recorded and index_Tk.device.type == "cpu" and len(index_Tk) > 0 and not self._heard
-        if alone and type(hidden_TD) is torch.Tensor and self._tiled:
+        readable = alone and self._tiled
+        if readable and not calls_are_seen() and self._fits(hidden_TD, index_Tk, weight_Tk):
             return self._answer_on_cpu(hidden_TD, index_Tk, weight_Tk).to(hidden_TD.dtype)
-        if alone and self._small and self.input.batchable and self.output.batchable:
+        if alone and not readable and self._small and self.input.batchable and self.output.batchable:
             first, then = self.input.arranged(), self.output.arranged()
             if first is not None and then is not None:
                 return self._answer_arranged(first, then, hidden_TD, index_Tk, weight_Tk).to(hidden_TD.dtype)
@@ -283,8 +285,14 @@ class FactoredExperts(nn.Module):
 
     @property
     def _tiled(self) -> bool:
-        """Whether kernels of our own can read both sides as they stand."""
-        return all(side.by_pair and side.tiled() is not None for side in (self.input, self.output))
+        """Whether a CPU's own kernels can read both sides as they stand."""
+        return all(side.by_pair and side.here and side.tiled() is not None for side in (self.input, self.output))
+
+    def _fits(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> bool:
+        """Whether what is given has the shapes that kernels count on; torch says what is wrong."""
+        shape = (len(index_Tk), self.expert_layer["hidden"])
+        alike = index_Tk.ndim == 2 and hidden_TD.shape == shape and (weight_Tk is None or weight_Tk.shape == index_Tk.shape)
+        return alike and plain_on_cpu(hidden_TD, index_Tk, weight_Tk)
 
     @property
     def _small(self) -> bool:

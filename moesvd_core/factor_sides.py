@@ -261,7 +261,16 @@ class SharedRightSide(Side):
         return Arranged(self._parameters, [[left_ENR]], shared_NC=right_RC)
 
     def _tile(self) -> TiledSide | None:
-        return TiledSide(self._parameters, [list(self.matrix("left_0"))]) if self.batchable else None
+        if not all(group["stored"] for group in self.groups) or not any(group["rank"] for group in self.groups):
+            return None
+        depth = max(1, *(len(used) for _, used in self._uses.values()))
+        last, first = ([list[torch.Tensor | None]([None] * self.experts) for _ in range(count)] for count in (depth, 1))
+        for expert, (g, used) in self._uses.items():
+            first[0][expert] = self.matrix(f"right_{g}")
+            last[0][expert] = self.matrix(f"left_{g}", 0)[:, :0]  # of no U at all
+            for place, stored in enumerate(used):
+                last[place][expert] = self.matrix(f"left_{g}", stored)
+        return TiledSide(self._parameters, last, [] if self._once else first, added_up=True)
 
     def _multiplied_out(self) -> torch.Tensor:
         full: dict[int, torch.Tensor] = {}

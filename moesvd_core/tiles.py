@@ -139,6 +139,7 @@ class TiledSide:
         order_EC: torch.Tensor | None = None,
         *,
         after_identity: bool = False,
+        added_up: bool = False,
     ) -> None:
         """Take every expert's matrices, whose numbers must be one after the other in a row.
 
@@ -150,10 +151,12 @@ class TiledSide:
             whole: matrices of experts beside others that have factors, [N, C].
             order_EC: an order of columns of each expert; None: as they stand.
             after_identity: an identity [R, R] stands before what is in `first`, [R, C - R].
+            added_up: several matrices of an expert in `last` are a sum instead, which one in `first` stands behind, or none.
         """
         self.columns = len(next(matrix for matrix in (*last[0], *whole) if matrix is not None))
         self._order_EC = None if order_EC is None else order_EC.to(torch.int32)
-        self._last, self._whole = _Table(last, across=True), _Table([whole]) if whole else None
+        self._last = _Table(last, across=True, added_up=added_up)
+        self._whole = _Table([whole]) if whole else None
         self._first = _Table(first, after_identity=after_identity) if first else None
         self.found = where(parameters)
 
@@ -184,8 +187,11 @@ class TiledSide:
 class _Table:
     """Where each expert's matrices are, and how large."""
 
-    def __init__(self, pieces: Sequence[Matrices], *, after_identity: bool = False, across: bool = False) -> None:
-        """Take pieces of every expert's matrix, which stand one below the other, or side by side (`across`)."""
+    def __init__(
+        self, pieces: Sequence[Matrices], *, after_identity: bool = False, across: bool = False, added_up: bool = False
+    ) -> None:
+        """Take pieces of every expert's matrix, which stand one below the other, or side by side (`across`), or all at its beginning
+        (`added_up` besides)."""
         example = next(matrix for matrices in pieces for matrix in matrices if matrix is not None)
         self._matrices, self._stack_ENC = pieces[0], _stack(pieces[0]) if len(pieces) == 1 else None
         self.dtype, self.after_identity, self.across, self.pieces = example.dtype, after_identity, across, len(pieces)
@@ -195,7 +201,7 @@ class _Table:
                 entries.append((0, -1, 0, 0, 0))
                 if matrix_NC is not None:
                     entries[-1] = (matrix_NC.data_ptr(), *matrix_NC.shape, matrix_NC.stride(0), begin_E[expert])
-                    begin_E[expert] += matrix_NC.shape[int(across)]
+                    begin_E[expert] += 0 if added_up else matrix_NC.shape[int(across)]
         numbers = [number for _, *others in entries for number in others if number > 0]
         self._aligned = all(number % 8 == 0 for number in numbers) and all(address % 16 == 0 for address, *_ in entries)
         self._heights = [max(0 if matrix is None else len(matrix) for matrix in matrices) for matrices in pieces]
@@ -285,9 +291,9 @@ def _stack(matrices: Matrices) -> torch.Tensor | None:
     return first.as_strided((len(matrices), *first.shape), (first.numel(), *first.stride()))
 
 
-def where(parameters: Mapping[str, torch.Tensor | None]) -> tuple[int, ...]:
-    """The addresses of parameters: other ones mean that what was made of them is out of date."""
-    return tuple(parameter.data_ptr() for parameter in parameters.values() if parameter is not None)
+def where(parameters: Mapping[str, torch.Tensor | None]) -> tuple[Any, ...]:
+    """Where parameters are and how they stand there: otherwise, what was made of them is out of date."""
+    return tuple((each.data_ptr(), each.stride(), each.dtype) for each in parameters.values() if each is not None)
 
 
 def _power(count: int) -> int:

@@ -17,6 +17,20 @@ LATENT_IN = {
     "structure": "shared-right",
     "groups": [{"experts": list(range(EXPERTS)), "rank": 24, "stored": EXPERTS, "sums": [[e] for e in range(EXPERTS)]}],
 }
+GROUPS = {
+    "structure": "shared-right",
+    "groups": [
+        {"experts": [0, 2, 3, 9], "rank": 24, "stored": 4, "sums": [[0], [1], [2], [3]]},
+        {"experts": [1, 4, 5, 6, 7, 8, 10], "rank": 13, "stored": 3, "sums": [[0], [0, 1], [1], [0, 1, 2], [2], [2, 0], [1, 2]]},
+    ],
+}
+SUMMED = {
+    "structure": "shared-right",
+    "groups": [
+        {"experts": list(range(EXPERTS)), "rank": 24, "stored": 5, "sums": [[e % 5, (e + 2) % 5][: 1 + e % 2] for e in range(EXPERTS)]},
+    ],
+}
+"""One V for some experts or for all, behind the sum of one or several U's."""
 LATENT_OUT = {"structure": "shared-left", "rank": 24}
 DENSE = {"structure": "dense"}
 
@@ -26,7 +40,7 @@ UNALIGNED, PIVOTED_UNALIGNED = ({"structure": structure, "ranks": [17] * EXPERTS
 CASES = [
     (UNIFORM, PIVOTED_UNIFORM), (UNALIGNED, PIVOTED_UNALIGNED), (PIVOTED, PIVOTED_FIRST),
     (DENSE, DENSE), (PER_EXPERT, PER_EXPERT), (MIXED, MIXED), (PIVOTED, PIVOTED), (PIVOTED_MIXED, PIVOTED_MIXED), (LATENT_IN, LATENT_OUT),
-    (MANY_RANKS, MANY_RANKS),
+    (MANY_RANKS, MANY_RANKS), (GROUPS, SUMMED), (SUMMED, GROUPS),
 ]
 """Of the input side and the output side."""
 

@@ -73,7 +73,7 @@ def compressed(model: PreTrainedModel, layers: Iterable[tuple[ExpertLayer, Layer
 
     The copy shares every tensor that is not factored with the model it was made from (training one of them changes both); the model
     itself stays as it is. Layers left out, and those with two dense sides, keep their native experts. Small experts take memory of their
-    own for a dense side as well once they have answered on a CPU (`Side.arranged`).
+    own for a dense side as well once torch has answered with them on a CPU (`Side.arranged`).
     """
     tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     result, refitted = copy.deepcopy(model, tensors), []
@@ -100,7 +100,8 @@ def pack(model: nn.Module) -> int:
     """Arrange the factors of a model on a CPU for faster answers to few tokens (`FactoredExperts.pack`), until `unpack`.
 
     Returns:
-        In how many layers there was something to pack: small experts are arranged without it, but for those of many ranks.
+        In how many layers there was something to pack: small experts are arranged without it, but for those of many ranks, and kernels of
+        our own, where a CPU has them, read factors as they stand.
 
     Raises:
         ValueError: factors that are not in bfloat16 on a CPU that computes with it.

@@ -357,6 +357,8 @@ def _peak_bytes(model: PreTrainedModel, prompt_BT: torch.Tensor, test: SpeedTest
 class _LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations make, for as long as each lives."""
 
+    only_watches = True  # kernels of our own go on
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0

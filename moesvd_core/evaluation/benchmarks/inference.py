@@ -34,6 +34,8 @@ IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 """How transformers computes experts; the last copies a matrix for every pair of a token and an expert, so only for few of them."""
 FEW_PAIRS = 16
 PHASES = ("prefill", "decode")
+OF_CPUS = ("factors by kernels of our own, compiled here (`cpu_kernels.c`), bases that all tokens pass beside them included",)
+PACKED = "packed (`moesvd_core.pack`): large matrices in the order in which torch's kernels read them; small ones need none"
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000"
 """A CPU's compiled kernels that are kept. The library's own bound, 1024, suits one model in a process; here a dozen take turns, and would
 compile anew what the others drove out. Read when the first kernel is made."""
@@ -101,6 +103,7 @@ class InferenceBenchmark:
         pipeline = Pipeline(MemoryStream(model), calibrate(MemoryStream(model), tokenizer, self.calibration, report=report))
         plans = self._plans(pipeline, report)
         models = {name: _compressed(model, pipeline, plan) for name, plan in plans.items()}
+        count = len(models)
         if self.device == "cpu" and model.dtype == torch.bfloat16:
             for name, plan in tuple(plans.items()):
                 packed = _compressed(model, pipeline, plan)
@@ -110,9 +113,9 @@ class InferenceBenchmark:
         for test in self.tests:
             cell = {f"original, {name}": each for name, each in _originals(model, test.batch * test.prompt_tokens)} | models
             rows += _rows(measure_speed(cell, test, report=report), plans, test)
-        return Table.of(f"Speed of the original and of compressed models: {_title(self)}", rows, self._notes(model))
+        return Table.of(f"Speed of the original and of compressed models: {_title(self)}", rows, self._notes(model, len(models) > count))
 
-    def _notes(self, model: PreTrainedModel) -> list[str]:
+    def _notes(self, model: PreTrainedModel, packed: bool) -> list[str]:
         where = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
         return [
             f"on {where}, {dtype_name(model.dtype)}; prompts of random tokens, {self.test.new_tokens} new tokens each; "
@@ -120,16 +123,11 @@ class InferenceBenchmark:
             "× original: tokens a second beside the fastest implementation of the original in that cell and phase; experts: counting the "
             "time within the experts alone; of ideal: that times the share of the experts' parameters kept, 1 where speed rises as size "
             "falls",
-            *([self._computed_by(model)] if self.device == "cpu" else []),
+            *(OF_CPUS if self.device == "cpu" and model.dtype == torch.bfloat16 and cpu_library() is not None else ()),
+            *([PACKED] if packed else []),
             "auto: whichever structures lose least with at most that share of the experts' parameters and of their operations; auto, "
             "per-expert: of each expert's own factors, stored whole (`structure: per-expert` in a recipe)",
         ]
-
-    def _computed_by(self, model: PreTrainedModel) -> str:
-        if model.dtype == torch.bfloat16 and cpu_library() is not None:
-            return "factors by kernels of our own, compiled here (`cpu_kernels.c`)"
-        packed = "packed (`moesvd_core.pack`): large matrices in the order in which its kernels read them; small ones need none"
-        return f"factors by torch; {packed}"
 
     def _plans(self, pipeline: Pipeline, report: Report) -> dict[str, Plan]:
         """Every method at every share; `auto` also with factors stored whole, which are faster where an order of columns costs time."""
