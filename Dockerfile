@@ -1,7 +1,7 @@
 # The explorer for a host with an NVIDIA card; it runs without one too, on the processor. How to start it: docs/guide.md, "In a container".
 FROM python:3.11-slim
 
-# Triton compiles the start of every kernel on the host when it is first used.
+# Triton compiles the start of every kernel on the host when it is first used, and kernels for the processor are compiled there as a whole.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 
 # The largest part first, in a layer of its own: it changes with this line only. torch of the package index is the CUDA build on Linux.

@@ -14,6 +14,7 @@
 #define INLINE static inline __attribute__((always_inline))
 enum {
   FEW = 6,       /* rows that pass a matrix at once, as numbers stand; their sums fill the registers */
+  NEAR = 32768,  /* numbers of a part of a matrix that stays in the second cache meanwhile */
   MANY = 16,     /* from so many rows an expert on, bringing matrices and rows into pairs of columns pays */
   BLOCK = 12,    /* rows that then pass 32 of the matrix at once */
   PART = 240,    /* rows of a task, which stay in the second cache */
@@ -69,7 +70,7 @@ INLINE __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* Q rows times H rows of a matrix, of which `valid` exist, as numbers stand. */
+/* Q rows times H rows of a matrix, of which `valid` exist, as numbers stand; the H rows after them are fetched meanwhile. */
 INLINE void multiply_few(int Q, int H, const Rows *of, int64_t pair, const Matrix *own, int64_t n, int valid, int64_t at) {
   __m512 sum[FEW][8];
   for (int q = 0; q < Q; q++)
@@ -83,7 +84,10 @@ INLINE void multiply_few(int Q, int H, const Rows *of, int64_t pair, const Matri
     int64_t k = 0;
     for (; k + 32 <= piece->columns; k += 32) {
       __m512i a[8];
-      for (int h = 0; h < H; h++) a[h] = _mm512_loadu_si512(w[h] + k);
+      for (int h = 0; h < H; h++) {
+        a[h] = _mm512_loadu_si512(w[h] + k);
+        _mm_prefetch((const char *)(w[h] + H * piece->stride + k), _MM_HINT_T1);
+      }
       for (int q = 0; q < Q; q++) {
         __m512i b = _mm512_loadu_si512(x[q] + k);
         for (int h = 0; h < H; h++) sum[q][h] = plus_dot(sum[q][h], a[h], b);
@@ -277,9 +281,14 @@ int multiply(const bf16 *x, int64_t x_stride, const int32_t *row, const Entry *e
 #pragma omp atomic write
           failed = 1;
         }
-      } else
-        for (int64_t pair = start; pair < stop; pair += FEW)
-          multiply_rows((int)least(stop - pair, FEW), &of, pair, &own, n, N, begin);
+      } else { /* all rows pass a part of the matrix before the next part is read */
+        int64_t turns = (stop - start + FEW - 1) / FEW, each = (stop - start + turns - 1) / turns;
+        int64_t part = NEAR / (2 * column_pairs(&own) + 1) / 8 * 8;
+        if (part < 8) part = 8;
+        for (; n < N; n += part)
+          for (int64_t pair = start; pair < stop; pair += each)
+            multiply_rows((int)least(stop - pair, each), &of, pair, &own, n, least(N, n + part), begin);
+      }
     }
     free(memory);
   }
