@@ -112,6 +112,12 @@ def is_disk_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(number) in str(error) for number in full)
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists: where its disk can be asked for."""
+    path = path.absolute()
+    return path if path.exists() else existing(path.parent)
+
+
 def sync(path: Path) -> None:
     """Force a file's or folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -31,8 +31,12 @@ typedef struct { const bf16 *x; int64_t x_stride; const int32_t *row; bf16 *y; i
 
 INLINE const bf16 *read_at(const Rows *of, int64_t pair) { return of->x + of->x_stride * (of->row ? of->row[pair] : pair); }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t parts(int64_t all, int64_t each) { return (all + each - 1) / each; }
+INLINE int64_t before_expert(const int32_t *end, int64_t expert) { return expert ? end[expert - 1] : 0; } /* pairs of earlier ones */
 INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? 0xffffffffu : ((uint32_t)1 << count) - 1; }
 INLINE __m512 widened(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+INLINE __m512 low_half(__m512i h) { return widened(_mm512_castsi512_si256(h)); }
+INLINE __m512 high_half(__m512i h) { return widened(_mm512_extracti64x4_epi64(h, 1)); }
 
 #ifdef __AVX512BF16__
 INLINE __m512 plus_dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
@@ -109,7 +113,7 @@ INLINE void multiply_few(int Q, int H, const Rows *of, int64_t pair, const Matri
       __m512 all = _mm512_castps128_ps512(sums(sum[q][h], sum[q][h + 1], sum[q][h + 2], sum[q][h + 3]));
       if (own->identity) {
         __m512i beside = _mm512_maskz_loadu_epi16(there, read_at(of, pair + q) + n + h);
-        all = _mm512_add_ps(all, widened(_mm512_castsi512_si256(beside)));
+        all = _mm512_add_ps(all, low_half(beside));
       }
       _mm512_mask_storeu_epi16(of->y + of->y_stride * (pair + q) + at + h, there, rounded(all, all));
     }
@@ -149,7 +153,7 @@ INLINE void turn(const bf16 *const *row, int rows, int64_t at, int64_t left, uin
     t[8 + c] = _mm512_shuffle_i32x4(a, d, 0xdd);
     t[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
   }
-  int64_t pairs = least(16, (left + 1) / 2);
+  int64_t pairs = least(16, parts(left, 2));
   for (int i = 0; i < pairs; i++) _mm512_store_si512(out + i * step, t[i]);
 }
 
@@ -175,8 +179,8 @@ INLINE void multiply_block(int Q, const uint32_t *x, const uint32_t *w, int64_t 
   for (int q = 0; q < Q && q < rows; q++) {
     if (own->identity) {
       __m512i beside = _mm512_maskz_loadu_epi16(there, read_at(of, pair + q) + n);
-      sum[q][0] = _mm512_add_ps(sum[q][0], widened(_mm512_castsi512_si256(beside)));
-      sum[q][1] = _mm512_add_ps(sum[q][1], widened(_mm512_extracti64x4_epi64(beside, 1)));
+      sum[q][0] = _mm512_add_ps(sum[q][0], low_half(beside));
+      sum[q][1] = _mm512_add_ps(sum[q][1], high_half(beside));
     }
     _mm512_mask_storeu_epi16(of->y + of->y_stride * (pair + q) + at, there, rounded(sum[q][0], sum[q][1]));
   }
@@ -187,7 +191,7 @@ INLINE int64_t column_pairs(const Matrix *own) {
   int64_t pairs = 0;
   for (int s = 0; s < own->pieces; s++) {
     const Entry *piece = own->entry + s * own->apart;
-    if (piece->rows >= 0) pairs += (piece->columns + 1) / 2;
+    if (piece->rows >= 0) pairs += parts(piece->columns, 2);
   }
   return pairs;
 }
@@ -195,7 +199,7 @@ INLINE int64_t column_pairs(const Matrix *own) {
 /* Many rows of one expert, start to stop, times rows n to N of its matrix. */
 static void multiply_many(const Rows *of, int64_t start, int64_t stop, const Matrix *own, int64_t n, int64_t N, int64_t begin,
                           uint32_t *memory) {
-  int64_t pairs = column_pairs(own), blocks = (stop - start + BLOCK - 1) / BLOCK;
+  int64_t pairs = column_pairs(own), blocks = parts(stop - start, BLOCK);
   uint32_t *w = memory, *x = memory + 32 * pairs;
   for (int64_t b = 0; b < blocks; b++) {
     int64_t pair = start + b * BLOCK;
@@ -207,7 +211,7 @@ static void multiply_many(const Rows *of, int64_t start, int64_t stop, const Mat
       const bf16 *row[16];
       for (int q = 0; q < rows; q++) row[q] = read_at(of, pair + q) + first_column(own, piece);
       for (int64_t k = 0; k < piece->columns; k += 32) turn(row, rows, k, piece->columns - k, out + 8 * k, 16);
-      out += 16 * ((piece->columns + 1) / 2);
+      out += 16 * parts(piece->columns, 2);
     }
   }
   for (; n < N; n += 32) {
@@ -222,7 +226,7 @@ static void multiply_many(const Rows *of, int64_t start, int64_t stop, const Mat
         turn(row, valid, k, piece->columns - k, out + 16 * k, 32);
         turn(row + 16, valid - 16, k, piece->columns - k, out + 16 * k + 16, 32);
       }
-      out += 32 * ((piece->columns + 1) / 2);
+      out += 32 * parts(piece->columns, 2);
     }
     for (int64_t b = 0; b < blocks; b++) {
       int64_t pair = start + b * BLOCK;
@@ -247,18 +251,18 @@ int multiply(const bf16 *x, int64_t x_stride, const int32_t *row, const Entry *e
   if (!before) return 1;
   for (int64_t i = 0; i < products; i++) {
     Matrix own = {entry + i, across ? pieces : 1, experts, identity};
-    int64_t e = i % experts, count = end[e] - (e ? end[e - 1] : 0), pairs = column_pairs(&own);
+    int64_t e = i % experts, count = end[e] - before_expert(end, e), pairs = column_pairs(&own);
     if (count <= 0 || entry[i].rows <= 0) continue;
-    rows += entry[i].rows * ((count + PART - 1) / PART);
+    rows += entry[i].rows * parts(count, PART);
     cost += entry[i].rows * count * 2 * pairs;
     if (pairs > most && 2 * pairs <= LONG) most = pairs;
   }
   if (cost < LITTLE) threads = 1;
-  int64_t share = (rows / (SHARES * threads) + 31) / 32 * 32, height = share < 32 ? 32 : least(share, HEIGHT);
+  int64_t share = parts(rows / (SHARES * threads), 32) * 32, height = share < 32 ? 32 : least(share, HEIGHT);
   before[0] = 0;
   for (int64_t i = 0; i < products; i++) {
-    int64_t e = i % experts, count = end[e] - (e ? end[e - 1] : 0);
-    before[i + 1] = before[i] + (entry[i].rows > 0 ? (count + PART - 1) / PART * ((entry[i].rows + height - 1) / height) : 0);
+    int64_t e = i % experts, count = end[e] - before_expert(end, e);
+    before[i + 1] = before[i] + (entry[i].rows > 0 ? parts(count, PART) * parts(entry[i].rows, height) : 0);
   }
 #pragma omp parallel num_threads(threads)
   {
@@ -270,10 +274,10 @@ int multiply(const bf16 *x, int64_t x_stride, const int32_t *row, const Entry *e
       if (task >= before[products]) break;
       while (before[i + 1] <= task) i++;
       Matrix own = {entry + i, across ? pieces : 1, experts, identity};
-      int64_t e = i % experts, first = e ? end[e - 1] : 0, parts = (end[e] - first + PART - 1) / PART;
-      int64_t size = ((end[e] - first + parts - 1) / parts + BLOCK - 1) / BLOCK * BLOCK;
-      int64_t start = first + (task - before[i]) % parts * size, stop = least(start + size, end[e]);
-      int64_t n = (task - before[i]) / parts * height, N = least(entry[i].rows, n + height), begin = across ? 0 : entry[i].place;
+      int64_t e = i % experts, first = before_expert(end, e), shares = parts(end[e] - first, PART);
+      int64_t size = parts(parts(end[e] - first, shares), BLOCK) * BLOCK;
+      int64_t start = first + (task - before[i]) % shares * size, stop = least(start + size, end[e]);
+      int64_t n = (task - before[i]) / shares * height, N = least(entry[i].rows, n + height), begin = across ? 0 : entry[i].place;
       if (stop - start >= MANY && 2 * column_pairs(&own) <= LONG) {
         if (!memory) memory = aligned_alloc(64, (most + 1) * sizeof *memory * (32 + 16 * (PART / BLOCK)));
         if (memory) multiply_many(&of, start, stop, &own, n, N, begin, memory);
@@ -282,7 +286,7 @@ int multiply(const bf16 *x, int64_t x_stride, const int32_t *row, const Entry *e
           failed = 1;
         }
       } else { /* all rows pass a part of the matrix before the next part is read */
-        int64_t turns = (stop - start + FEW - 1) / FEW, each = (stop - start + turns - 1) / turns;
+        int64_t turns = parts(stop - start, FEW), each = parts(stop - start, turns);
         int64_t part = NEAR / (2 * column_pairs(&own) + 1) / 8 * 8;
         if (part < 8) part = 8;
         for (; n < N; n += part)
@@ -365,8 +369,8 @@ int in_order(const bf16 *x, int64_t x_stride, const int32_t *row, const int32_t 
         for (int64_t c = 0; made && c < columns; c += 32) {
           __mmask32 there = first_of_32(columns - c);
           __m512i g = _mm512_maskz_loadu_epi16(there, from + c), u = _mm512_maskz_loadu_epi16(there, from + columns + c);
-          __m512 low = let_up(widened(_mm512_castsi512_si256(g)), widened(_mm512_castsi512_si256(u)));
-          __m512 high = let_up(widened(_mm512_extracti64x4_epi64(g, 1)), widened(_mm512_extracti64x4_epi64(u, 1)));
+          __m512 low = let_up(low_half(g), low_half(u));
+          __m512 high = let_up(high_half(g), high_half(u));
           _mm512_mask_storeu_epi16(made + c, there, rounded(low, high));
         }
         from = made;
@@ -393,8 +397,8 @@ void combine(const bf16 *y, int64_t y_stride, const int32_t *place, const float 
       for (int64_t i = t * active; i < (t + 1) * active; i++) {
         __m512i own = _mm512_maskz_loadu_epi16(there, y + y_stride * place[i] + c);
         __m512 share = _mm512_set1_ps(weight ? weight[i] : 1);
-        low = _mm512_fmadd_ps(share, widened(_mm512_castsi512_si256(own)), low);
-        high = _mm512_fmadd_ps(share, widened(_mm512_extracti64x4_epi64(own, 1)), high);
+        low = _mm512_fmadd_ps(share, low_half(own), low);
+        high = _mm512_fmadd_ps(share, high_half(own), high);
       }
       _mm512_mask_storeu_epi16(out + t * columns + c, there, rounded(low, high));
     }

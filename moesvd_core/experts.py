@@ -164,10 +164,10 @@ class FactoredExperts(nn.Module):
             self.input.before_training()
             self.output.before_training()
         alone = not recorded and index_Tk.device.type == "cpu" and len(index_Tk) > 0 and not self._heard
-        readable = alone and self._tiled
-        if readable and not calls_are_seen() and self._fits(hidden_TD, index_Tk, weight_Tk):
-            return self._answer_on_cpu(hidden_TD, index_Tk, weight_Tk).to(hidden_TD.dtype)
-        if alone and not readable and self._small and self.input.batchable and self.output.batchable:
+        tiled_sides = self._tiled if alone else None
+        if tiled_sides and not calls_are_seen() and self._fits(hidden_TD, index_Tk, weight_Tk):
+            return self._answer_on_cpu(*tiled_sides, hidden_TD, index_Tk, weight_Tk).to(hidden_TD.dtype)
+        if alone and not tiled_sides and self._small and self.input.batchable and self.output.batchable:
             first, then = self.input.arranged(), self.output.arranged()
             if first is not None and then is not None:
                 return self._answer_arranged(first, then, hidden_TD, index_Tk, weight_Tk).to(hidden_TD.dtype)
@@ -189,9 +189,10 @@ class FactoredExperts(nn.Module):
             out_TD = out_TD + pairs.combine(self.output_bias[pairs.expert_P])
         return out_TD.to(hidden_TD.dtype)
 
-    def _answer_on_cpu(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> torch.Tensor:
+    def _answer_on_cpu(
+        self, first: TiledSide, then: TiledSide, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None
+    ) -> torch.Tensor:
         """The answer by a CPU's kernels (`cpu_tiles.py`): all experts take their pairs through both sides, in a few calls."""
-        first, then = cast(TiledSide, self.input.tiled()), cast(TiledSide, self.output.tiled())
         tiles, place_P = CpuTiles.arranged(index_Tk, self.num_experts)
         x_TC, parts = self.input.narrow(hidden_TD), []
         for part in tiles.parts(self.input.rows):
@@ -284,9 +285,12 @@ class FactoredExperts(nn.Module):
         return self.output.widen(pairs.combine(y_SN[: len(pairs.expert_P)]))
 
     @property
-    def _tiled(self) -> bool:
-        """Whether a CPU's own kernels can read both sides as they stand."""
-        return all(side.by_pair and side.here and side.tiled() is not None for side in (self.input, self.output))
+    def _tiled(self) -> tuple[TiledSide, TiledSide] | None:
+        """Both sides as a CPU's own kernels find them; None where these cannot read them as they stand."""
+        if not all(side.by_pair and side.here for side in (self.input, self.output)):
+            return None
+        first, then = self.input.tiled(), self.output.tiled()
+        return None if first is None or then is None else (first, then)
 
     def _fits(self, hidden_TD: torch.Tensor, index_Tk: torch.Tensor, weight_Tk: torch.Tensor | None) -> bool:
         """Whether what is given has the shapes that kernels count on; torch says what is wrong."""

@@ -18,7 +18,7 @@ from huggingface_hub.errors import DryRunError
 from huggingface_hub.utils.tqdm import tqdm
 
 from moesvd_core.architectures.headers import shortened
-from moesvd_core.atomic import is_disk_full
+from moesvd_core.atomic import existing, is_disk_full
 from moesvd_core.errors import CheckpointError, MoesvdError, ResourceError
 from moesvd_core.progress import Progress, Report, silent
 
@@ -184,8 +184,7 @@ def _require_room(name: str, missing: int) -> None:
 
 def _free() -> int:
     """Bytes free where the hub's cache is, or will be."""
-    cache = Path(constants.HF_HUB_CACHE).absolute()
-    return shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    return shutil.disk_usage(existing(Path(constants.HF_HUB_CACHE))).free
 
 
 def _gigabytes(size: int) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from moesvd_core.atomic import TEMPORARY, is_disk_full, sync
+from moesvd_core.atomic import TEMPORARY, existing, is_disk_full, sync
 from moesvd_core.errors import InputError, ResourceError
 
 FACTS = "moesvd.json"
@@ -170,11 +170,6 @@ def _concerns(error: OSError, *folders: Path) -> bool:
 
 
 def _unwritable(destination: Path, error: Exception) -> ResourceError:
-    free = shutil.disk_usage(_existing(destination)).free
+    free = shutil.disk_usage(existing(destination)).free
     hint = f"the disk is full ({free:,} bytes are free)" if is_disk_full(error) else str(getattr(error, "strerror", None) or error)
     return ResourceError(f"{destination} cannot be written: {hint}; free space or choose another folder")
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that exists."""
-    return path if path.exists() else _existing(path.parent)

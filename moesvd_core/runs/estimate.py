@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moesvd_core.atomic import existing
 from moesvd_core.calibration.settings import Calibration
 from moesvd_core.calibration.statistics import SUMMARY
 from moesvd_core.calibration.text import DEFAULT_LENGTH
@@ -150,7 +151,7 @@ def require(needed: Estimate, run: Path, output: Path | None) -> None:
     wanted: dict[int, tuple[Path, int]] = {}
     for path, size in ((run, needed.run_disk), (output, needed.export_disk)):
         if path is not None:
-            place = _existing(path)
+            place = existing(path)
             device = place.stat().st_dev
             wanted[device] = (place, size + wanted.get(device, (place, 0))[1])
     for place, size in wanted.values():
@@ -164,9 +165,3 @@ def require(needed: Estimate, run: Path, output: Path | None) -> None:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder at or above `path` that exists."""
-    path = path.absolute()
-    return path if path.exists() else _existing(path.parent)

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from moesvd_core.architectures.hub_download import cached_model
+from moesvd_core.atomic import existing
 from moesvd_core.live import free_for_models
 from moesvd_core.runs.free_memory import free_memory
 
@@ -46,8 +47,7 @@ def look(runs: Path) -> Machine:
     gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = free_memory(), psutil.virtual_memory().total, free_for_models()
-    cache = Path(constants.HF_HUB_CACHE)
-    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    place = existing(Path(constants.HF_HUB_CACHE))
     apart = place.stat().st_dev != runs.stat().st_dev
     return Machine(cores, *memory, shutil.disk_usage(runs).free, gpus, shutil.disk_usage(place).free if apart else None)
 
